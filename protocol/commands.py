@@ -1,0 +1,253 @@
+"""The commands, one struct each. What a field may hold stands in its type; ``parse`` does the rest.
+
+``TEXT`` names the field that takes the rest of the line in the text form; ``DOC`` is what HELP prints. To add a
+command: a struct here, its handler in ``bridge.dispatch``, its section in PROTOCOL.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+from msgspec import Meta, Struct
+
+Id = Annotated[str, Meta(min_length=1, max_length=64)]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\s/\\]+$")]
+Count = Annotated[int, Meta(ge=1, le=1_048_576)]
+Stop = Annotated[str, Meta(min_length=1, max_length=256)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+
+
+class Command(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all commands. The ``id`` a line may carry is not here: it is framing, and belongs to Request."""
+
+    VERB: ClassVar[str]
+    TEXT: ClassVar[str | None] = None
+    STREAMS: ClassVar[bool] = False
+    DOC: ClassVar[str]
+
+
+class Request(NamedTuple):
+    """A command as it travels. With an ``id`` it runs beside the others of its connection; without, in order."""
+
+    command: Command
+    id: str | None = None
+
+
+# -- the daemon ------------------------------------------------------------------------------------------------
+
+
+class Ping(Command):
+    VERB = "PING"
+    DOC = "PING - answers pong"
+
+
+class Hello(Command):
+    VERB = "HELLO"
+    DOC = "HELLO - version, features and limits of this daemon"
+
+
+class Help(Command):
+    VERB = "HELP"
+    TEXT = "verb"
+    DOC = "HELP [verb] - the commands, or one of them with its parameters"
+
+    verb: str | None = None
+
+
+class Status(Command):
+    VERB = "STATUS"
+    DOC = "STATUS - what is loaded and how busy it is"
+
+
+class Quit(Command):
+    VERB = "QUIT"
+    DOC = "QUIT - stops the daemon; only over the Unix socket, for its own user or root"
+
+
+class Cancel(Command):
+    """``id`` names the request to cancel, on the same connection; a CANCEL has no id of its own."""
+
+    VERB = "CANCEL"
+    TEXT = "id"
+    DOC = "CANCEL [id] - cancels the request with that id, or without one what is being answered in order"
+
+    id: Id | None = None
+
+
+# -- models ----------------------------------------------------------------------------------------------------
+
+
+class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a model is loaded. None leaves the choice to the worker, which suits it to the machine and the model.
+
+    ``n_ctx`` counts tokens of one sequence, prompt and answer together; ``n_parallel`` sequences run at once,
+    so the KV cache has n_ctx * n_parallel cells.
+    """
+
+    n_ctx: Annotated[int, Meta(ge=8, le=16_777_216)] | None = None
+    n_parallel: Annotated[int, Meta(ge=1, le=256)] | None = None
+    n_batch: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    n_ubatch: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    n_threads: Annotated[int, Meta(ge=1, le=512)] | None = None
+    n_gpu_layers: Annotated[int, Meta(ge=-1, le=65_536)] | None = None  # -1: all of them
+    flash_attn: Literal["auto", "on", "off"] | None = None
+    type_k: CacheType | None = None
+    type_v: CacheType | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+
+
+class Load(LoadOptions, Command):
+    VERB = "LOAD"
+    TEXT = "path"
+    DOC = "LOAD [key=value ...] path - loads a GGUF file, under name= or its file name"
+
+    path: str = ""
+    name: Name | None = None
+
+
+class Free(Command):
+    VERB = "FREE"
+    TEXT = "model"
+    DOC = "FREE [drain=false] [model] - unloads that model; without one gives back what this connection loaded"
+
+    model: Name | None = None
+    drain: bool = True
+
+
+class Models(Command):
+    VERB = "MODELS"
+    DOC = "MODELS - the models and their states"
+
+
+class Show(Command):
+    VERB = "SHOW"
+    TEXT = "model"
+    DOC = "SHOW [model] - a model's metadata, options and chat template"
+
+    model: Name | None = None
+
+
+# -- generation ------------------------------------------------------------------------------------------------
+
+
+class Generation(Command):
+    """Which model generates, how tokens are picked, and when it ends.
+
+    The defaults of temperature and top_p are the Llambo bridge's, the others llama.cpp's. ``temperature=0`` is
+    greedy. ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch these off. ``logprobs=n`` asks for the n
+    likeliest tokens at each place beside the picked one. ``deadline_ms`` counts from when the line was read.
+    """
+
+    model: Name | None = None
+    max_tokens: Count = 256
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.8
+    top_k: Annotated[int, Meta(ge=0, le=1_048_576)] = 40
+    top_p: Probability = 0.9
+    min_p: Probability = 0.05
+    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    repeat_last_n: Annotated[int, Meta(ge=0, le=65_536)] = 64
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=16)] = []
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-1000, le=1000)]], Meta(max_length=1024)] = {}
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    deadline_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+
+
+class Infer(Generation):
+    VERB = "INFER"
+    TEXT = "prompt"
+    DOC = "INFER [key=value ...] prompt - completes the prompt"
+
+    prompt: str = ""
+
+
+class InferStream(Infer):
+    VERB = "INFER_STREAM"
+    STREAMS = True
+    DOC = "INFER_STREAM [key=value ...] prompt - completes the prompt, a line a token"
+
+
+class InferMulti(Generation):
+    VERB = "INFER_MULTI"
+    TEXT = "prompts"
+    DOC = "INFER_MULTI [key=value ...] a||b||c - completes several prompts as one batch"
+
+    prompts: Annotated[list[str], Meta(max_length=256)] = []
+
+
+class TextPart(Struct, frozen=True, tag="text", tag_field="type", forbid_unknown_fields=True):
+    text: str
+
+
+class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One turn of a conversation, in OpenAI's shape. ``content`` is a string or a list of text parts."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class Chat(Generation):
+    """``template`` names one of llama.cpp's built-in templates; without it the model's own is used."""
+
+    VERB = "CHAT"
+    TEXT = "messages"
+    DOC = "CHAT [key=value ...] message - answers a user's message, or in JSON a list of messages"
+
+    messages: Annotated[list[Message], Meta(max_length=4096)] = []
+    template: Name | None = None
+
+
+class ChatStream(Chat):
+    VERB = "CHAT_STREAM"
+    STREAMS = True
+    DOC = "CHAT_STREAM [key=value ...] message - answers a user's message, a line a token"
+
+
+# -- vectors and tokens ----------------------------------------------------------------------------------------
+
+
+class Embed(Command):
+    VERB = "EMBED"
+    TEXT = "text"
+    DOC = "EMBED [encoding=base64] text - a text's vector, or in JSON those of a list of texts"
+
+    text: str | Annotated[list[str], Meta(min_length=1, max_length=2048)] = ""
+    model: Name | None = None
+    encoding: Literal["float", "base64"] = "float"
+
+
+class Tokenize(Command):
+    VERB = "TOKENIZE"
+    TEXT = "text"
+    DOC = "TOKENIZE [special=true] [parse_special=true] text - a text's token ids"
+
+    text: str = ""
+    model: Name | None = None
+    special: bool = False  # add what the model puts around a text, such as BOS
+    parse_special: bool = False  # read "<|im_end|>" as one token, not as characters
+
+
+class Detokenize(Command):
+    VERB = "DETOKENIZE"
+    TEXT = "tokens"
+    DOC = "DETOKENIZE id id ... - the text of these tokens"
+
+    tokens: Annotated[list[TokenId], Meta(max_length=1_048_576)] = []
+    model: Name | None = None
+
+
+COMMANDS: dict[str, type[Command]] = {
+    command.VERB: command
+    for command in (
+        Ping, Hello, Help, Status, Load, Free, Models, Show, Infer, InferStream, InferMulti,
+        Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Quit,
+    )
+}  # fmt: skip

@@ -1,0 +1,261 @@
+"""The protocol of one connection, without I/O: bytes in, events out; replies in, bytes out.
+
+One class plays both roles, so that no encoder lacks its decoder (as in h11). The daemon's side turns lines
+into Request events and replies into lines; the client's side turns requests into lines and lines into Answer
+events. Both walk the same table of an exchange's states and refuse what it does not list: with LocalProtocolError
+what this end tries, with RemoteProtocolError what the other end did.
+
+Requests with an id are answered in any order, their lines mixed. Requests without are answered one after the other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import msgspec
+
+from protocol.commands import Cancel, Command, Request
+from protocol.errors import ErrorCode, LocalProtocolError, ProtocolError, RemoteProtocolError
+from protocol.lines import LineBuffer, LineTooLong
+from protocol.parse import BadCommand, is_json_form, parse_request
+from protocol.replies import Failed, Final, Ok, Reply, Started, Token, decode_reply, encode_reply, reply_id
+
+TEXT_LINE_LIMIT = 64 * 1024
+JSON_LINE_LIMIT = 16 * 1024 * 1024
+REPLY_LINE_LIMIT = 256 * 1024 * 1024
+
+
+class Role(Enum):
+    SERVER = auto()
+    CLIENT = auto()
+
+
+class State(Enum):
+    """Of one exchange: a request and all that answers it."""
+
+    REQUESTED = auto()  # a command that is answered with one line
+    STREAM_REQUESTED = auto()  # a command that is answered with a stream, or one error line
+    STREAMING = auto()
+    DONE = auto()
+
+
+TRANSITIONS: dict[tuple[State, type[Reply]], State] = {
+    (State.REQUESTED, Ok): State.DONE,
+    (State.REQUESTED, Failed): State.DONE,
+    (State.STREAM_REQUESTED, Failed): State.DONE,
+    (State.STREAM_REQUESTED, Started): State.STREAMING,
+    (State.STREAMING, Token): State.STREAMING,
+    (State.STREAMING, Final): State.DONE,
+}
+
+
+class Exchange:
+    """A request and where its answer stands."""
+
+    __slots__ = ("id", "state")
+
+    def __init__(self, request_id: str | None, *, streams: bool) -> None:
+        self.id = request_id
+        self.state = State.STREAM_REQUESTED if streams else State.REQUESTED
+
+    def advance(self, reply: Reply, error: type[ProtocolError]) -> None:
+        following = TRANSITIONS.get((self.state, type(reply)))
+        if following is None:
+            raise error(f"{type(reply).__name__} cannot follow in state {self.state.name} (request id {self.id})")
+        self.state = following
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """Server: a command came."""
+
+    exchange: Exchange
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Server: a line came that is no command. It is answered with ``error``, in its turn; if ``fatal``, that ends it all."""
+
+    exchange: Exchange
+    error: Failed
+    fatal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Client: a line of an answer came. Without an exchange it is the daemon's last word about the connection."""
+
+    exchange: Exchange | None
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The other end will send no more. A server still owes answers to what was asked before."""
+
+
+Event = Requested | Refused | Answer | Closed
+
+
+class Connection:
+    def __init__(
+        self, role: Role, *, text_line_limit: int = TEXT_LINE_LIMIT, json_line_limit: int = JSON_LINE_LIMIT
+    ) -> None:
+        self.role = role
+        self._text_limit = text_line_limit
+        self._json_limit = json_line_limit
+        self._lines = LineBuffer(self._limit_of)
+        self._in_order: deque[Exchange] = deque()
+        self._by_id: dict[str, Exchange] = {}
+        self._eof = False
+        self._closing = False  # after a fatal line or QUIT: nothing more is read
+
+    @property
+    def open_exchanges(self) -> int:
+        return len(self._in_order) + len(self._by_id)
+
+    # -- receiving ---------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> Iterator[Event]:
+        """The events that ``data`` completes; ``b""`` is the end. Consume it all before the next call.
+
+        Raises RemoteProtocolError, and only in the client's role: to a server every sequence of bytes is
+        something that it can answer.
+        """
+        if self._eof or self._closing:
+            return
+        if not data:
+            self._eof = True
+            yield Closed()
+            return
+        if self.role is Role.SERVER and (error := self._not_ours(data)):
+            yield self._refuse(error, fatal=True)
+            return
+        self._lines.feed(data)
+        while not self._closing:
+            event = self._next_request() if self.role is Role.SERVER else self._next_answer()
+            if event is None:
+                return
+            yield event
+
+    def _limit_of(self, start: bytes) -> int:
+        if self.role is Role.CLIENT:
+            return REPLY_LINE_LIMIT
+        return self._json_limit if is_json_form(start) else self._text_limit
+
+    def _not_ours(self, data: bytes) -> BadCommand | None:
+        """TLS and binary protocols may never send a newline, so they are known by their bytes."""
+        if not len(self._lines) and data.startswith(b"\x16\x03"):
+            return BadCommand(
+                ErrorCode.WRONG_PROTOCOL, "This port speaks no TLS: send one command a line, such as PING"
+            )
+        if b"\x00" in data:
+            return BadCommand(ErrorCode.WRONG_PROTOCOL, "NUL byte: lines are UTF-8 text, such as PING")
+        return None
+
+    def _next_request(self) -> Event | None:
+        while True:
+            try:
+                line = self._lines.next_line()
+                if line is None:
+                    return None
+                request = parse_request(line)
+            except LineTooLong as error:
+                message = f"Line longer than {error.limit} bytes"
+                return self._refuse(BadCommand(ErrorCode.LINE_TOO_LONG, message, limit=error.limit))
+            except BadCommand as error:
+                return self._refuse(error, fatal=error.code == ErrorCode.WRONG_PROTOCOL)
+            if request is None:
+                continue
+            if request.id in self._by_id:
+                message = f"The id {request.id} is in use by a request that is still running"
+                return self._refuse(BadCommand(ErrorCode.DUPLICATE_ID, message, duplicate_id=request.id))
+            return Requested(self._open(request.id, type(request.command)), request.command)
+
+    def _refuse(self, error: BadCommand, *, fatal: bool = False) -> Refused:
+        self._closing = fatal
+        exchange = self._open(None if error.id in self._by_id else error.id, None)
+        return Refused(exchange, Failed.of(error, exchange.id), fatal)
+
+    def _next_answer(self) -> Event | None:
+        try:
+            line = self._lines.next_line()
+        except LineTooLong as error:
+            raise RemoteProtocolError(str(error)) from None
+        if line is None:
+            return None
+        exchange = self._find(reply_id(line))
+        reply = decode_reply(line, streams=exchange is not None and exchange.state is State.STREAM_REQUESTED)
+        if exchange is None:
+            if isinstance(reply, Failed) and reply.id is None:
+                return Answer(None, reply)
+            raise RemoteProtocolError(f"an answer to nothing that was asked: {line[:200]!r}")
+        exchange.advance(reply, RemoteProtocolError)
+        self._forget_if_done(exchange)
+        return Answer(exchange, reply)
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def request(self, request: Request) -> tuple[Exchange, bytes]:
+        """Client: the line that asks, always in the JSON form. Raises LocalProtocolError."""
+        self._must_be(Role.CLIENT)
+        if request.id is not None and request.id in self._by_id:
+            raise LocalProtocolError(f"the id {request.id} is in use")
+        return self._open(request.id, type(request.command)), encode_request(request)
+
+    def reply(self, exchange: Exchange, reply: Reply) -> bytes:
+        """Server: the line that answers. ``reply`` needs no id. Raises LocalProtocolError."""
+        self._must_be(Role.SERVER)
+        if self._find(exchange.id) is not exchange:
+            raise LocalProtocolError("this request was answered already, or is not the next to be answered")
+        exchange.advance(reply, LocalProtocolError)
+        self._forget_if_done(exchange)
+        return encode_reply(reply if exchange.id is None else msgspec.structs.replace(reply, id=exchange.id))
+
+    # -- exchanges ---------------------------------------------------------------------------------------------
+
+    def find(self, request_id: str) -> Exchange | None:
+        """The exchange that is open under this id."""
+        return self._by_id.get(request_id)
+
+    def _open(self, request_id: str | None, command: type[Command] | None) -> Exchange:
+        exchange = Exchange(request_id, streams=command is not None and command.STREAMS)
+        if request_id is None:
+            self._in_order.append(exchange)
+        else:
+            self._by_id[request_id] = exchange
+        return exchange
+
+    def _find(self, request_id: str | None) -> Exchange | None:
+        if request_id is not None:
+            return self._by_id.get(request_id)
+        return self._in_order[0] if self._in_order else None
+
+    def _forget_if_done(self, exchange: Exchange) -> None:
+        if exchange.state is State.DONE:
+            if exchange.id is None:
+                self._in_order.popleft()
+            else:
+                del self._by_id[exchange.id]
+
+    def _must_be(self, role: Role) -> None:
+        if self.role is not role:
+            raise LocalProtocolError(f"only a {role.name.lower()} does this")
+
+
+def encode_request(request: Request) -> bytes:
+    """``VERB {json}``, with the parameters that differ from their defaults. Read back by parse_request."""
+    fields: dict[str, Any] = {}
+    for field in msgspec.structs.fields(request.command):
+        value = getattr(request.command, field.name)
+        if value != field.default and (field.default_factory is msgspec.NODEFAULT or value != field.default_factory()):
+            fields[field.encode_name] = value
+    if request.id is not None and not isinstance(request.command, Cancel):
+        fields["id"] = request.id
+    verb = request.command.VERB.encode()
+    return verb + (b" " + msgspec.json.encode(fields) if fields else b"") + b"\n"

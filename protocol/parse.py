@@ -1,0 +1,224 @@
+"""A line becomes a Request:  ``VERB key=value ... text``  or  ``VERB {json}``.
+
+Everything here is pure, and raises only BadCommand, with one of the codes about bytes and commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from typing import Any, NoReturn
+
+import msgspec
+import orjson
+
+from protocol.commands import COMMANDS, Cancel, Command, Id, Request
+from protocol.errors import BridgeError, ErrorCode
+
+# What a missing text is answered with, without and after parameters: WIRE-COMPAT wants these words.
+_NO_TEXT = {
+    "prompt": ("No prompt provided", "No prompt after parameters"),
+    "prompts": ("No prompts provided", "No prompts after parameters"),
+    "path": ("No model path provided", "No model path provided"),
+    "messages": ("No message provided", "No message after parameters"),
+    "text": ("No text provided", "No text after parameters"),
+    "tokens": ("No tokens provided", "No tokens after parameters"),
+}
+_HTTP = re.compile(rb"^(GET|HEAD|POST|PUT|DELETE|OPTIONS|CONNECT|TRACE|PATCH|PRI) \S+ HTTP/\d", re.ASCII)
+_PATH_IN_ERROR = re.compile(r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
+_UNKNOWN_IN_ERROR = re.compile(r"^Object contains unknown field `(?P<key>.*)`(?: - at `.*`)?$", re.DOTALL)
+
+
+class BadCommand(BridgeError):
+    """A line that is no command. ``id`` is the id it carried, where that much could be read."""
+
+    id: str | None = None
+
+
+def is_json_form(start: bytes) -> bool:
+    """Whether a line that begins so is ``VERB {json}``; such lines may be longer."""
+    _, _, rest = start.lstrip(b" \t").partition(b" ")
+    return rest.lstrip(b" \t").startswith(b"{")
+
+
+def parse_request(line: bytes) -> Request | None:
+    """The request on this line (without its end), or None for an empty line. Raises BadCommand."""
+    if _HTTP.match(line):
+        raise BadCommand(ErrorCode.WRONG_PROTOCOL, "This is not an HTTP port: send one command a line, such as PING")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        message = f"Line is not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start}"
+        raise BadCommand(ErrorCode.BAD_ENCODING, message) from None
+    verb, _, rest = text.lstrip(" \t").partition(" ")
+    if not verb:
+        return None
+    command = COMMANDS.get(verb)
+    if command is None:
+        raise BadCommand(ErrorCode.UNKNOWN_COMMAND, f"Unknown command: {verb[:64]}")
+    rest = rest.lstrip(" \t")
+    return _from_json(command, rest) if rest.startswith("{") else _from_text(command, rest)
+
+
+def describe(command: type[Command]) -> dict[str, str]:
+    """What each parameter of a command may be, in words."""
+    return {name: _allowed(field.type) for name, field in _FIELDS[command].items()}
+
+
+# -- the JSON form ---------------------------------------------------------------------------------------------
+
+
+def _from_json(command: type[Command], text: str) -> Request:
+    values = _load_json(text)
+    try:
+        return _build(command, values, strict=True)
+    except BadCommand as error:
+        with contextlib.suppress(msgspec.ValidationError):
+            error.id = msgspec.convert(values.get("id"), Id | None)
+        raise
+
+
+def _load_json(text: str) -> dict[str, Any]:
+    """Parses strictly: what two parsers could read in two ways is refused."""
+    try:
+        # orjson refuses NaN, infinities, lone surrogates and deep nesting; it alone keeps the last of two equal keys.
+        values: dict[str, Any] = orjson.loads(text)
+        json.loads(text, object_pairs_hook=_refuse_duplicates, parse_int=str, parse_float=str)
+    except ValueError as error:
+        raise BadCommand(ErrorCode.BAD_JSON, f"Bad JSON: {error}") from None
+    except RecursionError:
+        raise BadCommand(ErrorCode.BAD_JSON, "Bad JSON: nested too deeply") from None
+    return values
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:64]!r} stands there twice")
+
+
+# -- the text form ---------------------------------------------------------------------------------------------
+
+
+def _from_text(command: type[Command], rest: str) -> Request:
+    values, text = _split_parameters(command, rest)
+    if text:
+        if command.TEXT is None:
+            message = f"{command.VERB} takes no text, only key=value: {', '.join(_FIELDS[command])}; got {text[:64]!r}"
+            raise BadCommand(ErrorCode.BAD_ARGUMENT, message)
+        values[command.TEXT] = _text_value(command.TEXT, text)
+    return _build(command, values, strict=False)
+
+
+def _split_parameters(command: type[Command], rest: str) -> tuple[dict[str, Any], str]:
+    """Takes the leading ``key=value`` words with known keys; the text is what follows them, verbatim."""
+    known = _FIELDS[command]
+    values: dict[str, Any] = {}
+    while True:
+        rest = rest.lstrip(" ")
+        word, _, after = rest.partition(" ")
+        if word == "--":
+            return values, after
+        key, equals, value = word.partition("=")
+        if not equals or key not in known or (key == command.TEXT and key in _NO_TEXT):
+            return values, rest
+        if key == "stop":  # the one that may be given several times
+            values.setdefault(key, []).append(value)
+        elif key in values:
+            raise BadCommand(ErrorCode.BAD_ARGUMENT, f"{key}: given twice")
+        else:
+            values[key] = _load_json(value) if value.startswith("{") else value
+        rest = after
+
+
+def _text_value(field: str, text: str) -> Any:
+    match field:
+        case "prompts":
+            return [prompt for prompt in text.split("||") if prompt.strip()]
+        case "messages":
+            return [{"role": "user", "content": text}]
+        case "tokens":
+            return text.split()
+        case "id" | "model" | "verb" | "path":
+            return text.rstrip()
+        case _:
+            return text
+
+
+# -- types -----------------------------------------------------------------------------------------------------
+
+
+def _build(command: type[Command], values: dict[str, Any], *, strict: bool) -> Request:
+    """``strict`` is the JSON form, where "5" is no number; in the text form everything is a string."""
+    fields = dict(values)
+    try:
+        request_id = None if command is Cancel else msgspec.convert({"id": fields.pop("id", None)}, _WithId).id
+        built = msgspec.convert(fields, command, strict=strict, str_keys=True)
+    except msgspec.ValidationError as error:
+        _raise_bad_argument(command, str(error))
+    if command.TEXT in _NO_TEXT and not getattr(built, command.TEXT):
+        raise BadCommand(ErrorCode.BAD_ARGUMENT, _NO_TEXT[command.TEXT][bool(values)])
+    return Request(built, request_id)
+
+
+class _WithId(msgspec.Struct):
+    id: Id | None
+
+
+def _raise_bad_argument(command: type[Command], error: str) -> NoReturn:
+    """Rewrites msgspec's message so that it begins with the key and ends with all that is allowed."""
+    fields = _FIELDS[command]
+    if unknown := _UNKNOWN_IN_ERROR.match(error):
+        message = f"{unknown['key'][:64]}: unknown key; {command.VERB} takes {', '.join(fields)}"
+        raise BadCommand(ErrorCode.BAD_ARGUMENT, message)
+    if at := _PATH_IN_ERROR.match(error):
+        key = re.split(r"[.\[]", at["path"], maxsplit=1)[0]
+        if key in fields:
+            what = at["what"].replace("`", "")
+            message = f"{at['path']}: {what[:1].lower()}{what[1:]}; allowed: {_allowed(fields[key].type)}"
+            raise BadCommand(ErrorCode.BAD_ARGUMENT, message)
+    raise BadCommand(ErrorCode.BAD_ARGUMENT, error)
+
+
+def _allowed(type_: msgspec.inspect.Type) -> str:
+    inspect = msgspec.inspect
+    match type_:
+        case inspect.UnionType():
+            return " or ".join(_allowed(one) for one in type_.types if not isinstance(one, inspect.NoneType))
+        case inspect.IntType():
+            return f"an integer from {type_.ge} to {type_.le}"
+        case inspect.FloatType():
+            low = f"over {type_.gt}" if type_.gt is not None else f"from {type_.ge}"
+            return f"a number {low} to {type_.le}"
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.StrType():
+            return _allowed_string(type_)
+        case inspect.LiteralType():
+            return " or ".join(str(value) for value in type_.values)
+        case inspect.ListType():
+            return f"a list of {_allowed(type_.item_type)}"
+        case inspect.DictType():
+            return f"an object of {_allowed(type_.key_type)} to {_allowed(type_.value_type)}"
+        case inspect.StructType():
+            return "an object with " + ", ".join(field.encode_name for field in type_.fields)
+        case _:
+            return "nothing"
+
+
+def _allowed_string(type_: msgspec.inspect.StrType) -> str:
+    if type_.max_length is None:
+        return "a string"
+    without = " without blanks and slashes" if type_.pattern else ""
+    return f"a string of {type_.min_length} to {type_.max_length} characters{without}"
+
+
+def _inspect(struct: type[msgspec.Struct]) -> dict[str, msgspec.inspect.Field]:
+    info = msgspec.inspect.type_info(struct)
+    assert isinstance(info, msgspec.inspect.StructType)
+    return {field.encode_name: field for field in info.fields}
+
+
+_FIELDS = {command: _inspect(command) | _inspect(_WithId) for command in COMMANDS.values()}

@@ -1,0 +1,160 @@
+"""What the daemon says, to and from its one JSON line.
+
+The Llambo bridge's clients find ``"status":"``, ``"message":"``, ``"data":"``, ``"token":"`` and ``"final":true`` as substrings, so
+the order of the keys and the lack of blanks are part of the format, and further keys never reuse these names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+import orjson
+from msgspec import Struct
+
+from protocol.errors import BridgeError, ErrorCode, RemoteProtocolError
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+STREAM_STARTED = "Starting token generation"
+
+
+class Usage(Struct, frozen=True):
+    """Tokens. ``cached_tokens`` is the part of ``prompt_tokens`` that needed no prefill."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Timings(Struct, frozen=True):
+    """Milliseconds: from the line's arrival to the first batch it is in, to its first token, to its last."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+class Ok(Struct, frozen=True):
+    """``data`` of None is left out. ``extra`` are keys beside it, each verb's own."""
+
+    message: str
+    data: Any = None
+    extra: dict[str, Any] = {}
+    id: str | None = None
+
+
+class Failed(Struct, frozen=True):
+    code: str
+    message: str
+    details: dict[str, Any] = {}
+    id: str | None = None
+
+    @classmethod
+    def of(cls, error: BridgeError, id: str | None = None) -> Failed:
+        return cls(error.code, error.message, error.details, id)
+
+    def error(self) -> BridgeError:
+        return BridgeError(self.code, self.message, **self.details)
+
+
+class Started(Struct, frozen=True):
+    """The first line of a stream."""
+
+    id: str | None = None
+
+
+class Token(Struct, frozen=True):
+    """A piece of text: whole characters, usually one token's."""
+
+    text: str
+    extra: dict[str, Any] = {}
+    id: str | None = None
+
+
+class Final(Struct, frozen=True):
+    """The last line of a stream, with the last text if there is any. After a failure ``extra`` has its code and reason."""
+
+    text: str
+    finish_reason: FinishReason
+    extra: dict[str, Any] = {}
+    id: str | None = None
+
+
+Reply = Ok | Failed | Started | Token | Final
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """One line, with its newline. Raises LocalProtocolError by way of msgspec's TypeError only for a bug of ours."""
+    line: dict[str, Any]
+    match reply:
+        case Token():
+            line = {"type": "token", "token": reply.text, **reply.extra}
+        case Final():
+            line = {
+                "type": "token",
+                "token": reply.text,
+                "final": True,
+                "finish_reason": reply.finish_reason,
+                **reply.extra,
+            }
+        case Ok():
+            line = {"status": "ok", "message": reply.message}
+            if reply.data is not None:
+                line["data"] = reply.data
+            line.update(reply.extra)
+        case Started():
+            line = {"status": "ok", "message": STREAM_STARTED}
+        case Failed():
+            line = {
+                "status": "error",
+                "message": reply.message,
+                "code": reply.code,
+                "blame": _blame(reply.code),
+                **reply.details,
+            }
+    if reply.id is not None:
+        line["id"] = reply.id
+    return _encoder.encode(line) + b"\n"
+
+
+def decode_reply(line: bytes, *, streams: bool) -> Reply:
+    """The reply on this line. ``streams`` says whether it answers a command that streams, whose "ok" is only a start.
+
+    Raises RemoteProtocolError.
+    """
+    try:
+        fields = orjson.loads(line)
+        request_id = fields.pop("id", None)
+        if fields.pop("type", None) == "token":
+            text = fields.pop("token")
+            if fields.pop("final", False):
+                return Final(text, fields.pop("finish_reason", "stop"), fields, request_id)
+            return Token(text, fields, request_id)
+        message = fields.pop("message")
+        if fields.pop("status") == "ok":
+            return Started(request_id) if streams else Ok(message, fields.pop("data", None), fields, request_id)
+        fields.pop("blame", None)
+        return Failed(fields.pop("code", ErrorCode.INTERNAL), message, fields, request_id)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RemoteProtocolError(f"not a reply line: {line[:200]!r}") from None
+
+
+def reply_id(line: bytes) -> str | None:
+    """The id on a reply line, before it is known what it answers. Raises RemoteProtocolError."""
+    try:
+        return msgspec.json.decode(line, type=_IdOnly).id
+    except msgspec.DecodeError:
+        raise RemoteProtocolError(f"not a reply line: {line[:200]!r}") from None
+
+
+class _IdOnly(Struct):
+    id: str | None = None
+
+
+def _blame(code: str) -> str:
+    try:
+        return ErrorCode(code).blame
+    except ValueError:
+        return ErrorCode.INTERNAL.blame
