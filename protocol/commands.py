@@ -39,17 +39,17 @@ class Request(NamedTuple):
 # -- the daemon ------------------------------------------------------------------------------------------------
 
 
-class Ping(Command):
+class Ping(Command, frozen=True):
     VERB = "PING"
     DOC = "PING - answers pong"
 
 
-class Hello(Command):
+class Hello(Command, frozen=True):
     VERB = "HELLO"
     DOC = "HELLO - version, features and limits of this daemon"
 
 
-class Help(Command):
+class Help(Command, frozen=True):
     VERB = "HELP"
     TEXT = "verb"
     DOC = "HELP [verb] - the commands, or one of them with its parameters"
@@ -57,17 +57,17 @@ class Help(Command):
     verb: str | None = None
 
 
-class Status(Command):
+class Status(Command, frozen=True):
     VERB = "STATUS"
     DOC = "STATUS - what is loaded and how busy it is"
 
 
-class Quit(Command):
+class Quit(Command, frozen=True):
     VERB = "QUIT"
     DOC = "QUIT - stops the daemon; only over the Unix socket, for its own user or root"
 
 
-class Cancel(Command):
+class Cancel(Command, frozen=True):
     """``id`` names the request to cancel, on the same connection; a CANCEL has no id of its own."""
 
     VERB = "CANCEL"
@@ -100,7 +100,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     use_mlock: bool | None = None
 
 
-class Load(LoadOptions, Command):
+class Load(LoadOptions, Command, frozen=True):
     VERB = "LOAD"
     TEXT = "path"
     DOC = "LOAD [key=value ...] path - loads a GGUF file, under name= or its file name"
@@ -109,7 +109,7 @@ class Load(LoadOptions, Command):
     name: Name | None = None
 
 
-class Free(Command):
+class Free(Command, frozen=True):
     VERB = "FREE"
     TEXT = "model"
     DOC = "FREE [drain=false] [model] - unloads that model; without one gives back what this connection loaded"
@@ -118,12 +118,12 @@ class Free(Command):
     drain: bool = True
 
 
-class Models(Command):
+class Models(Command, frozen=True):
     VERB = "MODELS"
     DOC = "MODELS - the models and their states"
 
 
-class Show(Command):
+class Show(Command, frozen=True):
     VERB = "SHOW"
     TEXT = "model"
     DOC = "SHOW [model] - a model's metadata, options and chat template"
@@ -134,12 +134,12 @@ class Show(Command):
 # -- generation ------------------------------------------------------------------------------------------------
 
 
-class Generation(Command):
+class Generation(Command, frozen=True):
     """Which model generates, how tokens are picked, and when it ends.
 
     The defaults of temperature and top_p are the Llambo bridge's, the others llama.cpp's. ``temperature=0`` is
-    greedy. ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch these off. ``logprobs=n`` asks for the n
-    likeliest tokens at each place beside the picked one. ``deadline_ms`` counts from when the line was read.
+    greedy. ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch these off. ``logprobs=n`` asks for
+    the n likeliest tokens at each place beside the picked one. ``deadline_ms`` counts from when the line was read.
     """
 
     model: Name | None = None
@@ -159,7 +159,7 @@ class Generation(Command):
     deadline_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
 
 
-class Infer(Generation):
+class Infer(Generation, frozen=True):
     VERB = "INFER"
     TEXT = "prompt"
     DOC = "INFER [key=value ...] prompt - completes the prompt"
@@ -167,13 +167,13 @@ class Infer(Generation):
     prompt: str = ""
 
 
-class InferStream(Infer):
+class InferStream(Infer, frozen=True):
     VERB = "INFER_STREAM"
     STREAMS = True
     DOC = "INFER_STREAM [key=value ...] prompt - completes the prompt, a line a token"
 
 
-class InferMulti(Generation):
+class InferMulti(Generation, frozen=True):
     VERB = "INFER_MULTI"
     TEXT = "prompts"
     DOC = "INFER_MULTI [key=value ...] a||b||c - completes several prompts as one batch"
@@ -194,7 +194,7 @@ class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
     tool_call_id: str | None = None
 
 
-class Chat(Generation):
+class Chat(Generation, frozen=True):
     """``template`` names one of llama.cpp's built-in templates; without it the model's own is used."""
 
     VERB = "CHAT"
@@ -205,7 +205,7 @@ class Chat(Generation):
     template: Name | None = None
 
 
-class ChatStream(Chat):
+class ChatStream(Chat, frozen=True):
     VERB = "CHAT_STREAM"
     STREAMS = True
     DOC = "CHAT_STREAM [key=value ...] message - answers a user's message, a line a token"
@@ -214,7 +214,7 @@ class ChatStream(Chat):
 # -- vectors and tokens ----------------------------------------------------------------------------------------
 
 
-class Embed(Command):
+class Embed(Command, frozen=True):
     VERB = "EMBED"
     TEXT = "text"
     DOC = "EMBED [encoding=base64] text - a text's vector, or in JSON those of a list of texts"
@@ -224,7 +224,7 @@ class Embed(Command):
     encoding: Literal["float", "base64"] = "float"
 
 
-class Tokenize(Command):
+class Tokenize(Command, frozen=True):
     VERB = "TOKENIZE"
     TEXT = "text"
     DOC = "TOKENIZE [special=true] [parse_special=true] text - a text's token ids"
@@ -235,7 +235,7 @@ class Tokenize(Command):
     parse_special: bool = False  # read "<|im_end|>" as one token, not as characters
 
 
-class Detokenize(Command):
+class Detokenize(Command, frozen=True):
     VERB = "DETOKENIZE"
     TEXT = "tokens"
     DOC = "DETOKENIZE id id ... - the text of these tokens"

@@ -79,7 +79,7 @@ class Requested:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Server: a line came that is no command. It is answered with ``error``, in its turn; if ``fatal``, that ends it all."""
+    """Server: a line came that is no command. ``error`` answers it, in its turn; if ``fatal``, that ends it all."""
 
     exchange: Exchange
     error: Failed

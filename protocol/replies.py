@@ -1,7 +1,8 @@
 """What the daemon says, to and from its one JSON line.
 
-The Llambo bridge's clients find ``"status":"``, ``"message":"``, ``"data":"``, ``"token":"`` and ``"final":true`` as substrings, so
-the order of the keys and the lack of blanks are part of the format, and further keys never reuse these names.
+The Llambo bridge's clients find ``"status":"``, ``"message":"``, ``"data":"``, ``"token":"`` and ``"final":true`` as
+substrings, so the order of the keys and the lack of blanks are part of the format, and further keys never reuse
+these names.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Token(Struct, frozen=True):
 
 
 class Final(Struct, frozen=True):
-    """The last line of a stream, with the last text if there is any. After a failure ``extra`` has its code and reason."""
+    """The last line of a stream, with the last text if any. After a failure ``extra`` has its code and reason."""
 
     text: str
     finish_reason: FinishReason
@@ -86,7 +87,7 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode_reply(reply: Reply) -> bytes:
-    """One line, with its newline. Raises LocalProtocolError by way of msgspec's TypeError only for a bug of ours."""
+    """One line, with its newline."""
     line: dict[str, Any]
     match reply:
         case Token():
