@@ -98,6 +98,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     type_v: CacheType | None = None
     use_mmap: bool | None = None
     use_mlock: bool | None = None
+    repack: bool | None = None  # weights into the layout the CPU's matrix kernels like best
 
 
 class Load(LoadOptions, Command, frozen=True):
@@ -139,7 +140,8 @@ class Generation(Command, frozen=True):
 
     The defaults of temperature and top_p are the Llambo bridge's, the others llama.cpp's. ``temperature=0`` is
     greedy. ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch these off. ``logprobs=n`` asks for
-    the n likeliest tokens at each place beside the picked one. ``deadline_ms`` counts from when the line was read.
+    the n likeliest tokens at each place beside the picked one. ``ignore_eos`` never lets the model end by itself.
+    ``deadline_ms`` counts from when the line was read.
     """
 
     model: Name | None = None
@@ -155,6 +157,7 @@ class Generation(Command, frozen=True):
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=16)] = []
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-1000, le=1000)]], Meta(max_length=1024)] = {}
+    ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     deadline_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
 

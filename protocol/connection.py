@@ -21,7 +21,7 @@ import msgspec
 from protocol.commands import Cancel, Command, Request
 from protocol.errors import ErrorCode, LocalProtocolError, ProtocolError, RemoteProtocolError
 from protocol.lines import LineBuffer, LineTooLong
-from protocol.parse import BadCommand, is_json_form, parse_request
+from protocol.parse import TLS_START, BadCommand, is_json_form, parse_request, wrong_protocol_tls
 from protocol.replies import Failed, Final, Ok, Reply, Started, Token, decode_reply, encode_reply, reply_id
 
 TEXT_LINE_LIMIT = 64 * 1024
@@ -133,28 +133,26 @@ class Connection:
             self._eof = True
             yield Closed()
             return
-        if self.role is Role.SERVER and (error := self._not_ours(data)):
-            yield self._refuse(error, fatal=True)
-            return
-        self._lines.feed(data)
+        nul = data.find(0) if self.role is Role.SERVER else -1
+        self._lines.feed(data if nul < 0 else data[:nul])
         while not self._closing:
             event = self._next_request() if self.role is Role.SERVER else self._next_answer()
             if event is None:
-                return
+                break
             yield event
+        if self.role is Role.SERVER and not self._closing and (error := self._not_ours(has_nul=nul >= 0)):
+            yield self._refuse(error, fatal=True)
 
     def _limit_of(self, start: bytes) -> int:
         if self.role is Role.CLIENT:
             return REPLY_LINE_LIMIT
         return self._json_limit if is_json_form(start) else self._text_limit
 
-    def _not_ours(self, data: bytes) -> BadCommand | None:
-        """TLS and binary protocols may never send a newline, so they are known by their bytes."""
-        if not len(self._lines) and data.startswith(b"\x16\x03"):
-            return BadCommand(
-                ErrorCode.WRONG_PROTOCOL, "This port speaks no TLS: send one command a line, such as PING"
-            )
-        if b"\x00" in data:
+    def _not_ours(self, *, has_nul: bool) -> BadCommand | None:
+        """TLS and binary protocols may never send a newline, so they are known by the bytes of half a line."""
+        if self._lines.starts_with(TLS_START):
+            return wrong_protocol_tls()
+        if has_nul:
             return BadCommand(ErrorCode.WRONG_PROTOCOL, "NUL byte: lines are UTF-8 text, such as PING")
         return None
 

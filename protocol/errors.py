@@ -40,8 +40,10 @@ class ErrorCode(StrEnum):
     BUSY = "busy"
     MODEL_CRASHED = "model_crashed"
     MODEL_RESTING = "model_resting"
-    # the daemon
+    # the request
+    CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    # the daemon
     OVERLOADED = "overloaded"
     TOO_MANY_CLIENTS = "too_many_clients"
     DRAINING = "draining"
@@ -71,7 +73,7 @@ class BridgeError(Exception):
     raises it where it finds the fault and turns it into a line in one place; clients raise it from that line.
     """
 
-    def __init__(self, code: ErrorCode | str, message: str, **details: Any) -> None:
+    def __init__(self, code: ErrorCode | str, message: str, /, **details: Any) -> None:
         super().__init__(message)
         self.code = code
         self.message = message

@@ -37,6 +37,10 @@ class LineBuffer:
     def __len__(self) -> int:
         return len(self._buffer)
 
+    def starts_with(self, start: bytes) -> bool:
+        """Whether the line that is not whole yet begins so."""
+        return self._buffer.startswith(start)
+
     def feed(self, data: bytes) -> None:
         self._buffer += data
 

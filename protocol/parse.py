@@ -25,6 +25,7 @@ _NO_TEXT = {
     "text": ("No text provided", "No text after parameters"),
     "tokens": ("No tokens provided", "No tokens after parameters"),
 }
+TLS_START = b"\x16\x03"
 _HTTP = re.compile(rb"^(GET|HEAD|POST|PUT|DELETE|OPTIONS|CONNECT|TRACE|PATCH|PRI) \S+ HTTP/\d", re.ASCII)
 _PATH_IN_ERROR = re.compile(r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
 _UNKNOWN_IN_ERROR = re.compile(r"^Object contains unknown field `(?P<key>.*)`(?: - at `.*`)?$", re.DOTALL)
@@ -34,6 +35,10 @@ class BadCommand(BridgeError):
     """A line that is no command. ``id`` is the id it carried, where that much could be read."""
 
     id: str | None = None
+
+
+def wrong_protocol_tls() -> BadCommand:
+    return BadCommand(ErrorCode.WRONG_PROTOCOL, "This port speaks no TLS: send one command a line, such as PING")
 
 
 def is_json_form(start: bytes) -> bool:
@@ -46,6 +51,8 @@ def parse_request(line: bytes) -> Request | None:
     """The request on this line (without its end), or None for an empty line. Raises BadCommand."""
     if _HTTP.match(line):
         raise BadCommand(ErrorCode.WRONG_PROTOCOL, "This is not an HTTP port: send one command a line, such as PING")
+    if line.startswith(TLS_START):
+        raise wrong_protocol_tls()
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
@@ -159,7 +166,7 @@ def _build(command: type[Command], values: dict[str, Any], *, strict: bool) -> R
     except msgspec.ValidationError as error:
         _raise_bad_argument(command, str(error))
     if command.TEXT in _NO_TEXT and not getattr(built, command.TEXT):
-        raise BadCommand(ErrorCode.BAD_ARGUMENT, _NO_TEXT[command.TEXT][bool(values)])
+        raise BadCommand(ErrorCode.BAD_ARGUMENT, _NO_TEXT[command.TEXT][bool(values.keys() - {command.TEXT})])
     return Request(built, request_id)
 
 

@@ -83,6 +83,7 @@ class Final(Struct, frozen=True):
 
 Reply = Ok | Failed | Started | Token | Final
 
+_CODES = frozenset(ErrorCode)
 _encoder = msgspec.json.Encoder()
 
 
@@ -127,26 +128,38 @@ def decode_reply(line: bytes, *, streams: bool) -> Reply:
     """
     try:
         fields = orjson.loads(line)
-        request_id = fields.pop("id", None)
+        request_id = None if fields.get("id") is None else _text(fields, "id")
+        fields.pop("id", None)
         if fields.pop("type", None) == "token":
-            text = fields.pop("token")
+            text = _text(fields, "token")
             if fields.pop("final", False):
-                return Final(text, fields.pop("finish_reason", "stop"), fields, request_id)
+                return Final(text, _text(fields, "finish_reason", "stop"), fields, request_id)
             return Token(text, fields, request_id)
-        message = fields.pop("message")
-        if fields.pop("status") == "ok":
+        message, status = _text(fields, "message"), _text(fields, "status")
+        if status == "ok":
             return Started(request_id) if streams else Ok(message, fields.pop("data", None), fields, request_id)
-        fields.pop("blame", None)
-        return Failed(fields.pop("code", ErrorCode.INTERNAL), message, fields, request_id)
+        if status != "error":
+            raise ValueError(status)
+        code = _text(fields, "code", ErrorCode.INTERNAL)
+        if code in _CODES:  # the blame of other codes, from a newer daemon, is known from the line alone
+            fields.pop("blame", None)
+        return Failed(code, message, fields, request_id)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise RemoteProtocolError(f"not a reply line: {line[:200]!r}") from None
+
+
+def _text(fields: dict[str, Any], key: str, *default: str) -> Any:
+    value = fields.pop(key, *default)
+    if not isinstance(value, str):
+        raise TypeError(key)
+    return value
 
 
 def reply_id(line: bytes) -> str | None:
     """The id on a reply line, before it is known what it answers. Raises RemoteProtocolError."""
     try:
         return msgspec.json.decode(line, type=_IdOnly).id
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         raise RemoteProtocolError(f"not a reply line: {line[:200]!r}") from None
 
 

@@ -1,0 +1,50 @@
+"""How long the bridge takes to answer when it has nothing to do."""
+
+from __future__ import annotations
+
+import socket
+from time import perf_counter
+
+from bridge.bench.stats import percentiles
+from protocol.address import Address, Unix
+
+_PONG = b'{"status":"ok","message":"pong","data":"pong"}\n'
+_WARM_UP = 100
+
+
+def measure_pings(address: Address, count: int, *, timeout: float = 10) -> dict[str, float]:
+    """Microseconds. A plain blocking socket, since an event loop would cost more than what is measured.
+
+    Raises OSError.
+    """
+    with _connect(address, timeout) as sock:
+        for _ in range(min(_WARM_UP, count)):
+            _ping(sock)
+        return percentiles("ping_us", [_ping(sock) for _ in range(count)], per_second=1_000_000)
+
+
+def _ping(sock: socket.socket) -> float:
+    started = perf_counter()
+    sock.sendall(b"PING\n")
+    received = b""
+    while not received.endswith(b"\n") and (data := sock.recv(4096)):
+        received += data
+    took = perf_counter() - started
+    if received != _PONG:
+        raise OSError(f"PING was answered with {received[:200]!r}")
+    return took
+
+
+def _connect(address: Address, timeout: float) -> socket.socket:
+    if isinstance(address, Unix):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(timeout)
+        try:
+            sock.connect(address.path)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+    sock = socket.create_connection(address, timeout)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock

@@ -1,0 +1,79 @@
+"""Rounds of load, the servers taking turns, so that a machine that warms up or slows down does it to both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from bridge.bench.load import run_clients
+from bridge.bench.prompts import Prompts, calibrate
+from bridge.bench.stats import Round, summarise
+from bridge.bench.targets import Sampling, Target
+
+_SETTLE = 0.2  # seconds for a server's threads to stop spinning before the other one is measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    clients: tuple[int, ...] = (1, 8, 32)
+    requests: int = 4  # of each client, each round
+    rounds: int = 3
+    prompt_tokens: int = 64
+    common_prefix: int = 0
+    timeout: float = 600
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything measured with one number of clients: for each target, by name, its rounds."""
+
+    clients: int
+    rounds: dict[str, list[Round]]
+
+
+async def measure(plan: Plan, targets: Sequence[Target], progress: Callable[[str], None]) -> list[Run]:
+    """Runs the whole plan. ``progress`` gets a line before each round.
+
+    Raises TargetError if a server cannot be reached at all; what fails later is counted.
+    """
+    ratios = [await calibrate(target.count_tokens) for target in targets]
+    prompts = Prompts(plan.prompt_tokens, common_prefix=plan.common_prefix, tokens_per_word=ratios[0])
+    runs = []
+    for clients in plan.clients:
+        run = Run(clients, {target.name: [] for target in targets})
+        for target in targets:
+            progress(f"{clients} clients, warming up: {target.name}")
+            await _warm_up(plan, target, prompts, clients)
+        for number in range(plan.rounds):
+            # A B, B A, A B ...: neither side is always the one that comes after the other.
+            for target in targets if number % 2 == 0 else targets[::-1]:
+                progress(f"{clients} clients, round {number + 1} of {plan.rounds}: {target.name}")
+                work = _requests(plan, target, prompts, clients, number)
+                await trio.sleep(_SETTLE)
+                samples = await run_clients(target, work, timeout=plan.timeout)
+                run.rounds[target.name].append(summarise(samples, plan.sampling.max_tokens))
+        runs.append(run)
+    return runs
+
+
+def _requests(plan: Plan, target: Target, prompts: Prompts, clients: int, number: int) -> list[list[bytes]]:
+    """The requests of one round, for each client; of the same round and clients, the same for every target."""
+    return [
+        [
+            target.encode(
+                prompts(f"{clients} clients, round {number}, client {client}, request {request}"),
+                replace(plan.sampling, seed=plan.sampling.seed + client * plan.requests + request),
+            )
+            for request in range(plan.requests)
+        ]
+        for client in range(clients)
+    ]
+
+
+async def _warm_up(plan: Plan, target: Target, prompts: Prompts, clients: int) -> None:
+    sampling = replace(plan.sampling, max_tokens=2)
+    work = [[target.encode(prompts(f"{clients} clients, warming up, client {n}"), sampling)] for n in range(clients)]
+    await run_clients(target, work, timeout=plan.timeout)

@@ -1,0 +1,345 @@
+"""The command line. What talks to a running bridge is a thin use of ``client.Client``."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from bridge import __version__
+from client import BridgeError, Client, RemoteProtocolError, Stream
+from client.results import Completion, ModelState
+from protocol.address import Address, Unix, parse_address
+from protocol.commands import Chat, Command, Infer, Load
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """A daemon that owns loaded language models, and the commands that talk to it."""
+
+
+# -- what the client commands share ----------------------------------------------------------------------------
+
+
+def _tcp(text: str) -> Address:
+    try:
+        return parse_address(f"tcp:{text}")
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not HOST:PORT") from None
+
+
+def talks(command: F) -> F:
+    """Gives a command the options that say which bridge, and a client as its first argument.
+
+    An error answer goes to the standard error, with exit status 1.
+    """
+
+    @click.option("--socket", type=Unix, metavar="PATH", help="The daemon's Unix socket.")
+    @click.option("--tcp", type=_tcp, metavar="HOST:PORT", help="The daemon's TCP port, instead.")
+    @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for an answer.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, socket: Address | None, tcp: Address | None, timeout: float | None, **kwargs: Any) -> None:
+        if socket and tcp:
+            raise click.UsageError("--socket and --tcp exclude each other")
+        try:
+            with Client(tcp or socket, timeout=timeout) as client:
+                command(client, *args, **kwargs)
+        except BridgeError as error:
+            _fail(str(error))
+        except RemoteProtocolError as error:
+            _fail(f"{error} [not_a_bridge]")
+        except TimeoutError as error:
+            _fail(f"{error} [timeout]")
+
+    return typing.cast(F, wrapped)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+
+
+def _fail(message: str) -> typing.NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(1)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(msgspec.json.encode(value).decode())
+
+
+def _print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
+
+
+def _text(words: tuple[str, ...]) -> str:
+    """The words of the command line as one text, or the standard input where there are none, or a dash."""
+    return " ".join(words) if words and words != ("-",) else sys.stdin.read()
+
+
+def _parameters(command: type[Command], pairs: Iterable[str], **named: Any) -> dict[str, Any]:
+    """``key=value`` as typed keyword arguments; the ranges are judged by the daemon. A key given twice is a list."""
+    types = typing.get_type_hints(command)  # without Annotated, so without ranges
+    parameters = {key: value for key, value in named.items() if value not in (None, ())}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or key not in command.__struct_fields__ or key == command.TEXT:
+            known = ", ".join(name for name in command.__struct_fields__ if name != command.TEXT)
+            raise click.UsageError(f"-p {pair}: {command.VERB} takes KEY=VALUE with one of {known}")
+        try:
+            value = msgspec.convert(_structured(text), types[key], strict=False, str_keys=True)
+        except msgspec.ValidationError as error:
+            raise click.UsageError(f"-p {pair}: {error}") from None
+        if key == "stop":
+            parameters[key] = [*parameters.get(key, ()), *([value] if isinstance(value, str) else value)]
+        else:
+            parameters[key] = value
+    return parameters
+
+
+def _structured(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text) if text.startswith(("{", "[")) else text
+    except msgspec.DecodeError:
+        return text
+
+
+# -- the daemon ------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@talks
+def ping(client: Client) -> None:
+    """See whether the daemon answers."""
+    client.ping()
+    click.echo("pong")
+
+
+@cli.command()
+@json_option
+@talks
+def hello(client: Client, as_json: bool) -> None:
+    """Version, features and limits of the daemon."""
+    hello = client.hello()
+    if as_json:
+        return _print_json(hello)
+    click.echo(f"{hello.name} {hello.version}, protocol {hello.protocol}")
+    click.echo(f"features: {', '.join(hello.features)}")
+    _print_table(("limit", "value"), hello.limits.items())
+
+
+@cli.command()
+@json_option
+@talks
+def status(client: Client, as_json: bool) -> None:
+    """What is loaded and how busy it is."""
+    status = client.status()
+    if as_json:
+        return _print_json(status)
+    click.echo(status.message)
+    draining = ", draining" if status.draining else ""
+    click.echo(
+        f"version {status.version}, pid {status.pid}, up {status.uptime_s:.0f} s, {status.clients} clients{draining}"
+    )
+    _print_models(status.models)
+
+
+# -- models ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@json_option
+@talks
+def models(client: Client, as_json: bool) -> None:
+    """The models and their states."""
+    models = client.models()
+    if as_json:
+        return _print_json(models)
+    _print_models(models)
+
+
+def _print_models(models: list[ModelState]) -> None:
+    if models:
+        _print_table(
+            ("model", "state", "running", "queued", "n_ctx", "n_parallel", "restarts", "path"),
+            (
+                (m.name + " *" * m.default, m.state, m.running, m.queued, m.n_ctx, m.n_parallel, m.restarts, m.path)
+                for m in models
+            ),
+        )
+
+
+@cli.command()
+@click.argument("model", required=False)
+@json_option
+@talks
+def show(client: Client, model: str | None, as_json: bool) -> None:
+    """A model's metadata, options and chat template."""
+    info = client.show(model)
+    if as_json:
+        return _print_json(info)
+    fields = msgspec.structs.asdict(info)
+    template = fields.pop("chat_template")
+    fields |= {f"option {key}": value for key, value in fields.pop("options").items()}
+    fields["capabilities"] = ", ".join(info.capabilities)
+    _print_table(("key", "value"), fields.items())
+    if template:
+        click.echo(f"\nchat template:\n{template}")
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--name", help="The name it goes by; otherwise its file name.")
+@click.option("--n-ctx", type=int, help="Tokens of one sequence, prompt and answer together.")
+@click.option("--n-parallel", type=int, help="Sequences that run at once.")
+@click.option("--n-gpu-layers", type=int, help="Layers on the GPU; -1 is all.")
+@click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD.")
+@json_option
+@talks
+def load(client: Client, path: str, pairs: tuple[str, ...], as_json: bool, **named: Any) -> None:
+    """Load a GGUF file."""
+    if isinstance(client.address, Unix) and os.path.exists(path):
+        path = os.path.abspath(path)  # the daemon has another working directory
+    loaded = client.load(path, **_parameters(Load, pairs, **named))
+    if as_json:
+        return _print_json(loaded)
+    click.echo(f"{loaded.model} loaded in {loaded.load_ms / 1000:.1f} s")
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--drain/--no-drain", default=True, help="Wait for what it is generating, or cancel that.")
+@json_option
+@talks
+def free(client: Client, model: str | None, drain: bool, as_json: bool) -> None:
+    """Unload a model."""
+    freed = client.free(model, drain=drain)
+    if as_json:
+        return _print_json(freed)
+    click.echo(f"freed: {', '.join(freed.freed) or 'nothing'}")
+    if freed.held:
+        click.echo(f"held by others: {', '.join(freed.held)}")
+
+
+# -- generation ------------------------------------------------------------------------------------------------
+
+
+def generates(command: F) -> F:
+    """The options of INFER and CHAT. The rarer ones are given with -p."""
+    options = (
+        click.option("-m", "--model", help="Which model; otherwise the default one."),
+        click.option("-n", "--max-tokens", type=int, help="Longest answer, in tokens."),
+        click.option("--temperature", type=float, help="0 is greedy."),
+        click.option("--top-k", type=int),
+        click.option("--top-p", type=float),
+        click.option("--seed", type=int, help="Makes the answer repeatable."),
+        click.option("--stop", multiple=True, help="Where to stop; may be given several times."),
+        click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
+        click.option("--stream/--no-stream", "streamed", default=True, help="Print the text as it comes, or at once."),
+        json_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("prompt", nargs=-1)
+@generates
+@talks
+def infer(
+    client: Client, prompt: tuple[str, ...], pairs: tuple[str, ...], streamed: bool, as_json: bool, **named: Any
+) -> None:
+    """Complete a prompt; without one, the standard input."""
+    text, parameters = _text(prompt), _parameters(Infer, pairs, **named)
+    if streamed and not as_json:
+        return _print_stream(client.stream(text, **parameters))
+    _print_completion(client.infer(text, **parameters), as_json)
+
+
+@cli.command()
+@click.argument("message", nargs=-1)
+@click.option("--system", help="A system message before it.")
+@generates
+@talks
+def chat(
+    client: Client,
+    message: tuple[str, ...],
+    system: str | None,
+    pairs: tuple[str, ...],
+    streamed: bool,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Answer a user's message; without one, the standard input."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": _text(message)})
+    parameters = _parameters(Chat, pairs, **named)
+    if streamed and not as_json:
+        return _print_stream(client.chat_stream(messages, **parameters))
+    _print_completion(client.chat(messages, **parameters), as_json)
+
+
+def _print_stream(stream: Stream) -> None:
+    with stream:
+        try:
+            for piece in stream:
+                click.echo(piece, nl=False)
+        finally:
+            if stream.text and not stream.text.endswith("\n"):
+                click.echo()
+    _explain(stream.result)
+
+
+def _print_completion(completion: Completion, as_json: bool) -> None:
+    if as_json:
+        return _print_json(completion)
+    click.echo(completion.text)
+    _explain(completion)
+
+
+def _explain(completion: Completion | None) -> None:
+    """An answer that was cut short by others than its caller should not pass for a whole one."""
+    if completion and completion.finish_reason in ("cancelled", "deadline"):
+        click.echo(f"(ended early: {completion.finish_reason})", err=True)
+
+
+# -- vectors and tokens ----------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("text", nargs=-1)
+@click.option("-m", "--model", help="Which model; otherwise the default one.")
+@json_option
+@talks
+def embed(client: Client, text: tuple[str, ...], model: str | None, as_json: bool) -> None:
+    """The vector of a text; without one, of the standard input."""
+    embeddings = client.embed(_text(text), model=model)
+    _print_json(embeddings) if as_json else click.echo(" ".join(f"{value:.9g}" for value in embeddings.vector))
+
+
+@cli.command()
+@click.argument("text", nargs=-1)
+@click.option("-m", "--model", help="Which model; otherwise the default one.")
+@click.option("--special", is_flag=True, help="Add what the model puts around a text, such as BOS.")
+@json_option
+@talks
+def tokenize(client: Client, text: tuple[str, ...], model: str | None, special: bool, as_json: bool) -> None:
+    """A text's token ids; without one, those of the standard input."""
+    tokens = client.tokenize(_text(text), model=model, special=special)
+    _print_json(tokens) if as_json else click.echo(" ".join(map(str, tokens)))
+
+
+# -- commands of other modules: cli.add_command(...) ------------------------------------------------------------

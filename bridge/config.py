@@ -1,0 +1,145 @@
+"""The configuration: defaults < TOML file < environment < flags. Read once, validated once, then frozen.
+
+Every key of the file can be an environment variable: ``limits.clients`` is LLAMA_BRIDGE_LIMITS_CLIENTS, ``socket`` is
+LLAMA_BRIDGE_SOCKET. What is not known is refused by its name.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocol.address import default_socket, parse_address
+from protocol.commands import Load, LoadOptions
+from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
+
+ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be; the message names the source and the key."""
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds, so that nothing grows without end. Lengths are bytes, times seconds."""
+
+    clients: Positive = 256
+    text_line: Positive = TEXT_LINE_LIMIT
+    json_line: Positive = JSON_LINE_LIMIT
+    pipeline: Positive = 256  # requests of one connection that wait or run; more are left in the socket
+    queue: Positive = 512  # requests of one model that wait or run
+    queue_bytes: Positive = 64 * 1024 * 1024  # of their prompts
+    output: Positive = 1024 * 1024  # waiting for a slow reader
+    stall: Seconds = 10.0  # a reader that takes nothing
+    drain: Seconds = 30.0  # for what runs when the daemon is told to stop
+    load: Seconds = 600.0  # for a model to load
+
+
+class Log(Struct, frozen=True, forbid_unknown_fields=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """``socket`` of "" listens on no Unix socket. ``models`` are loaded at the start; the first is the default."""
+
+    socket: str = msgspec.field(default_factory=default_socket)
+    socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0600"
+    socket_group: str = ""
+    tcp: list[str] = []
+    backend: Literal["llama", "fake"] = "llama"
+    limits: Limits = Limits()
+    load: LoadOptions = LoadOptions()
+    models: list[Load] = []
+    log: Log = Log()
+
+
+def read_config(
+    path: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Raises ConfigError. ``flags`` has the shape of the file; None in it means not given."""
+    merged: dict[str, Any] = {}
+    for source, values in (
+        (f"configuration file {path}", _from_file(path)),
+        ("environment", _from_environment(environ)),
+        ("command line", _without_none(flags or {})),
+    ):
+        _convert(values, source)  # alone first, so that a mistake is blamed on its source
+        _merge(merged, values)
+    config = _convert(merged, "configuration")
+    _check(config)
+    return config
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"configuration file {path}: {error}") from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        section, _, rest = key.partition("_")
+        if key == "tcp":
+            values["tcp"] = text.split(",")
+        elif section in ("limits", "load", "log") and rest:
+            values.setdefault(section, {})[rest] = text
+        elif key in ("socket", "socket_mode", "socket_group", "backend"):
+            values[key] = text
+        else:
+            raise ConfigError(f"environment: unknown variable {variable}")
+    return values
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _convert(values: Mapping[str, Any], source: str) -> Config:
+    try:
+        # Not strict: the environment has only strings.
+        return msgspec.convert(values, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _check(config: Config) -> None:
+    for address in config.tcp:
+        try:
+            parse_address(address)
+        except ValueError as error:
+            raise ConfigError(f"tcp: {error}") from None
+    if not config.socket and not config.tcp:
+        raise ConfigError("socket and tcp are both empty: nothing to listen on")
+    for number, model in enumerate(config.models):
+        if not model.path:
+            raise ConfigError(f"models[{number}]: path is missing")

@@ -1,0 +1,243 @@
+"""What daemon and worker say to each other: frames of a 4-byte big-endian length and a msgpack message.
+
+The daemon sends requests, each under a number of its own (``rid``). The worker sends one ``Loaded`` or ``LoadFailed``,
+and then a ``Step`` whenever its engine has something to tell. Times are seconds of CLOCK_MONOTONIC,
+which both processes share. There is no pickle here, and nothing that could run code.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+MAX_FRAME = 1 << 30
+_LENGTH = struct.Struct(">I")
+
+# -- to the worker ---------------------------------------------------------------------------------------------
+
+
+class Options(Struct, frozen=True, array_like=True):
+    """How to load; None is the worker's choice. The names are LOAD's and llama.cpp's."""
+
+    n_ctx: int | None = None
+    n_parallel: int | None = None
+    n_batch: int | None = None
+    n_ubatch: int | None = None
+    n_threads: int | None = None
+    n_gpu_layers: int | None = None
+    flash_attn: Literal["auto", "on", "off"] | None = None
+    type_k: str | None = None
+    type_v: str | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    repack: bool | None = None
+
+
+class Sampling(Struct, frozen=True, array_like=True):
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.9
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = {}
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+class Load(Struct, frozen=True, array_like=True, tag="load"):
+    path: str
+    options: Options
+
+
+class Message(Struct, frozen=True, array_like=True):
+    """A turn of a conversation, its content already one text."""
+
+    role: str
+    content: str
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class Generate(Struct, frozen=True, array_like=True, tag="generate"):
+    """``prompt`` is a text, or turns to be rendered by ``template`` (built-in) or the model's own."""
+
+    rid: int
+    prompt: str | list[Message]
+    sampling: Sampling
+    max_tokens: int
+    stop: list[str]
+    stream: bool  # a Text event a token; otherwise Done has it all
+    received: float
+    deadline: float | None = None
+    template: str | None = None
+
+
+class Embed(Struct, frozen=True, array_like=True, tag="embed"):
+    rid: int
+    texts: list[str]
+    received: float
+
+
+class Tokenize(Struct, frozen=True, array_like=True, tag="tokenize"):
+    rid: int
+    text: str
+    special: bool
+    parse_special: bool
+
+
+class Detokenize(Struct, frozen=True, array_like=True, tag="detokenize"):
+    rid: int
+    tokens: list[int]
+
+
+class Cancel(Struct, frozen=True, array_like=True, tag="cancel"):
+    rid: int
+
+
+Request = Generate | Embed | Tokenize | Detokenize | Cancel
+ToWorker = Load | Request
+
+# -- to the daemon ---------------------------------------------------------------------------------------------
+
+
+class ModelInfo(Struct, frozen=True):
+    """What SHOW tells of a loaded model. Sizes are bytes, ``n_ctx`` tokens a sequence."""
+
+    architecture: str
+    parameters: int
+    quantization: str
+    size_bytes: int
+    n_ctx_train: int
+    n_embd: int
+    n_layer: int
+    n_vocab: int
+    chat_template: str | None
+    capabilities: list[str]
+    options: Options
+    n_ctx: int
+    n_parallel: int
+
+
+class Loaded(Struct, frozen=True, array_like=True, tag="loaded"):
+    info: ModelInfo
+    load_ms: float
+
+
+class LoadFailed(Struct, frozen=True, array_like=True, tag="load_failed"):
+    reason: str
+
+
+class Accepted(Struct, frozen=True, array_like=True, tag="accepted"):
+    """A Generate is in the queue: nothing about it is wrong."""
+
+    rid: int
+    n_prompt: int
+
+
+class Text(Struct, frozen=True, array_like=True, tag="text"):
+    rid: int
+    text: str
+    logprobs: list[dict[str, Any]] | None = None
+
+
+class Usage(Struct, frozen=True, array_like=True):
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class Timings(Struct, frozen=True, array_like=True):
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+
+
+class Done(Struct, frozen=True, array_like=True, tag="done"):
+    rid: int
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    logprobs: list[dict[str, Any]] | None = None
+
+
+class Embedded(Struct, frozen=True, array_like=True, tag="embedded"):
+    """``vectors`` are little-endian float32, L2-normalised, n_embd each."""
+
+    rid: int
+    vectors: list[bytes]
+    prompt_tokens: int
+    timings: Timings
+
+
+class Tokens(Struct, frozen=True, array_like=True, tag="tokens"):
+    rid: int
+    tokens: list[int]
+
+
+class Detokenized(Struct, frozen=True, array_like=True, tag="detokenized"):
+    rid: int
+    text: str
+
+
+class Refused(Struct, frozen=True, array_like=True, tag="refused"):
+    """The request failed. ``code`` is one of the wire's error codes, ``details`` its further keys."""
+
+    rid: int
+    code: str
+    message: str
+    details: dict[str, Any] = {}
+
+
+Event = Accepted | Text | Done | Embedded | Tokens | Detokenized | Refused
+
+
+class Step(Struct, frozen=True, array_like=True, tag="step"):
+    events: list[Event]
+
+
+ToDaemon = Loaded | LoadFailed | Step
+
+# -- frames ----------------------------------------------------------------------------------------------------
+
+_encoder = msgspec.msgpack.Encoder()
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_daemon = msgspec.msgpack.Decoder(ToDaemon).decode
+
+
+def encode(message: ToWorker | ToDaemon) -> bytes:
+    payload = _encoder.encode(message)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+class FrameBuffer:
+    """Bytes in, payloads out. Raises ValueError for a length that no message of ours has."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        self._buffer += data
+        frames = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_FRAME:
+                raise ValueError(f"frame of {length} bytes")
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            frames.append(bytes(self._buffer[start + _LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return frames

@@ -1,0 +1,175 @@
+"""Where clients come in: Unix sockets and TCP, one code for both."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import os
+import socket
+import stat
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from bridge import log
+from bridge.config import Config
+from protocol.address import Tcp, Unix, parse_address
+
+_BACKLOG = 1024
+_PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_LINGER = 1.0  # seconds for a peer to take last words
+
+
+class ListenError(Exception):
+    """An address that cannot be listened on; the message says why and what to do."""
+
+
+class Listener:
+    """A listening socket. Resource handling: ``close`` also removes a Unix socket's file, if it still is this one's."""
+
+    def __init__(self, sock: socket.socket, address: Unix | Tcp) -> None:
+        self.socket = sock
+        self.address = address
+        self.socket.setblocking(False)
+        self._inode = os.stat(address.path).st_ino if isinstance(address, Unix) else None
+
+    def close(self) -> None:
+        self.socket.close()
+        if isinstance(self.address, Unix):
+            with contextlib.suppress(OSError):
+                if os.stat(self.address.path).st_ino == self._inode:
+                    os.unlink(self.address.path)
+
+
+def open_listeners(config: Config) -> list[Listener]:
+    """All that the configuration asks for, or none. Raises ListenError."""
+    with contextlib.ExitStack() as stack:
+        listeners = []
+        if config.socket:
+            listeners.append(_listen_unix(config.socket, int(config.socket_mode, 8), config.socket_group))
+            stack.callback(listeners[-1].close)
+        for text in config.tcp:
+            listeners.append(_listen_tcp(text))
+            stack.callback(listeners[-1].close)
+        stack.pop_all()
+        return listeners
+
+
+def _listen_unix(path: str, mode: int, group: str) -> Listener:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _make_folder(path)
+        _remove_stale(path)
+        before = os.umask(0o177)  # nobody else gets in between bind and chmod
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        if group:
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        os.chmod(path, mode)
+        sock.listen(_BACKLOG)
+        return Listener(sock, Unix(path))
+    except KeyError:
+        sock.close()
+        raise ListenError(f"socket_group: there is no group {group}") from None
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from None
+    except ListenError:
+        sock.close()
+        raise
+
+
+def _make_folder(path: str) -> None:
+    """The default folder may be missing. One that is not ours is not to be trusted with a socket: see /tmp."""
+    folder = Path(path).parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid not in (0, os.getuid()):
+        raise ListenError(f"cannot listen on {path}: its folder belongs to user {status.st_uid}")
+
+
+def _remove_stale(path: str) -> None:
+    """Removes the file that a dead daemon left; a live one's is not ours to touch."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ListenError(f"cannot listen on {path}: a file that is no socket is in the way")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except OSError:
+            pass  # busy, or not for us: alive in any case
+    raise ListenError(f"cannot listen on {path}: another daemon is listening there")
+
+
+def _listen_tcp(text: str) -> Listener:
+    address = parse_address(text)
+    assert isinstance(address, Tcp)
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {text}: {error.strerror or error}") from None
+    host, port = sock.getsockname()[:2]
+    return Listener(sock, Tcp(host, port))
+
+
+async def accept_forever(listener: Listener, serve: Callable[[socket.socket, int | None], Awaitable[None]]) -> None:
+    """Hands every client to ``serve``, in a task of its own, with the user id of its process where that is known.
+
+    Error handling: what goes wrong with one client is not the listener's concern; with no file descriptors left it
+    pauses.
+    """
+    async with trio.open_nursery() as nursery:
+        while True:
+            await trio.lowlevel.wait_readable(listener.socket)
+            try:
+                client, _ = listener.socket.accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    log.get().warning("cannot accept", reason=error.strerror)
+                    await trio.sleep(_PAUSE)
+                continue
+            client.setblocking(False)
+            if isinstance(listener.address, Tcp):
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            nursery.start_soon(serve, client, _peer_uid(client))
+
+
+def _peer_uid(client: socket.socket) -> int | None:
+    if client.family != socket.AF_UNIX:
+        return None
+    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    uid: int = struct.unpack("3i", credentials)[1]
+    return uid
+
+
+async def say_goodbye(client: socket.socket, words: bytes = b"") -> None:
+    """Last words that arrive: closing with unread input would make the kernel discard them (TCP) and reset. Closes."""
+    try:
+        if words:
+            client.send(words)
+        client.shutdown(socket.SHUT_WR)
+        with trio.move_on_after(_LINGER):
+            while True:
+                await trio.lowlevel.wait_readable(client)
+                if not client.recv(1 << 16):
+                    break
+    except OSError:
+        pass
+    finally:
+        client.close()

@@ -1,0 +1,180 @@
+"""The models of this daemon: carries out what the registry decides, and lets requests wait for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import trio
+
+from bridge import ipc, log
+from bridge.config import Config
+from bridge.models.files import check_model_file
+from bridge.providers.base import Provider
+from bridge.providers.local import LocalProvider
+from bridge.registry import Effect, Entry, Registry, Spec, Start, State, Stop
+from protocol.errors import BridgeError, ErrorCode
+
+
+class ModelPool:
+    """One task of ``nursery`` keeps each model: it starts its provider, and starts it again when it dies.
+
+    Resource handling: ``close`` ends every provider; cancelling the nursery does so at once.
+    """
+
+    def __init__(self, nursery: trio.Nursery, config: Config) -> None:
+        self._nursery = nursery
+        self._config = config
+        self._registry = Registry()
+        self._providers: dict[str, Provider] = {}
+        self._kept: set[str] = set()  # models with a task that keeps them
+        self._users: dict[str, int] = {}  # requests that hold a model in use
+        self._changed = trio.Event()
+        self._log = log.get()
+
+    # -- asked by clients --------------------------------------------------------------------------------------
+
+    async def load(self, name: str | None, spec: Spec, holder: int) -> tuple[str, Provider]:
+        """Returns when the model is ready. Raises BridgeError; a cancelled caller does not stop the load."""
+        if self._config.backend == "llama":
+            check_model_file(spec.path)
+        entry, effects = self._registry.load(name, spec, holder)
+        self._act(effects)
+        return entry.name, await self._ready(entry)
+
+    @asynccontextmanager
+    async def use(self, name: str | None) -> AsyncIterator[tuple[str, Provider]]:
+        """A model that stays for the time of the block. Waits while it loads. Raises BridgeError."""
+        entry = self._registry.pick(name)
+        self._users[entry.name] = self._users.get(entry.name, 0) + 1
+        try:
+            yield entry.name, await self._ready(entry)
+        finally:
+            self._users[entry.name] -= 1
+            self._notify()
+
+    async def free(self, name: str | None, holder: int, *, drain: bool) -> tuple[list[str], list[str]]:
+        """Returns the names that went and those that others hold, when they are gone. Raises BridgeError."""
+        if not drain:
+            self._refuse_if_busy(name)
+        freed, held, effects = self._registry.free(name, holder)
+        self._act(effects)
+        while any(one in self._registry.entries for one in freed):
+            await self._changed.wait()
+        return freed, held
+
+    def _refuse_if_busy(self, name: str | None) -> None:
+        entries = self._registry.entries
+        targets = [name] if name is not None else list(entries)[:1]
+        for one in targets:
+            if self._users.get(one):
+                message = f"{one} is computing {self._users[one]} requests; FREE with drain=true waits for them"
+                raise BridgeError(ErrorCode.BUSY, message, retry_after_ms=1000)
+
+    def gone(self, holder: int) -> None:
+        self._registry.gone(holder)
+
+    # -- looked at ---------------------------------------------------------------------------------------------
+
+    def pick(self, name: str | None) -> Entry:
+        return self._registry.pick(name)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What MODELS and STATUS tell, the default model first."""
+        return [self._describe(entry, default=not index) for index, entry in enumerate(self._registry.entries.values())]
+
+    def _describe(self, entry: Entry, *, default: bool) -> dict[str, Any]:
+        provider = self._providers.get(entry.name)
+        return {
+            "name": entry.name,
+            "path": entry.spec.path,
+            "state": str(entry.state),
+            "default": default,
+            "held": bool(entry.holders),
+            "running": provider.running if provider else 0,
+            "queued": provider.queued if provider else 0,
+            "restarts": entry.restarts,
+            "n_ctx": provider.info.n_ctx if provider else None,
+            "n_parallel": provider.info.n_parallel if provider else None,
+        }
+
+    # -- acting ------------------------------------------------------------------------------------------------
+
+    async def _ready(self, entry: Entry) -> Provider:
+        while True:
+            match entry.state:
+                case State.READY:
+                    return self._providers[entry.name]
+                case State.RESTING:
+                    raise BridgeError(ErrorCode.MODEL_RESTING, f"{entry.name} rests: {entry.why}. LOAD starts it again")
+                case State.UNLOADING:
+                    raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is being unloaded")
+            if self._registry.entries.get(entry.name) is not entry:
+                raise BridgeError(ErrorCode.LOAD_FAILED, entry.why)
+            await self._changed.wait()
+
+    def _act(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Start(name, spec):
+                    self._nursery.start_soon(self._keep, name, spec)
+                case Stop(name):
+                    self._nursery.start_soon(self._stop, name)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _keep(self, name: str, spec: Spec) -> None:
+        """One life of a provider, from its start to what its end leads to."""
+        self._kept.add(name)
+        logger = self._log.bind(model=name, path=spec.path)
+        provider = self._make(name, spec)
+        try:
+            await provider.load()
+        except BridgeError as error:
+            self._kept.discard(name)
+            logger.error("load failed", reason=error.message)
+            self._act(self._registry.load_failed(name, error.message, time.monotonic()))
+            return
+        self._providers[name] = provider
+        self._registry.loaded(name)
+        self._notify()
+        logger.info("model loaded", load_ms=provider.load_ms, pid=provider.pid)
+        reason = await provider.run()
+        del self._providers[name]
+        self._kept.discard(name)
+        logger.info("worker ended", reason=reason)
+        self._act(self._registry.ended(name, reason, time.monotonic()))
+
+    def _make(self, name: str, spec: Spec) -> Provider:
+        limits = self._config.limits
+        given = {key: value for key, value in msgspec.structs.asdict(spec.options).items() if value is not None}
+        options = msgspec.structs.replace(
+            msgspec.convert(self._config.load, ipc.Options, from_attributes=True), **given
+        )
+        return LocalProvider(
+            name,
+            self._config.backend,
+            ipc.Load(spec.path, options),
+            queue=limits.queue,
+            queue_bytes=limits.queue_bytes,
+            load_seconds=limits.load,
+        )
+
+    async def _stop(self, name: str) -> None:
+        """Lets what runs finish, as long as a drain may take, then ends the provider."""
+        with trio.move_on_after(self._config.limits.drain):
+            while self._users.get(name):
+                await self._changed.wait()
+        while name in self._kept and name not in self._providers:  # it is still loading
+            await self._changed.wait()
+        if name in self._providers:
+            self._providers[name].stop()
+        elif name in self._registry.entries:  # it was resting
+            self._registry.stopped(name)
+            self._notify()

@@ -1,0 +1,1 @@
+"""Who answers a request: each provider takes one and returns a stream of events."""

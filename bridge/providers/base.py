@@ -1,0 +1,69 @@
+"""What the daemon needs of whoever answers: a worker process today, another server tomorrow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from bridge import ipc
+
+Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize
+Progress = ipc.Accepted | ipc.Text
+Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized
+
+
+class Asking:
+    """A request under way, in the hands of whoever may want to cancel it.
+
+    ``cancel`` is the gentle way: the answer still comes, with what there is so far. Before a provider has the request,
+    and for one that cannot be gentle, it calls ``give_up``, which abandons the waiting.
+    """
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        self._how = give_up
+
+    def cancel(self) -> None:
+        self._how()
+
+    def cancel_by(self, how: Callable[[], None]) -> None:
+        self._how = how
+
+
+class Provider(Protocol):
+    """Owns what it needs to answer for one model.
+
+    Resource handling: ``load`` acquires, ``run`` holds until the provider ends by itself or by ``stop``; after it
+    returned nothing is left, no process and no memory.
+    """
+
+    info: ipc.ModelInfo
+    load_ms: float
+
+    @property
+    def pid(self) -> int: ...
+
+    async def load(self) -> None:
+        """Raises BridgeError (load_failed)."""
+        ...
+
+    async def run(self) -> str:
+        """Serves ``ask`` and returns, when that is over, why."""
+        ...
+
+    def stop(self) -> None:
+        """Ends ``run`` soon. What is being asked gets model_crashed, so let it finish before."""
+        ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def queued(self) -> int: ...
+
+    async def ask(self, request: Ask, asking: Asking, on_progress: Callable[[Progress], None] | None = None) -> Answer:
+        """The last event of a request. Those before it go to ``on_progress``, which must not block or raise.
+
+        Raises BridgeError: what the provider refused, overloaded, model_crashed. When it is cancelled (by trio), so is
+        the request: nothing more is computed for it.
+        """
+        ...

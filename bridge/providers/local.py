@@ -1,0 +1,249 @@
+"""A worker process that owns one model: spawned, fed, watched, and buried.
+
+ggml aborts its process for a bad graph or a lack of memory, and a file cut short while mapped is a SIGBUS, so the
+model lives in a process of its own; killing that also gives back every byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+from bridge import ipc
+from bridge.outbox import Outbox
+from bridge.providers.base import Answer, Ask, Asking, Progress
+from protocol.errors import BridgeError, ErrorCode
+
+_REAP_SECONDS = 2.0
+_UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts before they come here
+
+
+class _Pending:
+    __slots__ = ("answered", "event", "on_progress", "since", "size")
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None, size: int) -> None:
+        self.on_progress = on_progress
+        self.size = size
+        self.since = time.monotonic()
+        self.answered = trio.Event()
+        self.event: Answer | BridgeError | None = None
+
+    def answer(self, event: Answer | BridgeError) -> None:
+        self.event = event
+        self.answered.set()
+
+
+class LocalProvider:
+    """``queue`` bounds the requests in the worker, waiting or running, ``queue_bytes`` the length of their prompts."""
+
+    def __init__(
+        self, name: str, backend: str, load: ipc.Load, *, queue: int, queue_bytes: int, load_seconds: float
+    ) -> None:
+        self._name = name
+        self._backend = backend
+        self._load = load
+        self._queue = queue
+        self._queue_bytes = queue_bytes
+        self._load_seconds = load_seconds
+        self._pending: dict[int, _Pending] = {}
+        self._waiting_bytes = 0
+        self._last_rid = 0
+        self._seconds_a_request = 1.0  # running average
+        self._frames = ipc.FrameBuffer()
+
+    info: ipc.ModelInfo
+    load_ms: float
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> int:
+        return min(len(self._pending), self.info.n_parallel)
+
+    @property
+    def queued(self) -> int:
+        return len(self._pending) - self.running
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        self._spawn()
+        self._outbox = Outbox(self._home, limit=_UNBOUNDED, stall=float("inf"))
+        self._outbox.put(ipc.encode(self._load))
+        try:
+            with trio.fail_after(self._load_seconds):
+                answer = await self._first_frame()
+        except trio.TooSlowError:
+            await self._bury()
+            raise self._failed(f"it took longer than {self._load_seconds:g} s") from None
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._bury()
+            raise
+        if isinstance(answer, ipc.Loaded):
+            self.info, self.load_ms = answer.info, answer.load_ms
+            return
+        death = await self._bury()
+        raise self._failed(answer.reason if isinstance(answer, ipc.LoadFailed) else f"its worker {death}")
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            # Popen and not trio's: that spawns from a thread of its own, and Linux ties a process to its parent thread.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bridge.worker", self._backend],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a backtrace takes a debugger seconds
+                start_new_session=True,
+            )
+        self._home = ours
+
+    def _failed(self, reason: str) -> BridgeError:
+        return BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {self._load.path}: {reason}")
+
+    async def _first_frame(self) -> ipc.Loaded | ipc.LoadFailed | None:
+        while data := await self._receive():
+            for frame in self._frames.feed(data):
+                message = ipc.decode_to_daemon(frame)
+                assert isinstance(message, ipc.Loaded | ipc.LoadFailed)
+                return message
+        return None
+
+    async def run(self) -> str:
+        reason = ""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._outbox.run)
+                reason = await self._read()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                death = await self._bury()
+            self._fail_all(reason or death)
+        return reason or death
+
+    async def _read(self) -> str:
+        """Takes events until the worker is gone; returns what was wrong with it, if that is known here."""
+        try:
+            while data := await self._receive():
+                for frame in self._frames.feed(data):
+                    self._on_frame(ipc.decode_to_daemon(frame))
+        except (ValueError, msgspec.DecodeError) as error:
+            return f"sent what is no frame: {error}"
+        return ""
+
+    def stop(self) -> None:
+        """The worker ends when its input does."""
+        self._home.shutdown(socket.SHUT_RDWR)
+
+    async def _receive(self) -> bytes:
+        while True:
+            await trio.lowlevel.wait_readable(self._home)
+            try:
+                return self._home.recv(1 << 18)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return b""
+
+    async def _bury(self) -> str:
+        """Makes sure that the process is gone; says how it went."""
+        self._home.close()
+        pidfd = os.pidfd_open(self._process.pid)
+        try:
+            with trio.move_on_after(_REAP_SECONDS) as patience:
+                await trio.lowlevel.wait_readable(pidfd)
+            if patience.cancelled_caught:
+                self._process.kill()
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        code = self._process.wait()
+        if code >= 0:
+            return f"exited with status {code}"
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"was killed by signal {-code}"
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    async def ask(self, request: Ask, asking: Asking, on_progress: Callable[[Progress], None] | None = None) -> Answer:
+        size = _size(request)
+        self._admit(size)
+        self._last_rid = rid = self._last_rid + 1
+        pending = self._pending[rid] = _Pending(on_progress, size)
+        self._waiting_bytes += size
+        self._outbox.put(ipc.encode(msgspec.structs.replace(request, rid=rid)))
+        asking.cancel_by(lambda: self._outbox.put(ipc.encode(ipc.Cancel(rid))))
+        try:
+            await pending.answered.wait()
+        except trio.Cancelled:
+            pending.on_progress = None
+            self._outbox.put(ipc.encode(ipc.Cancel(rid)))
+            raise
+        finally:
+            asking.cancel_by(lambda: None)
+            self._pending.pop(rid, None)
+            self._waiting_bytes -= size
+        if isinstance(pending.event, BridgeError):
+            raise pending.event
+        assert pending.event is not None
+        return pending.event
+
+    def _admit(self, size: int) -> None:
+        if self._outbox.broken or self._home.fileno() < 0:
+            raise self._crashed("has just died")
+        full = len(self._pending) >= self._queue
+        if full or self._waiting_bytes + size > self._queue_bytes:
+            what = f"{len(self._pending)} requests" if full else f"{self._waiting_bytes} bytes of prompts"
+            wait = self._seconds_a_request * (1 + self.queued) / self.info.n_parallel
+            message = f"{self._name} has {what} waiting, all it may"
+            raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=max(1, round(wait * 1000)))
+
+    def _on_frame(self, message: ipc.ToDaemon) -> None:
+        assert isinstance(message, ipc.Step)
+        for event in message.events:
+            pending = self._pending.get(event.rid)
+            if pending is None:
+                continue  # nobody waits for it any more
+            match event:
+                case ipc.Accepted() | ipc.Text():
+                    if pending.on_progress:
+                        pending.on_progress(event)
+                case ipc.Refused():
+                    pending.answer(BridgeError(event.code, event.message, **event.details))
+                case _:
+                    self._seconds_a_request += 0.1 * (time.monotonic() - pending.since - self._seconds_a_request)
+                    pending.answer(event)
+
+    def _fail_all(self, reason: str) -> None:
+        for pending in self._pending.values():
+            pending.answer(self._crashed(reason))
+
+    def _crashed(self, reason: str) -> BridgeError:
+        return BridgeError(ErrorCode.MODEL_CRASHED, f"The worker of {self._name} {reason}")
+
+
+def _size(request: Ask) -> int:
+    match request:
+        case ipc.Generate(prompt=str(prompt)):
+            return len(prompt)
+        case ipc.Generate(prompt=list(messages)):
+            return sum(len(message.content) for message in messages)
+        case ipc.Embed(texts=texts):
+            return sum(map(len, texts))
+        case _:
+            return 0

@@ -1,0 +1,55 @@
+"""``llama-bridge serve``: the daemon's command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from bridge import log
+from bridge.config import Config, ConfigError, read_config
+from bridge.listeners import ListenError
+from bridge.server import run
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), help="A TOML file; see systemd/config.toml.")
+@click.option("--socket", metavar="PATH", help="The Unix socket to listen on; empty for none.")
+@click.option("--tcp", metavar="HOST:PORT", multiple=True, help="A TCP port to listen on as well; may be repeated.")
+@click.option("--load", "models", metavar="MODEL", multiple=True, help="A GGUF file to load; may be repeated.")
+@click.option("--backend", type=click.Choice(["llama", "fake"]), help="fake answers with the prompt's own words.")
+@click.option("--n-ctx", type=int, help="Tokens of one sequence.")
+@click.option("--n-parallel", type=int, help="Sequences computed at once.")
+@click.option("--n-threads", type=int, help="Threads that compute.")
+@click.option("--n-gpu-layers", type=int, help="Layers on the GPU; -1 for all.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+def serve(path: Path | None, **flags: Any) -> None:
+    """Runs the daemon in the foreground until SIGTERM or SIGINT; a second one stops it at once."""
+    try:
+        config = _config(path, flags)
+    except ConfigError as error:
+        print(f"llama-bridge: {error}", file=sys.stderr)
+        sys.exit(2)
+    log.configure(config.log)
+    try:
+        sys.exit(trio.run(run, config))
+    except* ListenError as errors:
+        print(f"llama-bridge: {errors.exceptions[0]}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _config(path: Path | None, flags: dict[str, Any]) -> Config:
+    return read_config(
+        path,
+        flags={
+            "socket": flags["socket"],
+            "tcp": list(flags["tcp"]) or None,
+            "backend": flags["backend"],
+            "models": [{"path": model} for model in flags["models"]] or None,
+            "load": {key: flags[key] for key in ("n_ctx", "n_parallel", "n_threads", "n_gpu_layers")},
+            "log": {"level": flags["log_level"]},
+        },
+    )

@@ -1,0 +1,129 @@
+"""The life of the daemon: listen, load what is configured, serve, drain, stop."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import socket
+import time
+
+import msgspec
+import trio
+
+from bridge import ipc, log
+from bridge.config import Config
+from bridge.daemon import Daemon, Peer
+from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
+from bridge.pool import ModelPool
+from bridge.registry import CONFIGURATION, Spec
+from bridge.session import Session
+from protocol.commands import Load
+from protocol.errors import BridgeError, ErrorCode
+from protocol.replies import Failed, encode_reply
+
+
+class Server:
+    """Owns the listeners, the sessions and, through the pool, the workers. ``serve`` returns when all are gone."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._log = log.get()
+        self._sessions: set[Session] = set()
+        self._numbers = itertools.count(CONFIGURATION + 1)
+        self._stopping = trio.Event()
+        self._all_gone = trio.Event()
+        self.clean = True  # nobody was cut off
+
+    def stop(self) -> None:
+        """Begins the drain. May be called from any task, and more than once."""
+        self._stopping.set()
+
+    async def serve(self, *, task_status: trio.TaskStatus[list[Listener]] = trio.TASK_STATUS_IGNORED) -> None:
+        """Reports its listeners once they listen. Raises ListenError before that."""
+        listeners = open_listeners(self._config)
+        try:
+            async with trio.open_nursery() as workers:
+                pool = ModelPool(workers, self._config)
+                self._daemon = Daemon(self._config, pool, self.stop)
+                async with trio.open_nursery() as clients:
+                    for listener in listeners:
+                        clients.start_soon(accept_forever, listener, self._serve_client)
+                        self._log.info("listening", address=str(listener.address))
+                    for model in self._config.models:
+                        workers.start_soon(self._load, model)
+                    task_status.started(listeners)
+                    await self._stopping.wait()
+                    for listener in listeners:
+                        listener.close()
+                    await self._drain()
+                    clients.cancel_scope.cancel()
+                workers.cancel_scope.cancel()
+        finally:
+            for listener in listeners:
+                listener.close()
+        self._log.info("stopped")
+
+    async def _load(self, model: Load) -> None:
+        options = msgspec.convert(model, ipc.Options, from_attributes=True)
+        try:
+            await self._daemon.pool.load(model.name, Spec(model.path, options), CONFIGURATION)
+        except BridgeError as error:
+            self._log.error("configured model failed", path=model.path, reason=error.message)
+
+    async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
+        peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
+        if len(self._sessions) >= self._config.limits.clients:
+            message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
+            error = BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
+            await say_goodbye(client, encode_reply(Failed.of(error)))
+            return
+        session = Session(client, peer, self._daemon)
+        self._sessions.add(session)
+        self._daemon.clients = len(self._sessions)
+        try:
+            await session.run()
+        except Exception:
+            # A bug must not take the other clients with it.
+            self._log.exception("a session failed", client=peer.number)
+        finally:
+            self._sessions.discard(session)
+            self._daemon.clients = len(self._sessions)
+            if not self._sessions:
+                self._all_gone.set()
+
+    async def _drain(self) -> None:
+        self._daemon.draining = True
+        self._log.info("draining", clients=len(self._sessions), seconds=self._config.limits.drain)
+        started = time.monotonic()
+        with trio.move_on_after(self._config.limits.drain) as budget:
+            for session in list(self._sessions):
+                session.finish()
+            while self._sessions:
+                self._all_gone = trio.Event()
+                await self._all_gone.wait()
+        self.clean = not budget.cancelled_caught
+        self._log.info("drained", clean=self.clean, seconds=round(time.monotonic() - started, 3))
+
+
+async def run(config: Config) -> int:
+    """Serves until a signal; returns the exit status: 0, or 1 when clients were cut off."""
+    server = Server(config)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_obey_signals, server, nursery.cancel_scope)
+        await server.serve()
+        nursery.cancel_scope.cancel()
+    return 0 if server.clean else 1
+
+
+async def _obey_signals(server: Server, scope: trio.CancelScope) -> None:
+    """The first SIGTERM or SIGINT drains, the second stops at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        count = 0
+        async for number in signals:
+            count += 1
+            log.get().info("signal", name=signal.Signals(number).name, at_once=count > 1)
+            if count > 1:
+                server.clean = False
+                scope.cancel()
+            else:
+                server.stop()

@@ -1,0 +1,215 @@
+"""One connection: reads lines, has them answered, sends the answers.
+
+Requests without an id are answered one after the other, those with one side by side. Whatever runs for a connection is
+a task of its nursery, so when the peer is gone all of it ends, in the queue, in prefill or in the middle of a stream.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from bridge import log
+from bridge.daemon import Daemon, Peer
+from bridge.dispatch import INSTANT, LASTING, Call
+from bridge.listeners import say_goodbye
+from bridge.outbox import Outbox
+from bridge.providers.base import Asking
+from protocol import commands
+from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role, State
+from protocol.errors import BridgeError, ErrorCode
+from protocol.replies import Failed, Final, Ok, Reply
+
+_READ = 64 * 1024
+_WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+
+
+class Session:
+    """Serves ``sock``, a non-blocking socket, until either side has had enough.
+
+    Resource handling: ``run`` owns the socket and closes it. Error handling: whatever a peer sends or fails to read
+    ends at most this connection; only trio.Cancelled leaves ``run``.
+    """
+
+    def __init__(self, sock: socket.socket, peer: Peer, daemon: Daemon) -> None:
+        limits = daemon.config.limits
+        self._sock = sock
+        self._peer = peer
+        self._daemon = daemon
+        self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
+        self._scope = trio.CancelScope()
+        self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
+        self._in_order: deque[Callable[[], None]] = deque()
+        self._answering: Exchange | None = None  # of the requests without an id, the one that runs
+        self._asking: dict[Exchange, Asking] = {}
+        self._changed = trio.Event()
+        self._log = log.get().bind(client=peer.number)
+
+    async def run(self) -> None:
+        try:
+            with self._scope:
+                async with trio.open_nursery() as self._nursery:
+                    self._nursery.start_soon(self._outbox.run)
+                    await self._read()
+                    await self._outbox.drain()
+                    await say_goodbye(self._sock)
+                    self._nursery.cancel_scope.cancel()
+        finally:
+            self._daemon.pool.gone(self._peer.number)
+            self._sock.close()
+
+    def finish(self) -> None:
+        """The daemon drains: end as soon as nothing is owed."""
+        if not self._connection.open_exchanges:
+            self._scope.cancel()
+
+    def _on_broken(self, reason: str) -> None:
+        self._log.info("client cut", reason=reason)
+        self._scope.cancel()
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        pipeline = self._daemon.config.limits.pipeline
+        while True:
+            data = await self._receive()
+            received = time.monotonic()
+            for event in self._connection.receive(data):
+                match event:
+                    case Requested():
+                        self._on_request(event, received)
+                    case Refused(exchange, error, fatal):
+                        self._in_turn(exchange, partial(self._reply, exchange, error))
+                        if fatal:
+                            await self._until_open_exchanges(0)
+                            return
+                    case Closed():
+                        self._probe()
+                        await self._until_open_exchanges(0)
+                        return
+            if self._connection.open_exchanges >= pipeline:
+                await self._until_open_exchanges(pipeline - 1)
+
+    async def _receive(self) -> bytes:
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            try:
+                return self._sock.recv(_READ)
+            except BlockingIOError:
+                continue
+            except OSError:  # reset: there is nobody to answer
+                self._scope.cancel()
+                await trio.lowlevel.checkpoint()
+
+    async def _until_open_exchanges(self, most: int) -> None:
+        """Waits, without reading, until only so many answers are owed; ends the session when the peer is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_for_hangup)
+            while self._connection.open_exchanges > most:
+                self._changed = trio.Event()
+                await self._changed.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _watch_for_hangup(self) -> None:
+        """An epoll with no events asked for still tells of a hang-up, and nothing else: no half-close, no data."""
+        with select.epoll() as epoll:
+            epoll.register(self._sock, 0)
+            await trio.lowlevel.wait_readable(epoll)
+        self._scope.cancel()
+
+    def _probe(self) -> None:
+        """Over TCP a peer that closed looks like one that closed its sending half and waits for the answer.
+
+        Sending tells them apart, for the first one's kernel answers with a reset. So the first byte of the
+        answer, which every answer has, goes out early.
+        """
+        if self._peer.tcp and self._connection.open_exchanges:
+            self._outbox.put_early(b"{")
+
+    # -- answering ---------------------------------------------------------------------------------------------
+
+    def _on_request(self, request: Requested, received: float) -> None:
+        exchange, command = request.exchange, request.command
+        if isinstance(command, commands.Cancel):
+            reply = self._cancel(command)  # at once, though its reply has to wait for its turn
+            self._in_turn(exchange, partial(self._reply, exchange, reply))
+        else:
+            self._in_turn(exchange, partial(self._start, exchange, command, received))
+
+    def _in_turn(self, exchange: Exchange, act: Callable[[], None]) -> None:
+        if exchange.id is not None or (self._answering is None and not self._in_order):
+            act()
+        else:
+            self._in_order.append(act)
+
+    def _next_in_turn(self) -> None:
+        while self._in_order and self._answering is None:
+            self._in_order.popleft()()
+
+    def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
+        """Answers at once where that can be done, else in a task."""
+        scope = trio.CancelScope()
+        asking = Asking(scope.cancel)
+        call = Call(self._daemon, self._peer, received, asking, partial(self._reply, exchange))
+        if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
+            self._reply(exchange, Failed.of(BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")))
+        elif handler := INSTANT.get(type(command)):
+            try:
+                self._reply(exchange, handler(call, command))
+            except BridgeError as error:
+                self._reply(exchange, Failed.of(error))
+        else:
+            self._asking[exchange] = asking
+            if exchange.id is None:
+                self._answering = exchange
+            self._nursery.start_soon(self._answer, exchange, command, call, scope)
+
+    async def _answer(self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope) -> None:
+        reply: Reply
+        try:
+            with scope:
+                reply = await LASTING[type(command)](call, command)
+            if scope.cancelled_caught:
+                reply = self._failure(exchange, BridgeError(ErrorCode.CANCELLED, "Cancelled"))
+        except BridgeError as error:
+            reply = self._failure(exchange, error)
+        except Exception:
+            self._log.exception("a handler failed", verb=command.VERB)
+            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"))
+        del self._asking[exchange]
+        self._reply(exchange, reply)
+        if self._answering is exchange:
+            self._answering = None
+            self._next_in_turn()
+
+    def _failure(self, exchange: Exchange, error: BridgeError) -> Reply:
+        """A stream that began ends with a final line all the same."""
+        if exchange.state is not State.STREAMING:
+            return Failed.of(error)
+        code = ErrorCode(error.code)
+        return Final("", "error", {"code": code, "blame": code.blame, "reason": error.message, **error.details})
+
+    def _cancel(self, command: commands.Cancel) -> Ok | Failed:
+        exchange = self._answering if command.id is None else self._connection.find(command.id)
+        if exchange is None or exchange not in self._asking:
+            message = "Nothing is being answered" if command.id is None else f"No request {command.id} is running"
+            return Failed.of(BridgeError(ErrorCode.NOT_FOUND, message))
+        self._asking[exchange].cancel()
+        return Ok("Cancelled", command.id)
+
+    def _reply(self, exchange: Exchange, reply: Reply) -> None:
+        self._outbox.put(self._connection.reply(exchange, reply))
+        if exchange.state is State.DONE:
+            self._changed.set()
+            if self._daemon.draining:
+                self._nursery.start_soon(self._finish_when_sent)
+
+    async def _finish_when_sent(self) -> None:
+        await self._outbox.drain()
+        self.finish()

@@ -1,0 +1,86 @@
+"""The worker process: read frames, step the engine, write frames.
+
+Started by ``bridge.providers.local`` as ``python -m bridge.worker BACKEND`` with its end of a socket pair as standard
+input. The main thread computes. A second one only reads: it hands requests over, cuts a prefill short whose
+request was cancelled, and ends the process the moment the daemon is gone, even in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import cast
+
+from bridge import ipc
+from bridge.worker.backend import Backend, LoadError
+from bridge.worker.engine import Engine
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the daemon's terminal is the daemon's to act on
+    home = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    inbox: queue.SimpleQueue[list[ipc.ToWorker]] = queue.SimpleQueue()
+    engines: list[Engine] = []
+    threading.Thread(target=_read, args=(home, inbox, engines), daemon=True).start()
+
+    load = cast(ipc.Load, inbox.get()[0])  # nothing else comes before it is answered
+    started = time.monotonic()
+    try:
+        backend = _load(sys.argv[1], load)
+    except LoadError as error:
+        home.sendall(ipc.encode(ipc.LoadFailed(str(error))))
+        return
+    engine = Engine(backend)
+    engines.append(engine)
+    home.sendall(ipc.encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
+    while True:
+        if engine.idle or not inbox.empty():
+            _take_requests(engine, inbox)
+        _tell(engine, home)
+        engine.step()
+        _tell(engine, home)
+
+
+def _tell(engine: Engine, home: socket.socket) -> None:
+    if events := engine.take_events():
+        home.sendall(ipc.encode(ipc.Step(events)))
+
+
+def _load(name: str, load: ipc.Load) -> Backend:
+    if name == "fake":
+        from bridge.worker.fake import FakeBackend
+
+        return FakeBackend(load)
+    from bridge.worker.llama import LlamaBackend
+
+    return LlamaBackend(load)
+
+
+def _take_requests(engine: Engine, inbox: queue.SimpleQueue[list[ipc.ToWorker]]) -> None:
+    """All that has come, or else the next. What was sent together starts together."""
+    while True:
+        for request in inbox.get():
+            engine.handle(cast(ipc.Request, request))
+        if inbox.empty():
+            return
+
+
+def _read(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]], engines: list[Engine]) -> None:
+    frames = ipc.FrameBuffer()
+    while data := home.recv(1 << 16):
+        messages = [ipc.decode_to_worker(frame) for frame in frames.feed(data)]
+        if messages:
+            inbox.put(messages)
+        for message in messages:
+            if isinstance(message, ipc.Cancel) and engines:
+                engines[0].cancelled_in_flight(message.rid)
+    os._exit(0)  # the daemon closed its end, or died
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""The client for trio. The only module of this package that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Concatenate, ParamSpec, TypeVar
+
+import trio
+
+from client import calls
+from client.calls import Call
+from client.desk import Desk, Waiting
+from client.errors import ConnectionLost, error_of
+from client.results import Completion
+from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
+from client.transcript import Transcript
+from protocol.address import Address, Unix
+from protocol.commands import Cancel, Command
+from protocol.errors import BridgeError, RemoteProtocolError
+from protocol.replies import Failed, Ok, Reply
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class AsyncStream:
+    """The pieces of a text as they come, for ``async for``; also an async context manager.
+
+    Leaving the ``async with`` early, also by cancellation, cancels the request at the daemon and waits for its last
+    line, shielded but bounded; ``result`` then holds what was generated, as it does after the end. Without
+    ``async with`` iterate to the end, or call ``aclose``. Iterating raises what ``AsyncClient`` raises, and the
+    BridgeError that the stream ended with.
+    """
+
+    def __init__(self, client: AsyncClient, command: Command) -> None:
+        self._client = client
+        self._command = command
+        self._transcript = Transcript()
+        self._link: _Link | None = None
+        self._waiting: Waiting | None = None
+        self._over = False
+
+    @property
+    def id(self) -> str | None:
+        """What CANCEL takes; None until the request was sent."""
+        return self._waiting.id if self._waiting else None
+
+    @property
+    def text(self) -> str:
+        """All pieces so far."""
+        return self._transcript.text
+
+    @property
+    def result(self) -> Completion | None:
+        """None until the end, and after a failure."""
+        return self._transcript.result
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> str:
+        with _within(self._client.timeout):
+            while not self._over:
+                if piece := await self._read():
+                    return piece
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancels what is still generated. If the daemon does not say its last line in time, it is not waited for."""
+        if self._over or self._link is None or self._waiting is None:
+            self._over = True
+            return
+        with (
+            trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_WAIT),
+            # How the stream ends is of no interest any more, nor that the connection did.
+            contextlib.suppress(BridgeError, RemoteProtocolError),
+        ):
+            self._link.ask(Cancel(id=self.id), beside=False)
+            await self._link.flush()
+            while not self._over:
+                await self._read()
+        self._over = True
+        self._waiting.drop()
+
+    async def _start(self) -> tuple[_Link, Waiting]:
+        if self._link is None or self._waiting is None:
+            self._link = await self._client._connected()
+            self._waiting = self._link.ask(self._command, beside=True)
+            await self._link.flush()
+        return self._link, self._waiting
+
+    async def _read(self) -> str:
+        link, waiting = await self._start()
+        try:
+            return self._transcript.add(await link.wait(waiting))
+        finally:
+            self._over = waiting.over
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _asks(call: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._ask(call(*args, **kwargs))
+
+    calls.dress(method, call)
+    return method
+
+
+def _streams(call: Callable[P, Command]) -> Callable[Concatenate[AsyncClient, P], AsyncStream]:
+    def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncStream:
+        return AsyncStream(self, call(*args, **kwargs))
+
+    calls.dress(method, call)
+    return method
+
+
+class AsyncClient:
+    """Talks to one bridge over one connection, made with the first call. Any number of tasks may call at once.
+
+    ``address``: a path, HOST:PORT, or None for this user's own bridge. ``timeout``: seconds to wait for an answer,
+    in a stream for its next piece; then TimeoutError is raised. A call that is given up, for that or because its
+    task was cancelled, is cancelled at the daemon; the connection stays.
+
+    Raises BridgeError (see ``client.errors``), TimeoutError, and RemoteProtocolError if the other end is no bridge.
+    When the connection was lost, what ``Client`` says about repeating holds here.
+
+    There is no task in the background: of the tasks that wait, one reads for all. What comes for a task that is
+    busy elsewhere is kept for it, since to stop reading would stall the others.
+    """
+
+    def __init__(self, address: str | Address | None = None, *, timeout: float | None = None) -> None:
+        self.address = resolve(address)
+        self.timeout = timeout
+        self._link: _Link | None = None
+        self._connecting = trio.Lock()
+
+    ping = _asks(calls.ping)
+    hello = _asks(calls.hello)
+    help = _asks(calls.help)
+    status = _asks(calls.status)
+    cancel = _asks(calls.cancel)
+    quit = _asks(calls.quit)
+    load = _asks(calls.load)
+    free = _asks(calls.free)
+    models = _asks(calls.models)
+    show = _asks(calls.show)
+    infer = _asks(calls.infer)
+    infer_multi = _asks(calls.infer_multi)
+    chat = _asks(calls.chat)
+    embed = _asks(calls.embed)
+    tokenize = _asks(calls.tokenize)
+    detokenize = _asks(calls.detokenize)
+    stream = _streams(calls.stream)
+    chat_stream = _streams(calls.chat_stream)
+
+    async def aclose(self) -> None:
+        """Closes the connection, and with it all that is still generated. The next call makes a new one."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        await trio.lowlevel.checkpoint()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _ask(self, call: Call[T]) -> T:
+        with _within(self.timeout):
+            link = await self._connected()
+            repeat = call.repeatable and link.desk.reused
+            try:
+                return call.read(await link.answer(call.command))
+            except ConnectionLost:
+                if not repeat:
+                    raise
+            return call.read(await (await self._connected()).answer(call.command))
+
+    async def _connected(self) -> _Link:
+        async with self._connecting:
+            if self._link is None or not await self._link.alive():
+                if self._link is not None:
+                    self._link.close()
+                self._link = _Link(await _connect(self.address))
+            return self._link
+
+
+class _Link:
+    """One connection. Owns the socket; closed when the other end is."""
+
+    def __init__(self, connection: trio.socket.SocketType) -> None:
+        self.desk = Desk()
+        self._socket = connection
+        self._outbox = bytearray()
+        self._sending = trio.Lock()
+        self._reading = False
+        self._asleep: dict[Waiting, trio.Event] = {}
+
+    async def alive(self) -> bool:
+        """Reads what has come meanwhile, unless a task does so already; says whether the other end is there."""
+        try:
+            while not self.desk.failed and not self._reading and readable(self._socket.fileno()):
+                await self._receive()
+            return not self.desk.failed
+        finally:
+            self._hand_over()
+
+    async def answer(self, command: Command) -> Ok:
+        """Raises the BridgeError that the answer is. Cancelled, it cancels the request at the daemon."""
+        waiting = self.ask(command, beside=True)
+        try:
+            await self.flush()
+            reply = await self.wait(waiting)
+        except trio.Cancelled:
+            waiting.drop()
+            if waiting.id is not None:
+                self.ask(Cancel(id=waiting.id), beside=False).drop()
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_WAIT):
+                    await self.flush()
+            raise
+        if isinstance(reply, Failed):
+            raise error_of(reply)
+        assert isinstance(reply, Ok)  # by the table of transitions
+        return reply
+
+    def ask(self, command: Command, *, beside: bool) -> Waiting:
+        """Puts the request's line where ``flush`` finds it."""
+        waiting, line = self.desk.ask(command, beside=beside)
+        self._outbox += line
+        return waiting
+
+    async def flush(self) -> None:
+        """Sends what is to be sent. Whole lines leave even if the task is cancelled in the midst of one.
+
+        A task that is cancelled here leaves the rest to the next.
+        """
+        async with self._sending:
+            try:
+                while self._outbox and not self.desk.failed:
+                    sent = await self._socket.send(self._outbox)
+                    del self._outbox[:sent]
+            except (OSError, trio.ClosedResourceError) as error:
+                await self.alive()  # the daemon's last word explains more than EPIPE does
+                self._wake(self.desk.lose(f"the connection broke: {error}"))
+
+    async def wait(self, waiting: Waiting) -> Reply:
+        """The next line of this answer. Reads for all while no other task does."""
+        await trio.lowlevel.checkpoint_if_cancelled()  # a line that came already would let no cancellation in
+        try:
+            while (reply := waiting.take()) is None:
+                if self._reading:
+                    await self._sleep(waiting)
+                else:
+                    await self._receive()
+            return reply
+        finally:
+            self._hand_over()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._wake(self.desk.lose("the connection was closed at this end"))
+
+    async def _receive(self) -> None:
+        self._reading = True
+        try:
+            data = await self._socket.recv(CHUNK)
+        except (OSError, trio.ClosedResourceError) as error:
+            self._wake(self.desk.lose(f"the connection broke: {error}"))
+        else:
+            self._wake(self.desk.receive(data))
+        finally:
+            self._reading = False
+        if self.desk.failed:
+            self._socket.close()
+
+    async def _sleep(self, waiting: Waiting) -> None:
+        self._asleep[waiting] = trio.Event()
+        try:
+            await self._asleep[waiting].wait()
+        finally:
+            del self._asleep[waiting]
+
+    def _wake(self, waiting: list[Waiting]) -> None:
+        for one in waiting:
+            if one in self._asleep:
+                self._asleep[one].set()
+
+    def _hand_over(self) -> None:
+        """Whoever stops waiting sees to it that another one reads."""
+        if not self._reading and self._asleep:
+            next(iter(self._asleep.values())).set()
+
+
+class _within:
+    """Raises TimeoutError after ``seconds``; trio's own TooSlowError is for those who set scopes themselves."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._scope = trio.move_on_after(math.inf if seconds is None else seconds)
+
+    def __enter__(self) -> None:
+        self._scope.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        suppressed = self._scope.__exit__(kind, error, trace)
+        if self._scope.cancelled_caught:
+            raise TimeoutError("the daemon did not answer in time")
+        return suppressed
+
+
+async def _connect(address: Address) -> trio.socket.SocketType:
+    try:
+        if isinstance(address, Unix):
+            connection = trio.socket.socket(trio.socket.AF_UNIX)
+            try:
+                await connection.connect(address.path)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+        connection = (await trio.open_tcp_stream(address.host, address.port)).socket
+        connection.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, 1)
+        return connection
+    except OSError as error:
+        raise unreachable(address, error) from None

@@ -1,0 +1,277 @@
+"""The client for scripts: sockets of the standard library, one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Concatenate, ParamSpec, TypeVar
+
+from client import calls
+from client.calls import Call
+from client.desk import Desk, Waiting
+from client.errors import ConnectionLost, error_of
+from client.results import Completion
+from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
+from client.transcript import Transcript
+from protocol.address import Address, Unix
+from protocol.commands import Cancel, Command
+from protocol.errors import BridgeError, RemoteProtocolError
+from protocol.replies import Failed, Ok, Reply
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Stream:
+    """The pieces of a text as they come; also a context manager.
+
+    Leaving it early (``break``, an exception, ``close``) cancels the request at the daemon, and waits for its last
+    line, so that the connection is good for the next call. ``result`` then holds what was generated, as it does
+    after the end. Iterating raises what ``Client`` raises, and the BridgeError that the stream ended with.
+    """
+
+    def __init__(self, link: _Link, command: Command) -> None:
+        self._link = link
+        self._transcript = Transcript()
+        self._over = False
+        self._waiting = link.send(command, beside=True)
+
+    @property
+    def id(self) -> str | None:
+        """What CANCEL takes."""
+        return self._waiting.id
+
+    @property
+    def text(self) -> str:
+        """All pieces so far."""
+        return self._transcript.text
+
+    @property
+    def result(self) -> Completion | None:
+        """None until the end, and after a failure."""
+        return self._transcript.result
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        while not self._over:
+            if piece := self._read(self._link.deadline()):
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancels what is still generated. If the daemon does not say its last line in time, closes the connection."""
+        if self._over:
+            return
+        # How the stream ends is of no interest any more, nor that the connection did.
+        with contextlib.suppress(BridgeError, RemoteProtocolError, TimeoutError):
+            self._link.send(Cancel(id=self.id), beside=False)
+            deadline = time.monotonic() + CANCEL_WAIT
+            while not self._over:
+                self._read(deadline)
+        self._over = True
+
+    def _read(self, deadline: float | None) -> str:
+        try:
+            return self._transcript.add(self._link.wait(self._waiting, deadline))
+        finally:
+            self._over = self._waiting.over
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The way out for `for piece in client.stream(...): break`. It does not wait: the lines that still come
+        # are dropped by the next call.
+        if not getattr(self, "_over", True):
+            with contextlib.suppress(Exception):
+                self._waiting.drop()
+                self._link.send(Cancel(id=self.id), beside=False)
+
+
+def _asks(call: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._ask(call(*args, **kwargs))
+
+    calls.dress(method, call)
+    return method
+
+
+def _streams(call: Callable[P, Command]) -> Callable[Concatenate[Client, P], Stream]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Stream:
+        return Stream(self._connected(), call(*args, **kwargs))
+
+    calls.dress(method, call)
+    return method
+
+
+class Client:
+    """Talks to one bridge over one connection, made with the first call. For one thread at a time.
+
+    ``address``: a path, HOST:PORT, or None for this user's own bridge. ``timeout``: seconds to wait for an answer,
+    in a stream for its next line; then TimeoutError is raised and the connection closed, for nobody knows what it
+    would say next. A call that is interrupted (Ctrl-C) closes it too, which stops the work at the daemon.
+
+    Raises BridgeError (see ``client.errors``), TimeoutError, and RemoteProtocolError if the other end is no bridge.
+    After any of them the client is good for the next call.
+
+    When the daemon was restarted, or closed an idle connection: a connection found dead before a call is sent is
+    replaced in silence, whatever the call. Once the line was sent, only calls that are harmless to repeat are sent
+    again, once, and only if the connection had worked before; that leaves out generating, LOAD, FREE, CANCEL and
+    QUIT, which raise ConnectionLost. What the old connection had loaded is no longer given back by ``free()``
+    without a name.
+    """
+
+    def __init__(self, address: str | Address | None = None, *, timeout: float | None = None) -> None:
+        self.address = resolve(address)
+        self.timeout = timeout
+        self._link: _Link | None = None
+
+    ping = _asks(calls.ping)
+    hello = _asks(calls.hello)
+    help = _asks(calls.help)
+    status = _asks(calls.status)
+    cancel = _asks(calls.cancel)
+    quit = _asks(calls.quit)
+    load = _asks(calls.load)
+    free = _asks(calls.free)
+    models = _asks(calls.models)
+    show = _asks(calls.show)
+    infer = _asks(calls.infer)
+    infer_multi = _asks(calls.infer_multi)
+    chat = _asks(calls.chat)
+    embed = _asks(calls.embed)
+    tokenize = _asks(calls.tokenize)
+    detokenize = _asks(calls.detokenize)
+    stream = _streams(calls.stream)
+    chat_stream = _streams(calls.chat_stream)
+
+    def close(self) -> None:
+        """Closes the connection, and with it what is still generated. The next call makes a new one."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, call: Call[T]) -> T:
+        link = self._connected()
+        repeat = call.repeatable and link.desk.reused
+        try:
+            return call.read(link.answer(call.command))
+        except ConnectionLost:
+            if not repeat:
+                raise
+        return call.read(self._connected().answer(call.command))
+
+    def _connected(self) -> _Link:
+        if self._link is None or not self._link.alive():
+            self.close()
+            self._link = _Link(self.address, self.timeout)
+        return self._link
+
+
+class _Link:
+    """One connection. Owns the socket; closed when the other end is, or when nobody knows its state."""
+
+    def __init__(self, address: Address, timeout: float | None) -> None:
+        self.desk = Desk()
+        self._timeout = timeout
+        self._socket = _connect(address, timeout)
+
+    def deadline(self) -> float | None:
+        return None if self._timeout is None else time.monotonic() + self._timeout
+
+    def alive(self) -> bool:
+        """Reads what has come meanwhile, and so learns whether the other end is gone."""
+        while not self.desk.failed and readable(self._socket.fileno()):
+            self._receive()
+        return not self.desk.failed
+
+    def answer(self, command: Command) -> Ok:
+        """Raises the BridgeError that the answer is."""
+        try:
+            reply = self.wait(self.send(command, beside=False), self.deadline())
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(reply, Failed):
+            raise error_of(reply)
+        assert isinstance(reply, Ok)  # by the table of transitions
+        return reply
+
+    def send(self, command: Command, *, beside: bool) -> Waiting:
+        waiting, line = self.desk.ask(command, beside=beside)
+        try:
+            self._socket.settimeout(self._timeout)
+            self._socket.sendall(line)
+        except TimeoutError:
+            self.close()
+            raise
+        except OSError as error:
+            self.alive()  # the daemon's last word explains more than EPIPE does
+            self.desk.lose(f"the connection broke: {error.strerror or error}")
+        return waiting
+
+    def wait(self, waiting: Waiting, deadline: float | None) -> Reply:
+        """The next line of this answer. Those of others that come first are kept for them."""
+        while (reply := waiting.take()) is None:
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                self.close()
+                raise TimeoutError("the daemon did not answer in time")
+            self._socket.settimeout(remaining)
+            with contextlib.suppress(TimeoutError):
+                self._receive()
+        return reply
+
+    def close(self) -> None:
+        self._socket.close()
+        self.desk.lose("the connection was closed at this end")
+
+    def _receive(self) -> None:
+        try:
+            data = self._socket.recv(CHUNK)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            self.desk.lose(f"the connection broke: {error.strerror or error}")
+        else:
+            self.desk.receive(data)
+        if self.desk.failed:
+            self._socket.close()
+
+
+def _connect(address: Address, timeout: float | None) -> socket.socket:
+    try:
+        if isinstance(address, Unix):
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.settimeout(timeout)
+                connection.connect(address.path)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+        connection = socket.create_connection(address, timeout)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+    except TimeoutError:
+        raise TimeoutError(f"no bridge answered at {address} in time") from None
+    except OSError as error:
+        raise unreachable(address, error) from None

@@ -1,0 +1,378 @@
+#!/bin/sh
+# The netcat client of llama-bridge: POSIX sh and awk, over socat or any nc. `bridge.sh help` says how it is used.
+#
+# Every request goes out in the JSON form, so that a prompt may hold newlines; the connection is then half-closed,
+# and the daemon answers fully before it closes its half. awk reads the answer, because a shell's `read` takes a
+# system call a byte and knows no \u escapes.
+set -eu
+LC_ALL=C # awk then works on bytes: UTF-8 goes through as it is, and \u escapes can be written byte by byte
+export LC_ALL
+
+usage() {
+    cat <<'END'
+usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT ...]
+
+  ping                  answers pong
+  status                which model is loaded
+  models                the models and their states, as JSON
+  load PATH             loads a GGUF file
+  free [MODEL]          gives a model back
+  infer [PROMPT]        completes a prompt
+  stream [PROMPT]       the same, printed as it is generated
+  chat [MESSAGE]        answers a message, printed as it is generated
+  embed [TEXT]          the vector of a text
+  raw LINE ...          sends the lines as they are, prints the answers as they are
+
+  -s PATH               the daemon's Unix socket
+  -t HOST:PORT          the daemon's TCP port
+  -p KEY=VALUE          a parameter, such as -p max_tokens=64 -p temperature=0; -p stop=... may be given several times
+
+A prompt, message or text that is not given, or is -, is read from the standard input.
+Without -s and -t: $LLAMA_BRIDGE_SOCKET, else llama-bridge.sock in $XDG_RUNTIME_DIR, else the service's socket
+for root, else this user's own under $TMPDIR. LLAMA_BRIDGE_NC=socat or =nc chooses the tool.
+Exit status: 0, 1 after an error (its message is on the standard error), 2 for a wrong command line.
+END
+}
+
+wrong() {
+    printf 'bridge.sh: %s (see bridge.sh help)\n' "$1" >&2
+    exit 2
+}
+
+has() {
+    command -v "$1" >/dev/null 2>&1
+}
+
+# -- the way to the daemon -----------------------------------------------------------------------------------------
+
+default_socket() { # the same choice as protocol/address.py
+    if [ -n "${LLAMA_BRIDGE_SOCKET:-}" ]; then
+        printf '%s' "$LLAMA_BRIDGE_SOCKET"
+    elif [ -n "${XDG_RUNTIME_DIR:-}" ]; then
+        printf '%s' "$XDG_RUNTIME_DIR/llama-bridge.sock"
+    elif [ "$(id -u)" -eq 0 ]; then
+        printf '%s' /run/llama-bridge/bridge.sock
+    else
+        printf '%s' "${TMPDIR:-/tmp}/llama-bridge-$(id -u)/bridge.sock"
+    fi
+}
+
+connect() { # standard input to the daemon, its answer to standard output; $1 is the tool
+    case $1 in
+        socat) # -t: after the half-close wait for the answer however long it takes, not half a second
+            if [ -n "$tcp" ]; then
+                exec socat -t 86400 - "TCP:$tcp,nodelay"
+            fi
+            exec socat -t 86400 - "UNIX-CONNECT:$path"
+            ;;
+        *)
+            # The BSD kind half-closes at the end of input only when told so, with -N; the others do it by themselves,
+            # and to them -N means something else.
+            flags=
+            if "$1" -h 2>&1 | grep -q 'N.*Shutdown the network socket'; then
+                flags=-N
+            fi
+            if [ -n "$tcp" ]; then
+                host=${tcp%:*}
+                host=${host#"["}
+                exec "$1" $flags "${host%"]"}" "${tcp##*:}"
+            fi
+            if ! "$1" -h 2>&1 | grep -q -e '-U' -e '\[-[A-Za-z0-9]*U'; then
+                printf 'bridge.sh: this %s knows no Unix sockets: install socat or the OpenBSD netcat, or use -t\n' \
+                    "$1" >&2
+                exit 1
+            fi
+            exec "$1" $flags -U "$path"
+            ;;
+    esac
+}
+
+tool() {
+    for one in ${LLAMA_BRIDGE_NC:-socat nc ncat netcat}; do
+        if has "$one"; then
+            printf '%s' "$one"
+            return
+        fi
+    done
+    printf 'bridge.sh: needs socat or nc\n' >&2
+    return 1
+}
+
+# -- JSON ----------------------------------------------------------------------------------------------------------
+
+# shellcheck disable=SC2016 # the dollars are awk's
+quote_program='
+# Standard input as one JSON string.
+BEGIN {
+    for (i = 1; i < 32; i++) escape[sprintf("%c", i)] = sprintf("\\u%04x", i)
+    escape["\""] = "\\\""
+    escape["\\"] = "\\\\"
+    printf "\""
+}
+NR > 1 { printf "\\n" }
+{
+    rest = $0
+    while (match(rest, /[\001-\037"\\]/)) {
+        printf "%s%s", substr(rest, 1, RSTART - 1), escape[substr(rest, RSTART, 1)]
+        rest = substr(rest, RSTART + 1)
+    }
+    printf "%s", rest
+}
+END { printf "\"" }
+'
+
+# shellcheck disable=SC2016
+print_program='
+# Prints what an answer says: the text of a stream as it comes; else its data, or its message where it has none.
+# Keys come in a fixed order (status, message, data; type, token), which is part of the protocol.
+BEGIN {
+    for (i = 0; i < 256; i++) byte[i] = sprintf("%c", i)
+    for (i = 0; i < 16; i++) digit[substr("0123456789abcdef", i + 1, 1)] = i
+    plain["n"] = "\n"; plain["t"] = "\t"; plain["r"] = "\r"; plain["b"] = "\b"; plain["f"] = "\f"
+    status = 3
+}
+function hex(text,    i, value) {
+    for (i = 1; i <= 4; i++) value = value * 16 + digit[tolower(substr(text, i, 1))]
+    return value
+}
+function utf8(code) {
+    if (code < 128) return byte[code]
+    if (code < 2048) return byte[192 + int(code / 64)] byte[128 + code % 64]
+    if (code < 65536)
+        return byte[224 + int(code / 4096)] byte[128 + int(code / 64) % 64] byte[128 + code % 64]
+    return byte[240 + int(code / 262144)] byte[128 + int(code / 4096) % 64] \
+        byte[128 + int(code / 64) % 64] byte[128 + code % 64]
+}
+# Reads the JSON string that `rest` begins with, and takes it off: `rest` is what follows it.
+function string(    out, code, low, kind) {
+    rest = substr(rest, 2)
+    out = ""
+    while (match(rest, /["\\]/)) {
+        out = out substr(rest, 1, RSTART - 1)
+        kind = substr(rest, RSTART, 1)
+        if (kind == "\"") { rest = substr(rest, RSTART + 1); return out }
+        kind = substr(rest, RSTART + 1, 1)
+        if (kind != "u") {
+            out = out (kind in plain ? plain[kind] : kind)
+            rest = substr(rest, RSTART + 2)
+            continue
+        }
+        code = hex(substr(rest, RSTART + 2, 4))
+        rest = substr(rest, RSTART + 6)
+        if (code >= 55296 && code < 56320 && substr(rest, 1, 2) == "\\u") { # the first half of a surrogate pair
+            low = hex(substr(rest, 3, 4))
+            if (low >= 56320 && low < 57344) {
+                code = 65536 + (code - 55296) * 1024 + low - 56320
+                rest = substr(rest, 7)
+            }
+        }
+        if (code >= 55296 && code < 57344) code = 65533 # half a pair is no character
+        out = out utf8(code)
+    }
+    return out
+}
+# Takes one JSON value off `rest` and returns it as it stands there.
+function value(    start, depth, ch) {
+    start = rest
+    depth = 0
+    while (rest != "") {
+        ch = substr(rest, 1, 1)
+        if (ch == "\"") string()
+        else if (depth == 0 && (ch == "," || ch == "}")) break
+        else {
+            if (ch == "[" || ch == "{") depth++
+            if (ch == "]" || ch == "}") depth--
+            if (depth) match(rest, /^.[^][{}"]*/) # all the numbers of a vector at once
+            else match(rest, /^.[^][{}",]*/)
+            rest = substr(rest, RLENGTH + 1)
+        }
+    }
+    return substr(start, 1, length(start) - length(rest))
+}
+function take(prefix) {
+    if (substr(rest, 1, length(prefix)) != prefix) return 0
+    rest = substr(rest, length(prefix) + 1)
+    return 1
+}
+# The value of a top-level key further on, unquoted; "" if it is not there.
+function find(key,    name) {
+    while (take(",")) {
+        if (substr(rest, 1, 1) != "\"") return ""
+        name = string()
+        if (!take(":")) return ""
+        if (name == key) return substr(rest, 1, 1) == "\"" ? string() : value()
+        value()
+    }
+    return ""
+}
+function complain(message, code) {
+    print "error: " message (code == "" ? "" : " [" code "]") | "cat >&2"
+    close("cat >&2")
+    status = 1
+}
+{
+    sub(/\r$/, "")
+    rest = $0
+    if (take("{\"type\":\"token\",\"token\":")) {
+        text = string()
+        printf "%s", text
+        fflush()
+        if (text != "") last = substr(text, length(text), 1)
+        if (take(",\"final\":true")) {
+            if (last != "\n") print ""
+            status = 0
+            tail = rest
+            if (find("finish_reason") == "error") {
+                rest = tail; code = find("code")
+                rest = tail; complain(find("reason"), code)
+            }
+        }
+    } else if (take("{\"status\":\"ok\",\"message\":")) {
+        message = string()
+        if (streams) next # only the start
+        status = 0
+        if (take(",\"data\":")) print (substr(rest, 1, 1) == "\"" ? string() : value())
+        else print message
+    } else if (take("{\"status\":\"error\",\"message\":")) {
+        message = string()
+        complain(message, find("code"))
+    } else {
+        complain("not a bridge: " substr($0, 1, 200), "")
+    }
+    if (status != 3) exit
+}
+END {
+    if (status == 3) {
+        complain(NR ? "the daemon closed the connection before its answer ended" : "no answer from " where, "")
+    }
+    exit status
+}
+'
+
+awk_now() { # awk that reads line by line: mawk would wait for a full buffer
+    case $(awk -W version 2>/dev/null </dev/null | head -n 1) in
+        mawk*) awk -W interactive "$@" ;;
+        *) awk "$@" ;;
+    esac
+}
+
+quote() { # $1 as a JSON string; the last newline is awk's own, so it is kept from the shell's by a mark
+    printf '%s\n' "$1" | awk "$quote_program"
+}
+
+parameter() { # KEY=VALUE as "KEY":VALUE
+    key=${1%%=*}
+    word=${1#*=}
+    case $key in
+        model | name | stop | path | template | encoding | flash_attn | type_k | type_v) word=$(quote "$word") ;;
+        *)
+            case $word in
+                true | false | null | "{"* | "["*) ;;
+                *) printf '%s\n' "$word" | grep -Eqx -e '-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?' ||
+                    word=$(quote "$word") ;;
+            esac
+            ;;
+    esac
+    printf '%s:%s' "$(quote "$key")" "$word"
+}
+
+text() { # the arguments as one text, or standard input
+    if [ $# -eq 0 ] || [ "$*" = - ]; then
+        cat
+        printf x # command substitution drops newlines at the end; this mark keeps them
+    else
+        printf '%sx' "$*"
+    fi
+}
+
+# -- requests ------------------------------------------------------------------------------------------------------
+
+request() { # VERB [KEY TEXT]: sends it with the parameters, prints the answer
+    line=$1
+    fields=$parameters
+    [ -z "$stops" ] || fields="$fields${fields:+,}\"stop\":[$stops]"
+    [ $# -lt 2 ] || fields="$fields${fields:+,}\"$2\":$(quote "$3")"
+    [ -z "$fields" ] || line="$line {$fields}"
+    case $1 in
+        *_STREAM) streams=1 ;;
+        *) streams= ;;
+    esac
+    with=$(tool)
+    printf '%s\n' "$line" | (connect "$with") | awk_now -v streams="$streams" -v where="$tcp$path" "$print_program"
+}
+
+prompted() { # VERB KEY [TEXT ...]
+    verb=$1
+    key=$2
+    shift 2
+    words=$(text "$@")
+    request "$verb" "$key" "${words%x}"
+}
+
+main() {
+    path=
+    tcp=
+    parameters=
+    stops=
+    while getopts :s:t:h option; do
+        case $option in
+            s) path=$OPTARG tcp= ;;
+            t) tcp=$OPTARG path= ;;
+            h) usage && exit ;;
+            :) wrong "-$OPTARG needs a value" ;;
+            *) wrong "unknown option -$OPTARG" ;;
+        esac
+    done
+    shift $((OPTIND - 1))
+    [ $# -gt 0 ] || wrong 'no command'
+    command=$1
+    shift
+    OPTIND=1
+    while getopts :p: option; do
+        case $option$OPTARG in
+            pstop=*) stops="$stops${stops:+,}$(quote "${OPTARG#*=}")" ;;
+            p*=*) parameters="$parameters${parameters:+,}$(parameter "$OPTARG")" ;;
+            p*) wrong "-p takes KEY=VALUE, not $OPTARG" ;;
+            :*) wrong "-$OPTARG needs a value" ;;
+            *) wrong "unknown option -$OPTARG" ;;
+        esac
+    done
+    shift $((OPTIND - 1))
+    [ -n "$tcp$path" ] || path=$(default_socket)
+
+    case $command in
+        help) usage ;;
+        ping | status | models)
+            [ $# -eq 0 ] || wrong "$command takes no arguments"
+            case $command in
+                ping) request PING ;;
+                status) request STATUS ;;
+                models) request MODELS ;;
+            esac
+            ;;
+        load)
+            [ $# -eq 1 ] || wrong 'load takes one path'
+            request LOAD path "$1"
+            ;;
+        free)
+            [ $# -le 1 ] || wrong 'free takes one model'
+            if [ $# -eq 1 ]; then request FREE model "$1"; else request FREE; fi
+            ;;
+        infer) prompted INFER prompt "$@" ;;
+        stream) prompted INFER_STREAM prompt "$@" ;;
+        embed) prompted EMBED text "$@" ;;
+        chat)
+            words=$(text "$@")
+            parameters="$parameters${parameters:+,}\"messages\":[{\"role\":\"user\",\"content\":$(quote "${words%x}")}]"
+            request CHAT_STREAM
+            ;;
+        raw)
+            [ $# -gt 0 ] || wrong 'raw takes one line or more'
+            with=$(tool)
+            printf '%s\n' "$@" | connect "$with"
+            ;;
+        *) wrong "unknown command $command" ;;
+    esac
+}
+
+main "$@"

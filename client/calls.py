@@ -1,0 +1,209 @@
+"""Every call of the clients, without I/O: what is asked, and what the answer becomes.
+
+Parameters go to the command by name. An unknown name is a TypeError here; a bad value is judged by the daemon
+alone, with ``bad_argument``: one judge and one wording, and a newer daemon may allow more than this client knows.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import inspect
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import orjson
+
+from client.results import Completion, Embeddings, Freed, Hello, Loaded, ModelInfo, ModelState, Status, read_as
+from protocol import commands
+from protocol.commands import Command, Message
+from protocol.errors import RemoteProtocolError
+from protocol.replies import Ok
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Command)
+Messages = str | Sequence[Message | dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """``repeatable``: asking twice does no harm and costs next to nothing, so a client may do it by itself."""
+
+    command: Command
+    read: Callable[[Ok], T]
+    repeatable: bool = False
+
+
+# -- the daemon ------------------------------------------------------------------------------------------------
+
+
+def ping() -> Call[None]:
+    """Returns when the daemon has answered."""
+    return Call(commands.Ping(), lambda ok: None, repeatable=True)
+
+
+def hello() -> Call[Hello]:
+    """Version, features and limits of the daemon."""
+    return Call(commands.Hello(), lambda ok: read_as(Hello, ok.data), repeatable=True)
+
+
+def help(verb: str | None = None) -> Call[list[str] | dict[str, str]]:
+    """A line for each command; or, of one command, what each of its parameters may be."""
+    kind: Any = list[str] if verb is None else dict[str, str]
+    return Call(commands.Help(verb=verb), lambda ok: read_as(kind, ok.data), repeatable=True)
+
+
+def status() -> Call[Status]:
+    """What is loaded and how busy it is."""
+    return Call(commands.Status(), lambda ok: read_as(Status, {**ok.extra, "message": ok.message}), repeatable=True)
+
+
+def cancel(id: str | None = None) -> Call[None]:
+    """Cancels the request with that id on this connection. Raises NotFound when none is running."""
+    return Call(commands.Cancel(id=id), lambda ok: None)
+
+
+def quit() -> Call[None]:
+    """Stops the daemon, if this peer may."""
+    return Call(commands.Quit(), lambda ok: None)
+
+
+# -- models ----------------------------------------------------------------------------------------------------
+
+
+def load(path: str, **options: Any) -> Call[Loaded]:
+    """Loads the GGUF file at ``path``, as the daemon sees it, under ``name=`` or its file name.
+
+    ``options`` are those of LOAD, such as ``n_ctx`` and ``n_parallel``. What is loaded already is answered at once.
+    """
+    return Call(_build(commands.Load, path=path, **options), lambda ok: read_as(Loaded, ok.extra))
+
+
+def free(model: str | None = None, *, drain: bool = True) -> Call[Freed]:
+    """Unloads that model; without a name gives back what this connection loaded.
+
+    ``drain`` waits for what the model is generating; without it these requests are cancelled.
+    """
+    return Call(commands.Free(model=model, drain=drain), lambda ok: read_as(Freed, ok.extra))
+
+
+def models() -> Call[list[ModelState]]:
+    """The models and their states."""
+    return Call(commands.Models(), lambda ok: read_as(list[ModelState], ok.data), repeatable=True)
+
+
+def show(model: str | None = None) -> Call[ModelInfo]:
+    """A model's metadata, options and chat template."""
+    return Call(commands.Show(model=model), lambda ok: read_as(ModelInfo, ok.data), repeatable=True)
+
+
+# -- generation ------------------------------------------------------------------------------------------------
+
+
+def infer(prompt: str, **parameters: Any) -> Call[Completion]:
+    """Completes the prompt. ``parameters`` are those of INFER, such as ``max_tokens`` and ``temperature``."""
+    return Call(_build(commands.Infer, prompt=prompt, **parameters), _completion)
+
+
+def infer_multi(prompts: Sequence[str], **parameters: Any) -> Call[list[Completion]]:
+    """Completes several prompts as one batch, with the same ``parameters``."""
+    return Call(_build(commands.InferMulti, prompts=list(prompts), **parameters), _completions)
+
+
+def chat(messages: Messages, **parameters: Any) -> Call[Completion]:
+    """Answers a conversation: messages in OpenAI's shape, or one user message as a string.
+
+    ``parameters`` are those of INFER, and ``template``.
+    """
+    return Call(_build(commands.Chat, messages=_messages(messages), **parameters), _completion)
+
+
+def stream(prompt: str, **parameters: Any) -> Command:
+    """Completes the prompt, piece by piece: to be iterated over. ``parameters`` are those of ``infer``."""
+    return _build(commands.InferStream, prompt=prompt, **parameters)
+
+
+def chat_stream(messages: Messages, **parameters: Any) -> Command:
+    """Answers a conversation, piece by piece: to be iterated over. ``parameters`` are those of ``chat``."""
+    return _build(commands.ChatStream, messages=_messages(messages), **parameters)
+
+
+# -- vectors and tokens ----------------------------------------------------------------------------------------
+
+
+def embed(text: str | Sequence[str], **parameters: Any) -> Call[Embeddings]:
+    """The vector of a text, or those of several.
+
+    They travel as base64 unless ``encoding="float"`` is given: a third of the bytes, and the same float32 values.
+    """
+    texts = text if isinstance(text, str) else list(text)
+    command = _build(commands.Embed, text=texts, **{"encoding": "base64", **parameters})
+    return Call(command, lambda ok: _embeddings(ok, several=not isinstance(text, str)), repeatable=True)
+
+
+def tokenize(text: str, **parameters: Any) -> Call[list[int]]:
+    """A text's token ids. ``special=True`` adds what the model puts around a text, such as BOS."""
+    command = _build(commands.Tokenize, text=text, **parameters)
+    return Call(command, lambda ok: read_as(list[int], ok.data), repeatable=True)
+
+
+def detokenize(tokens: Sequence[int], *, model: str | None = None) -> Call[str]:
+    """The text of these tokens."""
+    command = commands.Detokenize(tokens=list(tokens), model=model)
+    return Call(command, lambda ok: read_as(str, ok.data), repeatable=True)
+
+
+# -- how they are built and read -------------------------------------------------------------------------------
+
+
+def dress(method: Callable[..., Any], call: Callable[..., Any]) -> None:
+    """Gives a client's method the name, the documentation and the signature (after self) of the call it makes."""
+    method.__name__ = call.__name__
+    method.__doc__ = call.__doc__
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    taken = inspect.signature(call).parameters.values()
+    method.__signature__ = inspect.Signature([own, *taken])  # type: ignore[attr-defined]
+
+
+def _build(command: type[C], **fields: Any) -> C:
+    known = command.__struct_fields__
+    if unknown := fields.keys() - set(known):
+        raise TypeError(f"{', '.join(sorted(unknown))}: unknown parameter; {command.VERB} takes {', '.join(known)}")
+    return command(**fields)
+
+
+def _messages(messages: Messages) -> list[Any]:
+    return [Message(role="user", content=messages)] if isinstance(messages, str) else list(messages)
+
+
+def _completion(ok: Ok) -> Completion:
+    return read_as(Completion, {**ok.extra, "text": ok.data})
+
+
+def _completions(ok: Ok) -> list[Completion]:
+    # The texts are a JSON list inside a string: so the Llambo bridge has it.
+    try:
+        texts = read_as(list[str], orjson.loads(ok.data))
+    except (ValueError, TypeError):
+        raise RemoteProtocolError("the answer to INFER_MULTI is not a list of texts") from None
+    rest = read_as(list[dict[str, Any]], ok.extra.get("results", [{}] * len(texts)))
+    if len(rest) != len(texts):
+        raise RemoteProtocolError(f"the answer to INFER_MULTI has {len(texts)} texts but {len(rest)} results")
+    model = ok.extra.get("model", "")
+    return [read_as(Completion, {"model": model, **one, "text": text}) for text, one in zip(texts, rest, strict=True)]
+
+
+def _embeddings(ok: Ok, *, several: bool) -> Embeddings:
+    vectors = ok.data if several else [ok.data]
+    if isinstance(vectors, list):
+        vectors = [_floats(vector) if isinstance(vector, str) else vector for vector in vectors]
+    return read_as(Embeddings, {**ok.extra, "vectors": vectors})
+
+
+def _floats(text: str) -> list[float]:
+    try:
+        return [value for (value,) in struct.iter_unpack("<f", base64.b64decode(text, validate=True))]
+    except (binascii.Error, struct.error, ValueError):
+        raise RemoteProtocolError("a vector that is not base64 of float32") from None

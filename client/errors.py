@@ -1,0 +1,139 @@
+"""The error answers as exceptions, grouped by what a caller can do about them.
+
+``except TryAgain`` and ``except ClientFault`` are complete: a code that this client does not know, from a newer
+daemon, is sorted by the blame on its line. The classes below them are for the codes that programs treat singly.
+"""
+
+from __future__ import annotations
+
+from protocol.errors import Blame, BridgeError, ErrorCode
+from protocol.replies import Failed
+
+
+class ClientFault(BridgeError):
+    """The same request can never succeed: change it."""
+
+
+class BadArgument(ClientFault):
+    """A parameter's value; the message begins with its name and says what is allowed."""
+
+
+class NotFound(ClientFault):
+    """No such model, file or request."""
+
+
+class Forbidden(ClientFault):
+    """This peer may not do that."""
+
+
+class ContextExceeded(ClientFault):
+    """The prompt does not fit in the model's context. Nothing was computed; ``details`` has both counts."""
+
+
+class TemplateError(ClientFault):
+    """The chat template failed, or refused these messages."""
+
+
+class Cancelled(ClientFault):
+    """The request was cancelled before it had generated anything."""
+
+
+class NoModel(ClientFault):
+    """No model is loaded that could answer this."""
+
+
+class LoadFailed(ClientFault):
+    """The model could not be loaded; the message says why."""
+
+
+class TryAgain(BridgeError):
+    """The same request may succeed later."""
+
+    @property
+    def retry_after_ms(self) -> int | None:
+        """When the daemon thinks it is worth asking again; None where it does not say."""
+        after = self.details.get("retry_after_ms")
+        return int(after) if isinstance(after, int | float) else None
+
+
+class Busy(TryAgain):
+    """The model is in use, and what was asked cannot be done while it is."""
+
+
+class ModelCrashed(TryAgain):
+    """The model's process died with this request in it. It is being started again."""
+
+
+class ModelResting(TryAgain):
+    """The model crashed too often and is not started for a while."""
+
+
+class DeadlineExceeded(TryAgain):
+    """``deadline_ms`` passed before anything was generated."""
+
+
+class Overloaded(TryAgain):
+    """The queue is full."""
+
+
+class TooManyClients(TryAgain):
+    """The daemon has as many connections as it takes."""
+
+
+class Draining(TryAgain):
+    """The daemon is about to stop and takes nothing new."""
+
+
+class ConnectionLost(TryAgain):
+    """The connection ended before the answer did. What was asked may have been done, wholly, partly or not at all."""
+
+    CODE = "connection_lost"  # said by no daemon
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.CODE, message)
+
+
+class Unreachable(ConnectionLost):
+    """No connection could be made, so nothing was asked."""
+
+    CODE = "unreachable"
+
+
+class BridgeBug(BridgeError):
+    """The daemon's own fault; please report it."""
+
+
+_BY_CODE: dict[str, type[BridgeError]] = {
+    ErrorCode.BAD_ARGUMENT: BadArgument,
+    ErrorCode.NOT_FOUND: NotFound,
+    ErrorCode.FORBIDDEN: Forbidden,
+    ErrorCode.CONTEXT_EXCEEDED: ContextExceeded,
+    ErrorCode.TEMPLATE_ERROR: TemplateError,
+    ErrorCode.CANCELLED: Cancelled,
+    ErrorCode.NO_MODEL: NoModel,
+    ErrorCode.LOAD_FAILED: LoadFailed,
+    ErrorCode.BUSY: Busy,
+    ErrorCode.MODEL_CRASHED: ModelCrashed,
+    ErrorCode.MODEL_RESTING: ModelResting,
+    ErrorCode.DEADLINE: DeadlineExceeded,
+    ErrorCode.OVERLOADED: Overloaded,
+    ErrorCode.TOO_MANY_CLIENTS: TooManyClients,
+    ErrorCode.DRAINING: Draining,
+}
+_BY_BLAME: dict[str, type[BridgeError]] = {
+    Blame.CLIENT: ClientFault,
+    Blame.RETRY: TryAgain,
+    Blame.BUG: BridgeBug,
+}
+
+
+def error_of(failed: Failed) -> BridgeError:
+    """The exception for an error reply."""
+    kind = _BY_CODE.get(failed.code)
+    if kind is None:
+        try:
+            blame: str = ErrorCode(failed.code).blame
+        except ValueError:
+            blame = str(failed.details.get("blame"))
+        kind = _BY_BLAME.get(blame, BridgeBug)
+    return kind(failed.code, failed.message, **failed.details)

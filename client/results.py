@@ -1,0 +1,128 @@
+"""What calls return. Keys that a newer daemon adds are ignored; those that an older one lacks have defaults."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from protocol.errors import RemoteProtocolError
+from protocol.replies import Timings, Usage
+
+T = TypeVar("T")
+
+
+class Logprob(Struct, frozen=True):
+    """A token with the natural logarithm of its probability, and the likeliest ones in its place if asked for."""
+
+    token: str
+    logprob: float
+    bytes: list[int] = []
+    top_logprobs: list[Logprob] = []
+
+
+class Completion(Struct, frozen=True, kw_only=True):
+    """A generated text. ``finish_reason`` is ``stop``, ``length``, ``cancelled`` or ``deadline``."""
+
+    text: str
+    finish_reason: str = "stop"
+    model: str = ""
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+    logprobs: list[Logprob] | None = None
+
+
+class Embeddings(Struct, frozen=True, kw_only=True):
+    """One L2-normalised vector for each text, in the order of the texts."""
+
+    vectors: list[list[float]]
+    model: str = ""
+    dimensions: int = 0
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+
+    @property
+    def vector(self) -> list[float]:
+        """The first, for those who asked about one text."""
+        return self.vectors[0]
+
+
+class ModelState(Struct, frozen=True, kw_only=True):
+    """A model as the daemon sees it now. ``state``: loading, ready, restarting, resting or unloading."""
+
+    name: str
+    path: str = ""
+    state: str = ""
+    default: bool = False
+    held: bool = False
+    running: int = 0
+    queued: int = 0
+    restarts: int = 0
+    n_ctx: int = 0
+    n_parallel: int = 0
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """What a model is: the metadata of its file, and how it was loaded."""
+
+    name: str
+    path: str = ""
+    architecture: str = ""
+    parameters: int = 0
+    quantization: str = ""
+    size_bytes: int = 0
+    n_ctx_train: int = 0
+    n_embd: int = 0
+    n_layer: int = 0
+    n_vocab: int = 0
+    chat_template: str | None = None
+    capabilities: list[str] = []
+    options: dict[str, Any] = {}
+    pid: int | None = None
+    load_ms: float = 0.0
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    """``message`` is the line for people; ``default`` the model that answers when none is named."""
+
+    message: str
+    version: str = ""
+    uptime_s: float = 0.0
+    pid: int = 0
+    clients: int = 0
+    draining: bool = False
+    default: str | None = None
+    models: list[ModelState] = []
+
+
+class Hello(Struct, frozen=True, kw_only=True):
+    """Who answers: version of the daemon and of the protocol, features by name, limits by name."""
+
+    name: str
+    version: str = ""
+    protocol: int = 0
+    features: list[str] = []
+    limits: dict[str, Any] = {}
+
+
+class Loaded(Struct, frozen=True, kw_only=True):
+    """``model`` is the name the model goes by from now on."""
+
+    model: str = ""
+    load_ms: float = 0.0
+
+
+class Freed(Struct, frozen=True, kw_only=True):
+    """Names: of what was unloaded, and of what stays because other connections hold it."""
+
+    freed: list[str] = []
+    held: list[str] = []
+
+
+def read_as(kind: type[T], value: Any) -> T:
+    """``value``, off the wire, as a ``kind``. Raises RemoteProtocolError when it is something else."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise RemoteProtocolError(f"an answer of another shape than expected: {error}") from None

@@ -1,0 +1,108 @@
+"""What every test may ask for; and a loud word on what this machine lacks and which tests that cost."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from bridge.models.default import ModelError, check_model, default_model_path
+
+NAMED_TESTS = 8
+
+# Shared cores make single examples slow now and then; the tests as a whole have a timeout.
+hypothesis.settings.register_profile("shared-cores", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("shared-cores")
+
+# What tests name in @pytest.mark.needs(...), and what brings it.
+REMEDIES = {
+    "llama_cpp": "pip install 'llama-bridge[daemon]'",
+    "model": "python -m bridge.models.default",
+    "nc": "apt-get install netcat-openbsd",
+    "shellcheck": "apt-get install shellcheck",
+    "socat": "apt-get install socat",
+}
+
+
+@cache
+def lack(need: str) -> str | None:
+    """Why tests that need this are skipped; None if it is there."""
+    match need:
+        case "model":
+            try:
+                check_model(default_model_path())
+            except ModelError as error:
+                return f"needs the default model: {error}"
+            return None
+        case "llama_cpp":
+            there = importlib.util.find_spec(need) is not None
+        case "nc":  # the one of netcat-traditional speaks no Unix sockets
+            path = shutil.which(need)
+            usage = subprocess.run([path, "-h"], capture_output=True, text=True, check=False) if path else None
+            there = usage is not None and "-U" in usage.stdout + usage.stderr
+        case _:
+            there = shutil.which(need) is not None
+    return None if there else f"needs {need}: {REMEDIES.get(need, 'not found in PATH')}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*names): commands and the like without which the test is skipped")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "default_model" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.model)  # for -m 'not model'
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needs = [name for marker in item.iter_markers("needs") for name in marker.args]
+    if item.get_closest_marker("model"):
+        needs += ["llama_cpp", "model"]
+    if lacks := [reason for need in needs if (reason := lack(need))]:
+        pytest.skip("; ".join(lacks))
+
+
+def pytest_report_header() -> list[str]:
+    lacks = [reason for need in REMEDIES if (reason := lack(need))]
+    return [f"LACKING: {reason}" for reason in lacks] or [f"all there: {', '.join(REMEDIES)}"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Each reason for skipping, and the tests that it cost."""
+    skipped: dict[str, list[str]] = defaultdict(list)
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        skipped[reason.removeprefix("Skipped: ")].append(report.nodeid)
+    if not skipped:
+        return
+    terminalreporter.section("SKIPPED, not tested here", sep="=", yellow=True, bold=True)
+    for reason, tests in sorted(skipped.items()):
+        terminalreporter.line(f"{len(tests)} because: {reason}", yellow=True)
+        for test in tests[:NAMED_TESTS]:
+            terminalreporter.line(f"    {test}")
+        if len(tests) > NAMED_TESTS:
+            terminalreporter.line(f"    and {len(tests) - NAMED_TESTS} more")
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The real model; tests that ask for it are marked ``model``."""
+    if reason := lack("model"):
+        pytest.skip(reason)
+    return default_model_path()
+
+
+@pytest.fixture
+def socket_path() -> Iterator[Path]:
+    """In a short folder of its own: the path of a Unix socket ends at 107 bytes, tmp_path can be longer."""
+    with tempfile.TemporaryDirectory(prefix="lb-") as folder:
+        yield Path(folder, "bridge.sock")

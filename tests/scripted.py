@@ -1,0 +1,258 @@
+"""A bridge that says what a test tells it to: the protocol's server role on a real socket, in threads.
+
+A script is a function of one Peer, run for one connection; when it returns, the connection is closed. Several
+scripts serve the first connection, the second and so on; the last serves all further ones.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from protocol.commands import (
+    Cancel,
+    Chat,
+    ChatStream,
+    Command,
+    Detokenize,
+    Embed,
+    Free,
+    Hello,
+    Help,
+    Infer,
+    InferMulti,
+    InferStream,
+    Load,
+    Models,
+    Ping,
+    Quit,
+    Show,
+    Status,
+    Tokenize,
+)
+from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role
+from protocol.errors import ErrorCode
+from protocol.replies import Failed, Final, Ok, Reply, Started, Token
+
+USAGE = {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 2}
+TIMINGS = {"queue_ms": 0.5, "prefill_ms": 1.5, "decode_ms": 2.5}
+END = {"model": "tiny", "usage": USAGE, "timings": TIMINGS}
+MODEL = {"name": "tiny", "path": "/models/tiny.gguf", "state": "ready", "default": True, "n_ctx": 512, "running": 1}
+PIECES = ["Once", " upon", ' "a"\n', "\ttime \\ \u00e9\U0001f999"]
+
+
+class Peer:
+    """One connection, as a script sees it. ``seen`` are the commands that came."""
+
+    def __init__(self, connection: socket.socket, seen: list[Command]) -> None:
+        self.socket = connection
+        self.connection = Connection(Role.SERVER)
+        self.seen = seen
+        self._events: list[Requested | Refused | Closed] = []
+
+    def request(self) -> Requested | None:
+        """The next request; None at the end. A line that is no command is answered with its error."""
+        while True:
+            while not self._events:
+                for event in self.connection.receive(self.socket.recv(65536)):
+                    assert isinstance(event, Requested | Refused | Closed)
+                    self._events.append(event)
+            event = self._events.pop(0)
+            if isinstance(event, Closed):
+                return None
+            if isinstance(event, Requested):
+                self.seen.append(event.command)
+                return event
+            self.reply(event.exchange, event.error)
+
+    def expect(self) -> Requested:
+        request = self.request()
+        assert request is not None, "the client closed the connection"
+        return request
+
+    def reply(self, exchange: Exchange, *replies: Reply) -> None:
+        for reply in replies:
+            self.raw(self.connection.reply(exchange, reply))
+
+    def raw(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+
+Script = Callable[[Peer], None]
+
+
+class Scripted:
+    """The server. ``address`` is where clients reach it; ``seen`` the commands of all connections."""
+
+    def __init__(self, listener: socket.socket, address: str, scripts: tuple[Script, ...]) -> None:
+        self.address = address
+        self.seen: list[Command] = []
+        self.connections = 0
+        self._listener = listener
+        self._scripts = scripts
+        self._open: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._errors: list[BaseException] = []
+        self._threads[0].start()
+
+    def stop(self) -> None:
+        """Ends all connections. Raises what went wrong in a script."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._threads[0].join()
+        for connection in self._open:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join()
+        if self._errors:
+            raise self._errors[0]
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            script = self._scripts[min(self.connections, len(self._scripts) - 1)]
+            self.connections += 1
+            self._open.append(connection)
+            self._threads.append(thread := threading.Thread(target=self._serve, args=(connection, script)))
+            thread.start()
+
+    def _serve(self, connection: socket.socket, script: Script) -> None:
+        try:
+            with connection:
+                script(Peer(connection, self.seen))
+        except OSError:
+            pass  # the client went away, as clients do
+        except BaseException as error:
+            self._errors.append(error)
+
+
+@contextmanager
+def scripted(*scripts: Script, tcp: bool = False) -> Iterator[Scripted]:
+    """Serves ``scripts`` (by default ``honest``) on a Unix socket, or on a TCP port."""
+    with tempfile.TemporaryDirectory(prefix="bridge-") as folder:
+        if tcp:
+            listener = socket.create_server(("127.0.0.1", 0))
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+        else:
+            address = os.path.join(folder, "s")
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(address)
+            listener.listen()
+        server = Scripted(listener, address, scripts or (honest,))
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+# -- scripts ---------------------------------------------------------------------------------------------------
+
+
+def honest(peer: Peer) -> None:
+    """Answers every command as the daemon would that has one small model."""
+    while request := peer.request():
+        peer.reply(request.exchange, *answers(request.command))
+
+
+def answers(command: Command) -> list[Reply]:
+    match command:
+        case InferStream() | ChatStream():
+            tokens: list[Reply] = [Token(piece) for piece in PIECES]
+            return [Started(), *tokens, Final("", "stop", END)]
+        case _:
+            return [answer(command)]
+
+
+def answer(command: Command) -> Reply:
+    match command:
+        case Ping():
+            return Ok("pong", "pong")
+        case Hello():
+            data = {
+                "name": "llama-bridge",
+                "version": "9.9",
+                "protocol": 1,
+                "features": ["chat"],
+                "limits": {"clients": 4},
+            }
+            return Ok("llama-bridge", data)
+        case Help(verb=None):
+            return Ok("Commands", [Ping.DOC, Infer.DOC])
+        case Help():
+            return Ok(Infer.DOC, {"max_tokens": "an integer"})
+        case Status():
+            return Ok("Model loaded: /models/tiny.gguf", None, {"version": "9.9", "models": [MODEL], "default": "tiny"})
+        case Models():
+            return Ok("1 models", [MODEL])
+        case Show():
+            return Ok("tiny", {"name": "tiny", "parameters": 7, "options": {"n_ctx": 512}, "unheard_of": [1]})
+        case Load(path=path):
+            return _load(path)
+        case Free():
+            return Ok("Resources freed", None, {"freed": ["tiny"], "held": []})
+        case Quit():
+            return Ok("Goodbye")
+        case Cancel(id=id):
+            return Failed(ErrorCode.NOT_FOUND, f"No request {id} is running")
+        case _:
+            return _work(command)
+
+
+def _load(path: str) -> Reply:
+    if path == "missing.gguf":
+        return Failed(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}")
+    return Ok("Model loaded successfully", None, {"model": "tiny", "load_ms": 1250.0})
+
+
+def _work(command: Command) -> Reply:
+    extra: dict[str, Any] = {"finish_reason": "stop", **END}
+    match command:
+        case Infer(prompt=prompt):
+            return Ok("Inference completed", prompt, extra)
+        case Chat(messages=messages):
+            return Ok("Chat completed", f"{len(messages)}: {messages[-1].content}", extra)
+        case InferMulti(prompts=prompts):
+            texts = '["' + '","'.join(prompts) + '"]'
+            return Ok(
+                "Multi-inference completed",
+                texts,
+                {"model": "tiny", "results": [{"finish_reason": "length"}] * len(prompts)},
+            )
+        case Embed(text=text, encoding="base64"):
+            vector: Any = "AACAPwAAAMA="  # 1.0, -2.0
+            return Ok(
+                "Embedding completed", vector if isinstance(text, str) else [vector] * len(text), {"dimensions": 2}
+            )
+        case Embed(text=text):
+            return Ok("Embedding completed", [1.0, -2.0], {"dimensions": 2})
+        case Tokenize(text=text):
+            return Ok("Tokenized", list(text.encode()), {"model": "tiny", "count": len(text)})
+        case Detokenize(tokens=tokens):
+            return Ok("Detokenized", bytes(tokens).decode(), {"model": "tiny"})
+        case _:
+            return Failed(ErrorCode.UNSUPPORTED, f"{command.VERB} is not scripted")
+
+
+def until_cancelled(peer: Peer) -> None:
+    """Starts every stream, then says no more until it is cancelled; answers the rest."""
+    streams: dict[str | None, Exchange] = {}
+    while request := peer.request():
+        command = request.command
+        if isinstance(command, InferStream | ChatStream):
+            streams[request.exchange.id] = request.exchange
+            peer.reply(request.exchange, Started(), *(Token(piece) for piece in PIECES))
+        elif isinstance(command, Cancel) and command.id in streams:
+            peer.reply(streams.pop(command.id), Final("", "cancelled", END))
+            peer.reply(request.exchange, Ok("Cancelled", command.id))
+        else:
+            peer.reply(request.exchange, *answers(command))
