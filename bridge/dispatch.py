@@ -97,8 +97,9 @@ def _quit(call: Call, _command: commands.Quit) -> Ok:
 
 async def _load(call: Call, command: commands.Load) -> Ok:
     options = msgspec.convert(command, ipc.Options, from_attributes=True)
-    name, provider = await call.daemon.pool.load(command.name, Spec(command.path, options), call.peer.number)
-    return Ok("Model loaded successfully", None, {"model": name, "load_ms": provider.load_ms})
+    entry = call.daemon.pool.begin_load(command.name, Spec(command.path, options), call.peer.number)
+    provider = await call.daemon.pool.ready(entry)
+    return Ok("Model loaded successfully", None, {"model": entry.name, "load_ms": provider.load_ms})
 
 
 async def _free(call: Call, command: commands.Free) -> Ok:

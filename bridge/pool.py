@@ -37,13 +37,27 @@ class ModelPool:
 
     # -- asked by clients --------------------------------------------------------------------------------------
 
-    async def load(self, name: str | None, spec: Spec, holder: int) -> tuple[str, Provider]:
-        """Returns when the model is ready. Raises BridgeError; a cancelled caller does not stop the load."""
+    def begin_load(self, name: str | None, spec: Spec, holder: int) -> Entry:
+        """Has a model loaded, for ``ready`` to wait for. Raises BridgeError."""
         if self._config.backend == "llama":
             check_model_file(spec.path)
         entry, effects = self._registry.load(name, spec, holder)
         self._act(effects)
-        return entry.name, await self._ready(entry)
+        return entry
+
+    async def ready(self, entry: Entry) -> Provider:
+        """Waits for a model that loads or restarts. Raises BridgeError; the load goes on when the caller is cancelled."""
+        while True:
+            match entry.state:
+                case State.READY:
+                    return self._providers[entry.name]
+                case State.RESTING:
+                    raise BridgeError(ErrorCode.MODEL_RESTING, f"{entry.name} rests: {entry.why}. LOAD starts it again")
+                case State.UNLOADING:
+                    raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is being unloaded")
+            if self._registry.entries.get(entry.name) is not entry:
+                raise BridgeError(ErrorCode.LOAD_FAILED, entry.why)
+            await self._changed.wait()
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[tuple[str, Provider]]:
@@ -51,7 +65,7 @@ class ModelPool:
         entry = self._registry.pick(name)
         self._users[entry.name] = self._users.get(entry.name, 0) + 1
         try:
-            yield entry.name, await self._ready(entry)
+            yield entry.name, await self.ready(entry)
         finally:
             self._users[entry.name] -= 1
             self._notify()
@@ -102,19 +116,6 @@ class ModelPool:
         }
 
     # -- acting ------------------------------------------------------------------------------------------------
-
-    async def _ready(self, entry: Entry) -> Provider:
-        while True:
-            match entry.state:
-                case State.READY:
-                    return self._providers[entry.name]
-                case State.RESTING:
-                    raise BridgeError(ErrorCode.MODEL_RESTING, f"{entry.name} rests: {entry.why}. LOAD starts it again")
-                case State.UNLOADING:
-                    raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is being unloaded")
-            if self._registry.entries.get(entry.name) is not entry:
-                raise BridgeError(ErrorCode.LOAD_FAILED, entry.why)
-            await self._changed.wait()
 
     def _act(self, effects: list[Effect]) -> None:
         for effect in effects:

@@ -49,8 +49,8 @@ class Server:
                     for listener in listeners:
                         clients.start_soon(accept_forever, listener, self._serve_client)
                         self._log.info("listening", address=str(listener.address))
-                    for model in self._config.models:
-                        workers.start_soon(self._load, model)
+                    for model in self._config.models:  # in order: the first is the default
+                        self._load(model)
                     task_status.started(listeners)
                     await self._stopping.wait()
                     for listener in listeners:
@@ -63,10 +63,10 @@ class Server:
                 listener.close()
         self._log.info("stopped")
 
-    async def _load(self, model: Load) -> None:
+    def _load(self, model: Load) -> None:
         options = msgspec.convert(model, ipc.Options, from_attributes=True)
         try:
-            await self._daemon.pool.load(model.name, Spec(model.path, options), CONFIGURATION)
+            self._daemon.pool.begin_load(model.name, Spec(model.path, options), CONFIGURATION)
         except BridgeError as error:
             self._log.error("configured model failed", path=model.path, reason=error.message)
 

@@ -114,6 +114,10 @@ class Scripted:
         if self._errors:
             raise self._errors[0]
 
+    def await_end(self, number: int) -> None:
+        """Returns when the script of that connection has returned, and its socket is closed."""
+        self._threads[1 + number].join()
+
     def _accept(self) -> None:
         while True:
             try:
