@@ -42,14 +42,15 @@ has_compiler() { has "${CXX:-c++}" || has g++ || has clang++; }
 # logged WHAT COMMAND...: its output goes to $LOG, whose end is shown if it fails. Meanwhile shows the time that it
 # takes, and of a compilation its [step/steps].
 logged() {
-    local what=$1 began=$SECONDS status=0 every=30 form='    %d:%02d %s\n' ticker
+    local what=$1 began=$SECONDS status=0 every=30 form='    %d:%02d %s\n' from ticker
     shift
+    from=$(wc -c <"$LOG")
     [ ! -t 1 ] || { every=1 form='\r    %d:%02d %s\033[K'; }
     say "$what"
     while sleep "$every" >/dev/null 2>&1 9<&- && kill -0 $$ 2>/dev/null; do
         # shellcheck disable=SC2059
         printf "$form" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) \
-            "$(tail -c 99999 "$LOG" | grep -ao '\[[0-9]*/[0-9]*\]' | tail -n 1)"
+            "$(tail -c "+$from" "$LOG" | grep -ao '\[[0-9]*/[0-9]*\]' | tail -n 1)"
     done &
     ticker=$!
     "$@" >>"$LOG" 2>&1 </dev/null || status=$?
@@ -92,6 +93,7 @@ make_venv() {
     [ ! -e "$VENV" ] || say "removing .venv: it was made for another place, another Python or other CMAKE_ARGS"
     rm -rf -- "$VENV"
     mkdir -- "$VENV"
+    : >"$LOG"
     logged "making .venv with $python (Python $version)" "$python" -m venv "$VENV"
     identity >"$VENV/identity"
 }
@@ -110,6 +112,7 @@ set_up() {
     LOG=$VENV/setup.log
     make_venv
     stamped daemon "${LOCKS[@]}" pyproject.toml && return
+    : >"$LOG"
     has_compiler || packages "a C++ compiler" g++ || exit 1
     [ -z "$CMAKE_ARGS" ] || cache=(--no-cache-dir) # pip's cache does not know how a wheel was built
     pip "installing the build tools" --require-hashes -r "${LOCKS[0]}"

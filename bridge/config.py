@@ -1,7 +1,7 @@
 """The configuration: defaults < TOML file < environment < flags. Read once, validated once, then frozen.
 
-Every key of the file can be an environment variable: ``limits.clients`` is LLAMA_BRIDGE_LIMITS_CLIENTS, ``socket`` is
-LLAMA_BRIDGE_SOCKET. What is not known is refused by its name.
+Every key of the file but ``models`` can be an environment variable: ``limits.clients`` is LLAMA_BRIDGE_LIMITS_CLIENTS,
+``socket`` is LLAMA_BRIDGE_SOCKET; a list is separated by commas. What is not known is refused by its name.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from protocol.address import default_socket, parse_address
+from protocol.address import Tcp, default_socket, parse_address
 from protocol.commands import Load, LoadOptions
 from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
 
 ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
+_CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC",)  # client/bridge.sh's own, which its user may have exported
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 
@@ -93,12 +94,12 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _CLIENTS_VARIABLES:
             continue
         key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         section, _, rest = key.partition("_")
         if key == "tcp":
-            values["tcp"] = text.split(",")
+            values["tcp"] = [address.strip() for address in text.split(",") if address.strip()]
         elif section in ("limits", "load", "log") and rest:
             values.setdefault(section, {})[rest] = text
         elif key in ("socket", "socket_mode", "socket_group", "backend"):
@@ -135,7 +136,8 @@ def _convert(values: Mapping[str, Any], source: str) -> Config:
 def _check(config: Config) -> None:
     for address in config.tcp:
         try:
-            parse_address(address)
+            if not isinstance(parse_address(address), Tcp):
+                raise ValueError(f"bad address {address!r}: allowed is HOST:PORT")
         except ValueError as error:
             raise ConfigError(f"tcp: {error}") from None
     if not config.socket and not config.tcp:

@@ -136,9 +136,10 @@ class Registry:
             candidates = mine or list(self.entries.values())[:1]
             going = [entry for entry in candidates if not entry.holders]
             held = [entry for entry in candidates if entry.holders]
+        stops: list[Effect] = [Stop(one.name) for one in going if one.state is not State.UNLOADING]
         for entry in going:
             entry.state = State.UNLOADING
-        return [one.name for one in going], [one.name for one in held], [Stop(one.name) for one in going]
+        return [one.name for one in going], [one.name for one in held], stops
 
     def gone(self, holder: int) -> None:
         """A connection closed. What it loaded stays, for whoever comes next."""

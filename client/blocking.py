@@ -183,6 +183,7 @@ class Client:
         if self._link is None or not self._link.alive():
             self.close()
             self._link = _Link(self.address, self.timeout)
+        self._link.timeout = self.timeout
         return self._link
 
 
@@ -191,11 +192,11 @@ class _Link:
 
     def __init__(self, address: Address, timeout: float | None) -> None:
         self.desk = Desk()
-        self._timeout = timeout
+        self.timeout = timeout
         self._socket = _connect(address, timeout)
 
     def deadline(self) -> float | None:
-        return None if self._timeout is None else time.monotonic() + self._timeout
+        return None if self.timeout is None else time.monotonic() + self.timeout
 
     def alive(self) -> bool:
         """Reads what has come meanwhile, and so learns whether the other end is gone."""
@@ -218,7 +219,7 @@ class _Link:
     def send(self, command: Command, *, beside: bool) -> Waiting:
         waiting, line = self.desk.ask(command, beside=beside)
         try:
-            self._socket.settimeout(self._timeout)
+            self._socket.settimeout(self.timeout)
             self._socket.sendall(line)
         except TimeoutError:
             self.close()

@@ -47,12 +47,12 @@ PIECES = ["Once", " upon", ' "a"\n', "\ttime \\ \u00e9\U0001f999"]
 
 
 class Peer:
-    """One connection, as a script sees it. ``seen`` are the commands that came."""
+    """One connection, as a script sees it."""
 
-    def __init__(self, connection: socket.socket, seen: list[Command]) -> None:
+    def __init__(self, connection: socket.socket, see: Callable[[Command], None]) -> None:
         self.socket = connection
         self.connection = Connection(Role.SERVER)
-        self.seen = seen
+        self._see = see
         self._events: list[Requested | Refused | Closed] = []
 
     def request(self) -> Requested | None:
@@ -66,7 +66,7 @@ class Peer:
             if isinstance(event, Closed):
                 return None
             if isinstance(event, Requested):
-                self.seen.append(event.command)
+                self._see(event.command)
                 return event
             self.reply(event.exchange, event.error)
 
@@ -87,11 +87,15 @@ Script = Callable[[Peer], None]
 
 
 class Scripted:
-    """The server. ``address`` is where clients reach it; ``seen`` the commands of all connections."""
+    """The server. ``address`` is where clients reach it; ``seen`` the commands of all connections.
+
+    The methods that wait end by the test's own time limit if what they wait for never comes.
+    """
 
     def __init__(self, listener: socket.socket, address: str, scripts: tuple[Script, ...]) -> None:
         self.address = address
         self.seen: list[Command] = []
+        self.news = threading.Condition()
         self.connections = 0
         self._listener = listener
         self._scripts = scripts
@@ -116,7 +120,14 @@ class Scripted:
 
     def await_end(self, number: int) -> None:
         """Returns when the script of that connection has returned, and its socket is closed."""
+        with self.news:
+            self.news.wait_for(lambda: len(self._threads) > 1 + number)
         self._threads[1 + number].join()
+
+    def await_seen(self, count: int) -> None:
+        """Returns when that many commands have come."""
+        with self.news:
+            self.news.wait_for(lambda: len(self.seen) >= count)
 
     def _accept(self) -> None:
         while True:
@@ -127,13 +138,21 @@ class Scripted:
             script = self._scripts[min(self.connections, len(self._scripts) - 1)]
             self.connections += 1
             self._open.append(connection)
-            self._threads.append(thread := threading.Thread(target=self._serve, args=(connection, script)))
+            thread = threading.Thread(target=self._serve, args=(connection, script))
             thread.start()
+            with self.news:
+                self._threads.append(thread)
+                self.news.notify_all()
+
+    def _see(self, command: Command) -> None:
+        with self.news:
+            self.seen.append(command)
+            self.news.notify_all()
 
     def _serve(self, connection: socket.socket, script: Script) -> None:
         try:
             with connection:
-                script(Peer(connection, self.seen))
+                script(Peer(connection, self._see))
         except OSError:
             pass  # the client went away, as clients do
         except BaseException as error:
@@ -260,3 +279,40 @@ def until_cancelled(peer: Peer) -> None:
             peer.reply(request.exchange, Ok("Cancelled", command.id))
         else:
             peer.reply(request.exchange, *answers(command))
+
+
+def once(*replies: Reply) -> Script:
+    """A bridge that answers the first request so, and is an honest one afterwards."""
+
+    def script(peer: Peer) -> None:
+        peer.reply(peer.expect().exchange, *replies)
+        honest(peer)
+
+    return script
+
+
+def raw(data: bytes) -> Script:
+    """A bridge that answers the first request with these bytes, and closes."""
+
+    def script(peer: Peer) -> None:
+        peer.expect()
+        peer.raw(data)
+
+    return script
+
+
+def hang_up(peer: Peer) -> None:
+    """A bridge that closes instead of answering."""
+    peer.expect()
+
+
+def answers_once(peer: Peer) -> None:
+    """A bridge that closes after its first answer."""
+    request = peer.expect()
+    peer.reply(request.exchange, *answers(request.command))
+
+
+def ignores(peer: Peer) -> None:
+    """A bridge that reads and says nothing."""
+    while peer.request():
+        pass

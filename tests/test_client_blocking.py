@@ -8,7 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from scripted import PIECES, Peer, Scripted, answers, honest, scripted, until_cancelled
+from scripted import (
+    PIECES,
+    Peer,
+    Scripted,
+    answers_once,
+    hang_up,
+    honest,
+    ignores,
+    once,
+    raw,
+    scripted,
+    until_cancelled,
+)
 
 import client
 from client import Client, aio, calls
@@ -17,7 +29,7 @@ from client.results import Completion, Freed, Hello, Loaded, ModelInfo
 from protocol.address import Tcp, Unix
 from protocol.commands import Cancel, Command, Embed, Infer, Load, Message, Ping, Tokenize
 from protocol.errors import Blame, ErrorCode
-from protocol.replies import Failed, Final, Ok, Reply, Started, Timings, Token, Usage
+from protocol.replies import Failed, Final, Ok, Started, Timings, Token, Usage
 
 TEXT = "".join(PIECES)
 CALLS: dict[str, Callable[[Client], Any]] = {
@@ -41,43 +53,6 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "chat_stream": lambda c: list(c.chat_stream("x")),
 }
 REPEATABLE = ("ping", "hello", "help", "status", "models", "show", "tokenize", "detokenize", "embed")
-
-
-def once(*replies: Reply) -> Callable[[Peer], None]:
-    """A bridge that answers the first request so, and is an honest one afterwards."""
-
-    def script(peer: Peer) -> None:
-        peer.reply(peer.expect().exchange, *replies)
-        honest(peer)
-
-    return script
-
-
-def raw(data: bytes) -> Callable[[Peer], None]:
-    """A bridge that answers the first request with these bytes, and closes."""
-
-    def script(peer: Peer) -> None:
-        peer.expect()
-        peer.raw(data)
-
-    return script
-
-
-def hang_up(peer: Peer) -> None:
-    """A bridge that closes instead of answering."""
-    peer.expect()
-
-
-def answers_once(peer: Peer) -> None:
-    """A bridge that closes after its first answer."""
-    request = peer.expect()
-    peer.reply(request.exchange, *answers(request.command))
-
-
-def ignores(peer: Peer) -> None:
-    """A bridge that reads and says nothing."""
-    while peer.request():
-        pass
 
 
 # -- answers ---------------------------------------------------------------------------------------------------
@@ -140,7 +115,7 @@ def test_an_unknown_parameter_is_a_type_error_that_names_it() -> None:
 
 def test_a_bad_value_is_judged_by_the_daemon() -> None:
     with scripted() as server, Client(server.address) as bridge:
-        with pytest.raises(client.BadArgument, match="max_tokens: .* an integer from 1 to 1048576"):
+        with pytest.raises(client.BadArgument, match=r"max_tokens: .* an integer from 1 to 1048576"):
             bridge.infer("x", max_tokens=0)
         bridge.ping()
         assert server.connections == 1
@@ -207,8 +182,7 @@ def test_leaving_a_stream_cancels_it_and_the_connection_lives() -> None:
 def test_an_exception_in_the_loop_cancels() -> None:
     with scripted(until_cancelled) as server, Client(server.address) as bridge:
         with pytest.raises(ZeroDivisionError), bridge.stream("x") as stream:
-            for _ in stream:
-                raise ZeroDivisionError
+            raise ZeroDivisionError(next(stream))
         assert cancelled(server) == [Cancel(id=stream.id)]
 
 
@@ -233,7 +207,7 @@ def test_closing_twice_or_after_the_end_says_nothing() -> None:
 def test_calls_and_further_streams_between_the_pieces() -> None:
     with scripted(until_cancelled) as server, Client(server.address) as bridge:
         with bridge.stream("x") as first, bridge.stream("y") as second:
-            for piece, other, _ in zip(first, second, PIECES, strict=False):
+            for _, piece, other in zip(PIECES, first, second, strict=False):
                 assert piece == other
                 assert bridge.tokenize("a") == [97]
         assert {command.id for command in server.seen if isinstance(command, Cancel)} == {first.id, second.id}
@@ -340,16 +314,15 @@ def test_what_is_repeated_when_a_used_connection_breaks(name: str) -> None:
         peer.reply(peer.expect().exchange, Ok("pong"))
         peer.expect()
 
-    with scripted(breaks_at_the_second, until_cancelled if name == "cancel" else honest) as server:
-        with Client(server.address) as bridge:
-            bridge.ping()
-            if name in REPEATABLE:
+    with scripted(breaks_at_the_second, honest) as server, Client(server.address) as bridge:
+        bridge.ping()
+        if name in REPEATABLE:
+            CALLS[name](bridge)
+            assert (server.connections, len(server.seen)) == (2, 3)
+        else:
+            with pytest.raises(client.ConnectionLost):
                 CALLS[name](bridge)
-                assert (server.connections, len(server.seen)) == (2, 3)
-            else:
-                with pytest.raises(client.ConnectionLost):
-                    CALLS[name](bridge)
-                assert (server.connections, len(server.seen)) == (1, 2)
+            assert (server.connections, len(server.seen)) == (1, 2)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "cancel"])
@@ -433,13 +406,9 @@ def test_the_daemons_last_word_is_what_the_caller_hears() -> None:
     def full(peer: Peer) -> None:
         peer.raw(b'{"status":"error","message":"Too many clients","code":"too_many_clients","blame":"retry"}\n')
 
-    with scripted(full) as server:
-        bridge = Client(server.address)
-        with pytest.raises(client.TooManyClients):
-            bridge.infer("x")
-        with pytest.raises(client.TooManyClients):
-            list(bridge.stream("x"))
-        bridge.close()
+    for name in ("infer", "stream"):
+        with scripted(full) as server, Client(server.address) as bridge, pytest.raises(client.TooManyClients):
+            CALLS[name](bridge)
 
 
 def test_an_answer_byte_by_byte() -> None:
@@ -470,8 +439,10 @@ def test_a_stream_that_stalls() -> None:
         peer.reply(peer.expect().exchange, Started(), Token("a"))
         ignores(peer)
 
-    with scripted(stalls) as server, Client(server.address, timeout=0.02) as bridge, bridge.stream("x") as stream:
+    with scripted(stalls) as server, Client(server.address) as bridge, bridge.stream("x") as stream:
         assert next(stream) == "a"
+        assert bridge._link
+        bridge._link.timeout = 0.02
         with pytest.raises(TimeoutError):
             next(stream)
         server.await_end(0)
@@ -489,6 +460,14 @@ def test_a_bridge_that_does_not_cancel_is_left(monkeypatch: pytest.MonkeyPatch) 
             next(stream)
         server.await_end(0)
         assert stream.result is None
+
+
+def test_the_timeout_may_be_changed() -> None:
+    with scripted(once(Ok("pong"))) as server, Client(server.address) as bridge:
+        bridge.ping()
+        bridge.timeout = 0
+        with pytest.raises(TimeoutError):
+            bridge.ping()
 
 
 def test_an_interrupted_call_closes_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,8 @@ class Engine:
             self._backend.abort()
 
     def _add(self, request: ipc.Generate) -> None:
+        if "infer" not in self._backend.info.capabilities:
+            raise Refusal("unsupported", "This model makes embeddings only")
         prompt = self._prompt(request)
         if len(prompt) >= self._n_ctx:
             raise _context_exceeded(len(prompt), self._n_ctx)

@@ -1,0 +1,294 @@
+"""The shell client, with each way to the socket that this machine has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scripted import PIECES, Peer, honest, raw, scripted
+
+from protocol.commands import Command, Embed, Free, Infer, InferStream, Load, Models, Ping, Status
+from protocol.replies import Failed, Final, Ok, Started, Token
+
+SCRIPT = Path(__file__).parent.parent / "client" / "bridge.sh"
+SHELLS = [shell for shell in ("dash", "sh", "bash", "busybox") if shutil.which(shell)]
+TOOLS = [tool for tool in ("socat", "nc", "ncat") if shutil.which(tool)]
+AWKS = [awk for awk in ("mawk", "gawk", "original-awk", "busybox") if shutil.which(awk)]
+TEXT = "".join(PIECES)
+
+pytestmark = pytest.mark.skipif(not TOOLS, reason="needs socat or nc")
+Sh = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def sh(tmp_path: Path) -> Sh:
+    """Runs bridge.sh; ``tool`` and ``awk`` choose what it runs on."""
+
+    def run(
+        *arguments: str,
+        stdin: str = "",
+        shell: str = "sh",
+        tool: str = TOOLS[0],
+        awk: str | None = None,
+        **environment: str,
+    ) -> subprocess.CompletedProcess[str]:
+        path = os.environ["PATH"]
+        if awk:
+            link = tmp_path / "awk"
+            if not link.exists():
+                link.symlink_to(str(shutil.which(awk)))
+            path = f"{tmp_path}:{path}"
+        command = [shell, *(["sh"] if shell == "busybox" else []), str(SCRIPT), *arguments]
+        return subprocess.run(
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            encoding="utf-8",
+            env={"PATH": path, "LLAMA_BRIDGE_NC": tool, **environment},
+        )
+
+    return run
+
+
+def good(done: subprocess.CompletedProcess[str]) -> str:
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def bad(done: subprocess.CompletedProcess[str], status: int = 1) -> str:
+    assert (done.returncode, done.stdout) == (status, "")
+    return done.stderr
+
+
+# -- commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_way_there(sh: Sh, shell: str, tool: str, tcp: bool) -> None:
+    with scripted(tcp=tcp) as server:
+        where = ("-t" if tcp else "-s", server.address)
+        assert good(sh(*where, "ping", shell=shell, tool=tool)) == "pong\n"
+        assert good(sh(*where, "stream", "x", shell=shell, tool=tool)) == TEXT + "\n"
+        assert good(sh(*where, "infer", TEXT, shell=shell, tool=tool)) == TEXT + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "printed"),
+    [
+        (["ping"], Ping(), "pong"),
+        (["status"], Status(), "Model loaded: /models/tiny.gguf"),
+        (["models"], Models(), '[{"name":"tiny","path":"/models/tiny.gguf","state":"ready","default":true,'),
+        (["load", "/a b/m.gguf"], Load(path="/a b/m.gguf"), "Model loaded successfully"),
+        (
+            ["load", "-p", "n_ctx=64", "-p", "name=7", "m"],
+            Load(path="m", name="7", n_ctx=64),
+            "Model loaded successfully",
+        ),
+        (["free"], Free(), "Resources freed"),
+        (["free", "-p", "drain=false", "tiny"], Free(model="tiny", drain=False), "Resources freed"),
+        (["embed", "some", "text"], Embed(text="some text"), "[1.0,-2.0]"),
+        (["embed", "-p", "encoding=base64", "x"], Embed(text="x", encoding="base64"), "AACAPwAAAMA="),
+        (["infer", "a", "b"], Infer(prompt="a b"), "a b"),
+        (["infer", "-p", "seed=5", "x"], Infer(prompt="x", seed=5), "x"),
+        (["infer", "-p", "temperature=0.5", "-p", "model=5", "x"], Infer(prompt="x", temperature=0.5, model="5"), "x"),
+        (["infer", "-p", "stop=5", "-p", 'stop="\n', "x"], Infer(prompt="x", stop=["5", '"\n']), "x"),
+        (["infer", "-p", 'logit_bias={"5":-1}', "x"], Infer(prompt="x", logit_bias={5: -1.0}), "x"),
+        (["infer", "-p", "ignore_eos=true", "x"], Infer(prompt="x", ignore_eos=True), "x"),
+        (["infer", "--", "-x"], Infer(prompt="-x"), "-x"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_commands(sh: Sh, arguments: list[str], command: Command, printed: str) -> None:
+    with scripted() as server:
+        assert good(sh("-s", server.address, *arguments)).startswith(printed)
+        assert server.seen == [command]
+
+
+def test_chat_and_raw(sh: Sh) -> None:
+    with scripted() as server:
+        assert good(sh("-s", server.address, "chat", "hello")) == TEXT + "\n"
+        lines = good(sh("-s", server.address, "raw", "PING", "INFER max_tokens=1 x=1 4")).splitlines()
+        assert lines[0] == '{"status":"ok","message":"pong","data":"pong"}'
+        assert lines[1].startswith('{"status":"ok","message":"Inference completed","data":"x=1 4",')
+        assert server.seen[-1] == Infer(prompt="x=1 4", max_tokens=1)
+
+
+@pytest.mark.parametrize("arguments", [["infer"], ["infer", "-"]], ids=["none", "dash"])
+def test_the_prompt_from_standard_input(sh: Sh, arguments: list[str]) -> None:
+    with scripted() as server:
+        good(sh("-s", server.address, *arguments, stdin='\n two "lines"\\\n\n'))
+        assert server.seen == [Infer(prompt='\n two "lines"\\\n\n')]
+
+
+def test_where_it_looks_by_default(sh: Sh) -> None:
+    with scripted() as server:
+        assert good(sh("ping", LLAMA_BRIDGE_SOCKET=server.address)) == "pong\n"
+        runtime = os.path.dirname(server.address)
+        os.symlink(server.address, os.path.join(runtime, "llama-bridge.sock"))
+        assert good(sh("ping", XDG_RUNTIME_DIR=runtime)) == "pong\n"
+
+
+def test_help(sh: Sh) -> None:
+    text = good(sh("help"))
+    assert good(sh("-h")) == text
+    # Every command of the script stands in its help.
+    commands = set(re.findall(r"^        ([a-z]+)\)", SCRIPT.read_text(), re.MULTILINE))
+    assert commands - {"help"} <= set(re.findall(r"^  (\w+)", text, re.MULTILINE))
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------
+
+HARD = 'q" b\\ s/ \n\n\t \r \x01\x1f\x7f &&\\& %s %d $x `y` é€\U0001f999 \\n \\u0041 {"a":[1]} \u2028'
+ESCAPED = [
+    (r"\"\\\/\b\f\n\r\t", '"\\/\b\f\n\r\t'),
+    (r"\u0041\u00e9\u20AC\uFFFD", "A\xe9\u20ac\ufffd"),
+    (r"\ud83e\udd99\uD83E\uDD99", "\U0001f999\U0001f999"),
+    (r"\ud83e!\udd99", "\ufffd!\ufffd"),
+    (r"\ud83eA", "\ufffdA"),
+    (r"\\n\\u0041\\\"", '\\n\\u0041\\"'),
+    (r"a\u0001b", "a\x01b"),
+]
+
+
+@pytest.mark.parametrize("awk", AWKS)
+def test_a_hard_prompt_arrives_and_its_answer_is_printed_as_it_is(sh: Sh, awk: str) -> None:
+    with scripted() as server:
+        printed = sh("-s", server.address, "infer", HARD, awk=awk)
+        assert server.seen == [Infer(prompt=HARD)]
+        # subprocess reads \r as a newline in text mode
+        assert good(printed) == HARD.replace("\r", "\n") + "\n"
+
+
+@pytest.mark.parametrize(("escaped", "text"), ESCAPED)
+@pytest.mark.parametrize("awk", AWKS)
+def test_escapes_in_answers(sh: Sh, awk: str, escaped: str, text: str) -> None:
+    expected = text.replace("\r", "\n") + "\n"
+    answer = f'{{"status":"ok","message":"x","data":"{escaped}","model":"m"}}\n'
+    tokens = '{"status":"ok","message":"Starting token generation"}\n'
+    tokens += f'{{"type":"token","token":"{escaped}","logprobs":[{{"token":"{escaped}"}}]}}\n'
+    tokens += '{"type":"token","token":"","final":true,"finish_reason":"stop"}\r\n'
+    with scripted(raw(answer.encode()), raw(tokens.encode())) as server:
+        assert good(sh("-s", server.address, "infer", "x", awk=awk)) == expected
+        assert good(sh("-s", server.address, "stream", "x", awk=awk)) == expected
+
+
+@pytest.mark.parametrize("awk", AWKS)
+def test_long_lines(sh: Sh, awk: str) -> None:
+    vector = [index / 7 for index in range(4096)]
+    prompt = "0123456789\n" * 50_000
+
+    def long(peer: Peer) -> None:
+        peer.reply(peer.expect().exchange, Ok("x", vector))
+
+    with scripted(long, honest) as server:
+        assert good(sh("-s", server.address, "embed", "x", awk=awk)).count(",") == 4095
+        assert good(sh("-s", server.address, "infer", stdin=prompt, awk=awk)) == prompt + "\n"
+        assert server.seen[-1] == Infer(prompt=prompt)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("awk", AWKS)
+def test_a_stream_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) -> None:
+    """The bridge says each piece only when the one before was on the screen."""
+    (tmp_path / "awk").symlink_to(str(shutil.which(awk)))
+    screen: list[subprocess.Popen[bytes]] = []
+
+    def one_by_one(peer: Peer) -> None:
+        exchange = peer.expect().exchange
+        peer.reply(exchange, Started())
+        for piece in ("one", "two", "three"):
+            peer.reply(exchange, Token(piece))
+            output = screen[0].stdout
+            assert output
+            assert output.read(len(piece)) == piece.encode()
+        peer.reply(exchange, Final("!", "stop"))
+
+    with scripted(one_by_one) as server:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAMA_BRIDGE_NC": tool}
+        command = ["sh", str(SCRIPT), "-s", server.address, "stream", "x"]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
+            screen.append(process)
+            server.await_end(0)
+            assert process.stdout
+            assert process.stdout.read() == b"!\n"
+        assert process.returncode == 0
+        assert server.seen == [InferStream(prompt="x")]
+
+
+# -- errors ----------------------------------------------------------------------------------------------------
+
+
+def test_an_error_answer(sh: Sh) -> None:
+    with scripted() as server:
+        done = sh("-s", server.address, "load", "missing.gguf")
+        assert bad(done) == "error: Failed to load model: missing.gguf [load_failed]\n"
+        assert bad(sh("-s", server.address, "infer", "-p", "max_tokens=0", "x")).startswith("error: max_tokens: ")
+        assert bad(sh("-s", server.address, "stream", "-p", "top_k=y", "x")).startswith("error: top_k: ")
+
+
+def test_a_stream_that_fails_in_the_middle(sh: Sh) -> None:
+    def fails(peer: Peer) -> None:
+        end = Final("", "error", {"code": "model_crashed", "blame": "retry", "reason": 'tiny "died"'})
+        peer.reply(peer.expect().exchange, Started(), Token("so far"), end)
+
+    def refuses(peer: Peer) -> None:
+        peer.reply(peer.expect().exchange, Failed("overloaded", "Full", {"retry_after_ms": 5}))
+
+    with scripted(fails, refuses) as server:
+        done = sh("-s", server.address, "stream", "x")
+        assert (done.returncode, done.stdout, done.stderr) == (1, "so far\n", 'error: tiny "died" [model_crashed]\n')
+        assert bad(sh("-s", server.address, "stream", "x")) == "error: Full [overloaded]\n"
+
+
+def test_a_bridge_that_breaks(sh: Sh) -> None:
+    half = b'{"status":"ok","message":"Starting token generation"}\n{"type":"token","token":"so"}\n'
+    with scripted(raw(b""), raw(half), raw(b"220 mail.example ready\n")) as server:
+        assert "no answer from" in bad(sh("-s", server.address, "ping"))
+        done = sh("-s", server.address, "stream", "x")
+        assert (done.returncode, done.stdout) == (1, "so")
+        assert "closed the connection" in done.stderr
+        assert "not a bridge: 220 mail" in bad(sh("-s", server.address, "ping"))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_nobody_there(sh: Sh, tool: str, tmp_path: Path) -> None:
+    assert f"no answer from {tmp_path}/none" in bad(sh("-s", f"{tmp_path}/none", "ping", tool=tool))
+
+
+def test_no_tool(sh: Sh) -> None:
+    assert "needs socat or nc" in bad(sh("ping", tool="no-such-tool"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no command"),
+        (["dance"], "unknown command dance"),
+        (["-z", "ping"], "unknown option -z"),
+        (["-s"], "-s needs a value"),
+        (["ping", "x"], "ping takes no arguments"),
+        (["infer", "-p", "novalue", "x"], "-p takes KEY=VALUE"),
+        (["infer", "-q", "x"], "unknown option -q"),
+        (["infer", "-p"], "-p needs a value"),
+        (["load"], "load takes one path"),
+        (["free", "a", "b"], "free takes one model"),
+        (["raw"], "raw takes one line"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_command_line(sh: Sh, arguments: list[str], words: str) -> None:
+    assert words in bad(sh(*arguments), status=2)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
+def test_shellcheck() -> None:
+    subprocess.run(["shellcheck", "--shell=sh", str(SCRIPT)], check=True)

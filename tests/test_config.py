@@ -1,0 +1,260 @@
+"""The configuration: which source wins, and what is refused with which words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from bridge.config import Config, ConfigError, Limits, read_config
+from protocol.address import default_socket
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "config.toml"
+
+
+def refusal(
+    path: Path | None = None, environ: Mapping[str, str] | None = None, flags: dict[str, Any] | None = None
+) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, environ or {}, flags)
+    return str(caught.value)
+
+
+# -- which source wins -----------------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    config = read_config(environ={})
+    assert config == Config()
+    assert config.socket == default_socket()
+    assert (config.limits.clients, config.limits.queue, config.limits.output) == (256, 512, 1024 * 1024)
+    assert (config.limits.text_line, config.limits.json_line) == (64 * 1024, 16 * 1024 * 1024)
+    assert (config.limits.stall, config.limits.drain) == (10, 30)
+    assert (config.tcp, config.models, config.backend) == ([], [], "llama")
+
+
+def test_each_source_is_stronger_than_the_one_before(file: Path) -> None:
+    file.write_text("[limits]\nclients = 1\nqueue = 1\ndrain = 1\n")
+    environ = {"LLAMA_BRIDGE_LIMITS_QUEUE": "2", "LLAMA_BRIDGE_LIMITS_DRAIN": "2"}
+    limits = read_config(file, environ, {"limits": {"drain": 3}}).limits
+    assert (limits.pipeline, limits.clients, limits.queue, limits.drain) == (Limits().pipeline, 1, 2, 3)
+
+
+def test_what_a_flag_leaves_open_is_not_given(file: Path) -> None:
+    file.write_text('socket = "/f/s"\n[load]\nn_ctx = 512\n')
+    config = read_config(file, {}, {"socket": None, "load": {"n_ctx": None, "n_threads": 2}})
+    assert (config.socket, config.load.n_ctx, config.load.n_threads) == ("/f/s", 512, 2)
+
+
+def test_lists_are_replaced_not_joined(file: Path) -> None:
+    file.write_text('tcp = ["127.0.0.1:1", "127.0.0.1:2"]\n[[models]]\npath = "/m/a"\n')
+    config = read_config(file, {"LLAMA_BRIDGE_TCP": "127.0.0.1:3"}, {"models": [{"path": "/m/b"}]})
+    assert config.tcp == ["127.0.0.1:3"]
+    assert [model.path for model in config.models] == ["/m/b"]
+
+
+def test_reading_changes_none_of_its_sources() -> None:
+    flags = {"limits": {"clients": 5}}
+    environ = {"LLAMA_BRIDGE_LIMITS_QUEUE": "2"}
+    read_config(None, environ, flags)
+    assert flags == {"limits": {"clients": 5}}
+    assert environ == {"LLAMA_BRIDGE_LIMITS_QUEUE": "2"}
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        read_config(environ={}).socket = "/x"  # type: ignore[misc]
+
+
+# -- the file --------------------------------------------------------------------------------------------------
+
+
+def test_all_of_the_file(file: Path) -> None:
+    file.write_text(
+        """
+        socket = "/f/s"
+        socket_mode = "0660"
+        socket_group = "llm"
+        tcp = ["127.0.0.1:8765", "[::1]:8765"]
+        backend = "fake"
+        [limits]
+        stall = 2.5
+        [load]
+        n_gpu_layers = -1
+        flash_attn = "on"
+        use_mmap = false
+        [[models]]
+        path = "/m/a.gguf"
+        name = "a"
+        n_ctx = 512
+        [[models]]
+        path = "/m/b.gguf"
+        [log]
+        level = "debug"
+        format = "json"
+        """
+    )
+    config = read_config(file, {})
+    assert (config.socket_mode, config.socket_group, config.backend) == ("0660", "llm", "fake")
+    assert config.tcp == ["127.0.0.1:8765", "[::1]:8765"]
+    assert config.limits.stall == 2.5
+    assert (config.load.n_gpu_layers, config.load.flash_attn, config.load.use_mmap) == (-1, "on", False)
+    assert [(model.path, model.name, model.n_ctx) for model in config.models] == [
+        ("/m/a.gguf", "a", 512),
+        ("/m/b.gguf", None, None),
+    ]
+    assert (config.log.level, config.log.format) == ("debug", "json")
+
+
+def test_the_shipped_example_is_right() -> None:
+    read_config(ROOT / "systemd" / "config.toml", {})
+
+
+def test_a_file_that_is_missing(file: Path) -> None:
+    assert str(file) in refusal(file)
+    assert "No such file" in refusal(file)
+
+
+@pytest.mark.parametrize("content", [b"socket = ", b"\xff\xfe", b"a = 1\na = 2\n"])
+def test_a_file_that_is_no_toml(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    assert f"configuration file {file}" in refusal(file)
+
+
+# -- the environment -------------------------------------------------------------------------------------------
+
+
+def test_the_environment_has_only_strings() -> None:
+    config = read_config(
+        environ={
+            "LLAMA_BRIDGE_SOCKET": "/e/s",
+            "LLAMA_BRIDGE_SOCKET_MODE": "0666",
+            "LLAMA_BRIDGE_SOCKET_GROUP": "llm",
+            "LLAMA_BRIDGE_BACKEND": "fake",
+            "LLAMA_BRIDGE_LIMITS_CLIENTS": "64",
+            "LLAMA_BRIDGE_LIMITS_QUEUE_BYTES": "1000",
+            "LLAMA_BRIDGE_LIMITS_STALL": "0.5",
+            "LLAMA_BRIDGE_LOAD_N_CTX": "512",
+            "LLAMA_BRIDGE_LOAD_USE_MMAP": "false",
+            "LLAMA_BRIDGE_LOG_LEVEL": "warning",
+            "HOME": "/nowhere",
+        }
+    )
+    assert (config.socket, config.socket_mode, config.socket_group) == ("/e/s", "0666", "llm")
+    assert config.backend == "fake"
+    assert (config.limits.clients, config.limits.queue_bytes, config.limits.stall) == (64, 1000, 0.5)
+    assert (config.load.n_ctx, config.load.use_mmap, config.log.level) == (512, False, "warning")
+
+
+@pytest.mark.parametrize(
+    ("text", "tcp"),
+    [
+        ("127.0.0.1:1", ["127.0.0.1:1"]),
+        ("127.0.0.1:1,[::1]:2", ["127.0.0.1:1", "[::1]:2"]),
+        (" 127.0.0.1:1, [::1]:2 ", ["127.0.0.1:1", "[::1]:2"]),
+        ("", []),
+    ],
+)
+def test_lists_in_the_environment(text: str, tcp: list[str]) -> None:
+    assert read_config(None, {"LLAMA_BRIDGE_TCP": text}).tcp == tcp
+
+
+def test_an_empty_list_in_the_environment_takes_the_files_place(file: Path) -> None:
+    file.write_text('tcp = ["127.0.0.1:1"]\n')
+    assert read_config(file, {"LLAMA_BRIDGE_TCP": ""}).tcp == []
+
+
+def test_the_shell_clients_variable_is_not_the_daemons_business() -> None:
+    assert read_config(environ={"LLAMA_BRIDGE_NC": "socat"}) == Config()
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["sokcet = 1", "[limits]\nclinets = 1", "[load]\nn_cxt = 1", "[[models]]\nfile = 1"])
+def test_unknown_keys_of_the_file(file: Path, line: str) -> None:
+    file.write_text(line)
+    message = refusal(file)
+    key = line.splitlines()[-1].partition(" ")[0]
+    assert key in message
+    assert str(file) in message
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["LLAMA_BRIDGE_SOKCET", "LLAMA_BRIDGE_LIMITS", "LLAMA_BRIDGE_LIMITS_", "LLAMA_BRIDGE_", "LLAMA_BRIDGE_MODELS"],
+)
+def test_unknown_variables(variable: str) -> None:
+    message = refusal(environ={variable: "1"})
+    assert message.startswith("environment")
+    assert variable in message
+
+
+def test_unknown_keys_in_a_section_of_the_environment() -> None:
+    message = refusal(environ={"LLAMA_BRIDGE_LIMITS_CLINETS": "1"})
+    assert message.startswith("environment")
+    assert "clinets" in message
+
+
+def test_unknown_flags() -> None:
+    assert refusal(flags={"sokcet": "/x"}).startswith("command line")
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("socket = 5", "socket"),
+        ("socket_mode = 600", "socket_mode"),
+        ('socket_mode = "0999"', "socket_mode"),
+        ('socket_mode = "rw"', "socket_mode"),
+        ('tcp = "127.0.0.1:1"', "tcp"),
+        ('backend = "vllm"', "backend"),
+        ("[limits]\nclients = 0", "limits.clients"),
+        ("[limits]\nclients = 1.5", "limits.clients"),
+        ('[limits]\nclients = "many"', "limits.clients"),
+        ("[limits]\nstall = -1", "limits.stall"),
+        ("[limits]\ndrain = nan", "limits.drain"),
+        ("[limits]\ndrain = inf", "limits.drain"),
+        ("[load]\nn_ctx = 0", "load.n_ctx"),
+        ('[load]\ntype_k = "q2"', "load.type_k"),
+        ('[log]\nlevel = "loud"', "log.level"),
+        ("models = 5", "models"),
+        ('[[models]]\npath = "/m"\nn_ctx = -1', "models"),
+        ('[[models]]\npath = "/m"\nname = "a/b"', "models"),
+        ("limits = 5", "limits"),
+    ],
+)
+def test_wrong_values(file: Path, line: str, key: str) -> None:
+    file.write_text(line)
+    message = refusal(file)
+    assert key in message
+    assert str(file) in message
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:http", "127.0.0.1:65536", ":5", "", "/a/path", "unix:/x"])
+def test_what_is_no_tcp_address(address: str) -> None:
+    message = refusal(flags={"tcp": [address]})
+    assert message.startswith("tcp")
+    assert repr(address) in message
+
+
+def test_somewhere_it_has_to_listen() -> None:
+    assert "nothing to listen on" in refusal(flags={"socket": ""})
+    assert read_config(None, {}, {"socket": "", "tcp": ["127.0.0.1:0"]}).socket == ""
+
+
+def test_a_model_needs_a_path(file: Path) -> None:
+    file.write_text('[[models]]\npath = "/m/a"\n[[models]]\nname = "b"\n')
+    assert "models[1]: path is missing" in refusal(file)
+
+
+def test_every_limit_has_a_positive_default() -> None:
+    assert all(value > 0 for value in msgspec.structs.asdict(Limits()).values())

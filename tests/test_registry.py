@@ -1,0 +1,326 @@
+"""The registry decides purely, so every state and event is tried without a process, a clock or a wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from bridge import ipc
+from bridge.registry import CONFIGURATION, CRASH_WINDOW, Entry, Registry, Spec, Start, State, Stop, name_of
+from protocol.errors import BridgeError, ErrorCode
+
+A = Spec("/m/a.gguf", ipc.Options())
+B = Spec("/m/b.gguf", ipc.Options())
+ME, YOU = 7, 8
+
+
+def with_model(state: State, spec: Spec = A) -> Registry:
+    """A registry with one model, held by the configuration, that went this way."""
+    registry = Registry()
+    registry.load(None, spec, CONFIGURATION)
+    name = name_of(spec.path)
+    if state is State.LOADING:
+        return registry
+    registry.loaded(name)
+    if state is State.RESTARTING:
+        registry.ended(name, "fell", 0.0)
+    if state is State.RESTING:
+        for _ in range(3):
+            registry.ended(name, "fell", 0.0)
+    if state is State.UNLOADING:
+        registry.free(name, ME)
+    assert registry.entries[name].state is state
+    return registry
+
+
+def refused(code: ErrorCode, call: object, *arguments: object) -> BridgeError:
+    assert callable(call)
+    with pytest.raises(BridgeError) as caught:
+        call(*arguments)
+    assert caught.value.code == code, caught.value
+    return caught.value
+
+
+# -- load ------------------------------------------------------------------------------------------------------
+
+
+def test_load_starts_a_worker_under_the_files_name() -> None:
+    registry = Registry()
+    entry, effects = registry.load(None, A, ME)
+    assert (entry.name, entry.state, entry.holders) == ("a", State.LOADING, {ME})
+    assert effects == [Start("a", A)]
+
+
+def test_load_under_a_name() -> None:
+    entry, effects = Registry().load("mine", A, ME)
+    assert entry.name == "mine"
+    assert effects == [Start("mine", A)]
+
+
+@pytest.mark.parametrize("state", [State.LOADING, State.READY, State.RESTARTING])
+def test_load_of_what_is_there_joins_it(state: State) -> None:
+    registry = with_model(state)
+    entry, effects = registry.load(None, A, ME)
+    assert effects == []
+    assert entry is registry.entries["a"]
+    assert entry.state is state
+    assert entry.holders == {CONFIGURATION, ME}
+
+
+def test_load_wakes_a_model_that_rests() -> None:
+    registry = with_model(State.RESTING)
+    entry, effects = registry.load(None, A, ME)
+    assert effects == [Start("a", A)]
+    assert entry.state is State.LOADING
+    registry.loaded("a")
+    assert registry.ended("a", "fell", 1.0) == [Start("a", A)], "the crashes before its rest are forgiven"
+
+
+def test_load_while_it_is_unloaded_is_worth_a_retry() -> None:
+    error = refused(ErrorCode.BUSY, with_model(State.UNLOADING).load, None, A, ME)
+    assert error.details["retry_after_ms"] > 0
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_name_is_taken_in_every_state(state: State) -> None:
+    error = refused(ErrorCode.NAME_TAKEN, with_model(state).load, "a", B, ME)
+    assert "/m/a.gguf" in error.message
+
+
+def test_two_files_of_one_name_need_a_name() -> None:
+    registry = with_model(State.READY)
+    other = Spec("/elsewhere/a.gguf", ipc.Options())
+    refused(ErrorCode.NAME_TAKEN, registry.load, None, other, ME)
+    assert registry.load("a2", other, ME)[1] == [Start("a2", other)]
+
+
+def test_one_file_under_two_names_is_loaded_twice() -> None:
+    registry = with_model(State.READY)
+    assert registry.load("again", A, ME)[1] == [Start("again", A)]
+    assert list(registry.entries) == ["a", "again"]
+
+
+def test_options_must_agree_with_those_it_has() -> None:
+    small = Spec(A.path, ipc.Options(n_ctx=512))
+    registry = with_model(State.READY, small)
+    assert registry.load(None, A, ME)[1] == [], "who asks for nothing in particular takes what is there"
+    assert registry.load(None, small, ME)[1] == []
+    refused(ErrorCode.NAME_TAKEN, registry.load, None, Spec(A.path, ipc.Options(n_ctx=1024)), ME)
+    assert len(registry.load("big", Spec(A.path, ipc.Options(n_ctx=1024)), ME)[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/m/tiny.Q4_1.gguf", "tiny.Q4_1"),
+        ("tiny", "tiny"),
+        ("/m/tiny?step_ms=5", "tiny"),
+        ("/m/two words.gguf", "two-words"),
+        ("/m/line\nend.gguf", "line-end"),
+        ("/m/", "model"),
+        ("x" * 300, "x" * 128),
+    ],
+)
+def test_the_name_of_a_path(path: str, name: str) -> None:
+    assert name_of(path) == name
+
+
+# -- pick ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_one_loaded_is_the_default() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, B, ME)
+    registry.loaded("b")
+    assert registry.pick(None).name == "a"
+    assert registry.pick("b").name == "b"
+
+
+def test_the_next_one_becomes_the_default_when_the_first_is_gone() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, B, ME)
+    registry.free("a", ME)
+    registry.ended("a", "", 0.0)
+    assert registry.pick(None).name == "b"
+
+
+def test_a_first_model_that_cannot_be_loaded_is_no_default() -> None:
+    registry = with_model(State.LOADING)
+    registry.load(None, B, ME)
+    registry.load_failed("a", "broken", 0.0)
+    assert registry.pick(None).name == "b"
+
+
+def test_nothing_loaded() -> None:
+    assert refused(ErrorCode.NO_MODEL, Registry().pick, None).message == "No model loaded"
+    assert "none" in refused(ErrorCode.NOT_FOUND, Registry().pick, "a").message
+
+
+def test_an_unknown_name_is_told_the_known_ones() -> None:
+    assert "loaded: a" in refused(ErrorCode.NOT_FOUND, with_model(State.READY).pick, "b").message
+
+
+@pytest.mark.parametrize("state", [State.LOADING, State.READY, State.RESTARTING])
+@pytest.mark.parametrize("name", ["a", None])
+def test_what_will_answer_can_be_picked(state: State, name: str | None) -> None:
+    assert with_model(state).pick(name).state is state
+
+
+@pytest.mark.parametrize("name", ["a", None])
+def test_what_rests_says_why_and_what_helps(name: str | None) -> None:
+    error = refused(ErrorCode.MODEL_RESTING, with_model(State.RESTING).pick, name)
+    assert "fell" in error.message
+    assert "LOAD" in error.message
+
+
+def test_what_is_unloaded_cannot_be_picked() -> None:
+    refused(ErrorCode.NOT_FOUND, with_model(State.UNLOADING).pick, "a")
+
+
+# -- free ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [State.LOADING, State.READY, State.RESTARTING, State.RESTING])
+def test_by_name_it_goes_whoever_holds_it(state: State) -> None:
+    registry = with_model(state)
+    assert registry.free("a", ME) == (["a"], [], [Stop("a")])
+    assert registry.entries["a"].state is State.UNLOADING
+
+
+def test_by_name_it_has_to_be_there() -> None:
+    refused(ErrorCode.NOT_FOUND, Registry().free, "a", ME)
+
+
+def test_without_a_name_it_gives_back_what_it_loaded() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, B, ME)
+    assert registry.free(None, ME) == (["b"], [], [Stop("b")])
+    assert registry.entries["a"].state is State.READY
+
+
+def test_what_somebody_else_holds_stays() -> None:
+    registry = Registry()
+    registry.load(None, A, ME)
+    registry.load(None, A, YOU)
+    assert registry.free(None, ME) == ([], ["a"], [])
+    assert registry.free(None, YOU) == (["a"], [], [Stop("a")])
+
+
+def test_who_loaded_nothing_frees_the_default_unless_it_is_held() -> None:
+    registry = Registry()
+    registry.load(None, A, ME)
+    assert registry.free(None, YOU) == ([], ["a"], [])
+    registry.gone(ME)
+    assert registry.free(None, YOU) == (["a"], [], [Stop("a")])
+
+
+def test_the_configurations_model_stays() -> None:
+    registry = with_model(State.READY)
+    assert registry.free(None, ME) == ([], ["a"], [])
+    registry.load(None, A, ME)
+    assert registry.free(None, ME) == ([], ["a"], [])
+
+
+def test_free_of_nothing_is_no_error() -> None:
+    assert Registry().free(None, ME) == ([], [], [])
+
+
+def test_a_model_goes_once() -> None:
+    """Whoever frees what is on its way out waits with the others, but there is nothing more to do."""
+    registry = Registry()
+    registry.load(None, A, ME)
+    assert registry.free("a", ME) == (["a"], [], [Stop("a")])
+    assert registry.free("a", YOU) == (["a"], [], [])
+    assert registry.free(None, ME) == (["a"], [], [])
+
+
+def test_a_connection_that_closes_lets_go() -> None:
+    registry = Registry()
+    registry.load(None, A, ME)
+    registry.gone(ME)
+    assert registry.entries["a"].holders == set()
+    assert registry.entries["a"].state is State.LOADING
+
+
+# -- workers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_first_load_that_fails_is_forgotten() -> None:
+    registry = with_model(State.LOADING)
+    entry = registry.entries["a"]
+    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.entries == {}
+    assert entry.why == "broken"
+
+
+def test_a_crash_restarts() -> None:
+    registry = with_model(State.READY)
+    assert registry.ended("a", "fell", 0.0) == [Start("a", A)]
+    assert (registry.entries["a"].state, registry.entries["a"].restarts) == (State.RESTARTING, 1)
+    registry.loaded("a")
+    assert registry.entries["a"].state is State.READY
+
+
+def crash(registry: Registry, *times: float) -> Entry:
+    for time in times:
+        registry.ended("a", "fell", time)
+    return registry.entries["a"]
+
+
+def test_three_crashes_in_a_minute_and_it_rests() -> None:
+    registry = with_model(State.READY)
+    entry = crash(registry, 100.0, 130.0)
+    registry.loaded("a")
+    assert registry.ended("a", "fell", 100.0 + CRASH_WINDOW) == []
+    assert entry.state is State.RESTING
+    assert "3 times within 60 s" in entry.why
+    assert "fell" in entry.why
+
+
+def test_three_crashes_in_more_than_a_minute_and_it_does_not() -> None:
+    registry = with_model(State.READY)
+    assert crash(registry, 100.0, 130.0, 161.0).state is State.RESTARTING
+    assert crash(registry, 191.0).state is State.RESTARTING
+    assert crash(registry, 221.0).state is State.RESTING, "161, 191 and 221 are within 60 s"
+
+
+def test_a_restart_that_cannot_load_counts_as_a_crash() -> None:
+    registry = with_model(State.RESTARTING)
+    assert registry.load_failed("a", "broken", 1.0) == [Start("a", A)]
+    assert registry.load_failed("a", "broken", 2.0) == []
+    assert registry.entries["a"].state is State.RESTING
+
+
+def test_the_end_of_what_was_freed_is_no_crash() -> None:
+    registry = with_model(State.UNLOADING)
+    assert registry.ended("a", "exited", 0.0) == []
+    assert registry.entries == {}
+
+
+def test_freed_while_it_loads() -> None:
+    registry = with_model(State.LOADING)
+    registry.free("a", ME)
+    registry.loaded("a")
+    assert registry.entries["a"].state is State.UNLOADING
+    registry.ended("a", "exited", 0.0)
+    assert registry.entries == {}
+
+
+def test_freed_while_it_loads_in_vain() -> None:
+    registry = with_model(State.LOADING)
+    registry.free("a", ME)
+    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.entries == {}
+
+
+def test_freed_while_it_restarts_in_vain() -> None:
+    registry = with_model(State.RESTARTING)
+    registry.free("a", ME)
+    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.entries == {}
+
+
+def test_freed_while_it_rests() -> None:
+    registry = with_model(State.RESTING)
+    registry.free("a", ME)
+    registry.stopped("a")
+    assert registry.entries == {}
