@@ -183,6 +183,7 @@ run() {
   Python   .venv/bin/python -c 'import client; print(client.Client("$LLAMA_BRIDGE_SOCKET").infer("Once upon a time").text)'
   after    ./deploy.sh status, ./deploy.sh logs, ./deploy.sh stop
 END
+    [[ $(lacking_tools) != *netcat* ]] || say "this machine has no nc for Unix sockets: apt-get install netcat-openbsd"
 }
 
 try_out() { # MODEL OPTION...

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.version_option(__version__, prog_name="llama-bridge")
 def cli() -> None:
     """A daemon that owns loaded language models, and the commands that talk to it."""
 

@@ -7,6 +7,7 @@ a task of its own. Both raise BridgeError. To add a command: a handler here, and
 from __future__ import annotations
 
 import base64
+import math
 import os
 import struct
 import time
@@ -158,7 +159,7 @@ async def _generate(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[str, ipc.Done]:
     request = _request(call, command, prompt, template, stream=on_progress is not None)
-    async with call.daemon.pool.use(command.model) as (name, provider):
+    async with call.daemon.pool.use(command.model, _patience(command)) as (name, provider):
         done = await provider.ask(request, call.asking, on_progress)
     assert isinstance(done, ipc.Done)
     return name, done
@@ -166,7 +167,7 @@ async def _generate(
 
 async def _infer_multi(call: Call, command: commands.InferMulti) -> Ok:
     requests = [_request(call, command, prompt, None, stream=False) for prompt in command.prompts]
-    async with call.daemon.pool.use(command.model) as (name, provider):
+    async with call.daemon.pool.use(command.model, _patience(command)) as (name, provider):
         dones = await _ask_all(call, provider, requests)
     texts = msgspec.json.encode([done.text for done in dones]).decode()
     return Ok("Multi-inference completed", texts, {"model": name, "results": [_result(done) for done in dones]})
@@ -216,6 +217,10 @@ def _request(
         deadline=None if command.deadline_ms is None else call.received + command.deadline_ms / 1000,
         template=template,
     )
+
+
+def _patience(command: commands.Generation) -> float:
+    return math.inf if command.deadline_ms is None else command.deadline_ms / 1000
 
 
 def _turns(command: commands.Chat) -> list[ipc.Message]:

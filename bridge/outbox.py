@@ -14,7 +14,8 @@ class Outbox:
     ``put`` may be called from any synchronous code of the event loop, also for every token of every stream: in the
     usual case it is one ``send``, no task switch. When more than ``limit`` bytes wait before a ``put``, when the reader
     takes nothing for ``stall`` seconds, or when it is gone, ``on_broken`` is called once with the reason and all that
-    comes later is dropped. A single line may be longer than ``limit``.
+    comes later is dropped. A single line may be longer than ``limit``; while it waits, so much more may wait with it,
+    for the lines of other requests come between and their reader is not slow.
 
     Resource handling: the socket stays the caller's, who closes it.
     """
@@ -29,6 +30,7 @@ class Outbox:
         self._waiting = bytearray()
         self._wake = trio.Event()
         self._drained = trio.Event()
+        self._longest = 0  # line since nothing waited
         self._early = 0  # bytes of the next line that went out before it
         self.broken: str | None = None
 
@@ -43,14 +45,16 @@ class Outbox:
         if self._early:
             data, self._early = data[self._early :], 0
         if self._waiting:
-            if len(self._waiting) > self._limit:
+            if len(self._waiting) > self._limit + self._longest:
                 self._break("the reader is too slow")
             else:
                 self._waiting += data
+                self._longest = max(self._longest, len(data))
             return
         sent = self._send(data)
         if sent < len(data) and not self.broken:
             self._waiting += data[sent:]
+            self._longest = len(data)
             self._wake.set()
 
     async def run(self) -> None:
@@ -60,17 +64,23 @@ class Outbox:
             while self._waiting:
                 with trio.move_on_after(self._stall) as patience:
                     await trio.lowlevel.wait_writable(self._sock)
-                if patience.cancelled_caught:
+                # A socket is writable when a good part of its buffer is free. One that is not may still take
+                # something, and then its reader is slow but has not stalled.
+                sent = self._send(self._waiting)
+                if patience.cancelled_caught and not sent and not self.broken:
                     self._break("the reader stalled")
-                del self._waiting[: self._send(self._waiting)]
+                del self._waiting[:sent]
             self._wake = trio.Event()
-            self._drained.set()
+            self._tell_drained()
 
     async def drain(self) -> None:
         """Returns when nothing waits any more. ``run`` must be running."""
-        while self._waiting and not self.broken:
-            self._drained = trio.Event()
+        while self._waiting:
             await self._drained.wait()
+
+    def _tell_drained(self) -> None:
+        self._drained.set()
+        self._drained = trio.Event()
 
     def _send(self, data: bytes | bytearray) -> int:
         if self.broken:
@@ -86,4 +96,6 @@ class Outbox:
     def _break(self, reason: str) -> None:
         self.broken = reason
         self._waiting.clear()
+        self._wake.set()
+        self._tell_drained()
         self._on_broken(reason)

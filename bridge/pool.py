@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -60,12 +61,16 @@ class ModelPool:
             await self._changed.wait()
 
     @asynccontextmanager
-    async def use(self, name: str | None) -> AsyncIterator[tuple[str, Provider]]:
-        """A model that stays for the time of the block. Waits while it loads. Raises BridgeError."""
+    async def use(self, name: str | None, within: float = math.inf) -> AsyncIterator[tuple[str, Provider]]:
+        """A model that stays for the time of the block. Waits while it loads, so many seconds. Raises BridgeError."""
         entry = self._registry.pick(name)
         self._users[entry.name] = self._users.get(entry.name, 0) + 1
         try:
-            yield entry.name, await self.ready(entry)
+            with trio.move_on_after(within) as patience:
+                provider = await self.ready(entry)
+            if patience.cancelled_caught:
+                raise BridgeError(ErrorCode.DEADLINE, f"The deadline passed while {entry.name} was {entry.state}")
+            yield entry.name, provider
         finally:
             self._users[entry.name] -= 1
             self._notify()

@@ -109,6 +109,8 @@ class Session:
 
     async def _until_open_exchanges(self, most: int) -> None:
         """Waits, without reading, until only so many answers are owed; ends the session when the peer is gone."""
+        if self._connection.open_exchanges <= most:
+            return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_for_hangup)
             while self._connection.open_exchanges > most:

@@ -102,21 +102,29 @@ tool() {
 
 # shellcheck disable=SC2016 # the dollars are awk's
 quote_program='
-# Standard input as one JSON string.
+# Standard input as one JSON string. By split and not by substr, which would copy a long line at each escape.
+function plain(text) {
+    while (match(text, /[\001-\037]/)) {
+        printf "%s%s", substr(text, 1, RSTART - 1), control[substr(text, RSTART, 1)]
+        text = substr(text, RSTART + 1)
+    }
+    printf "%s", text
+}
 BEGIN {
-    for (i = 1; i < 32; i++) escape[sprintf("%c", i)] = sprintf("\\u%04x", i)
-    escape["\""] = "\\\""
-    escape["\\"] = "\\\\"
+    for (i = 1; i < 32; i++) control[sprintf("%c", i)] = sprintf("\\u%04x", i)
     printf "\""
 }
 NR > 1 { printf "\\n" }
 {
-    rest = $0
-    while (match(rest, /[\001-\037"\\]/)) {
-        printf "%s%s", substr(rest, 1, RSTART - 1), escape[substr(rest, RSTART, 1)]
-        rest = substr(rest, RSTART + 1)
+    n = split($0, part, /\\/)
+    for (i = 1; i <= n; i++) {
+        if (i > 1) printf "\\\\"
+        m = split(part[i], piece, /"/)
+        for (j = 1; j <= m; j++) {
+            if (j > 1) printf "\\\""
+            plain(piece[j])
+        }
     }
-    printf "%s", rest
 }
 END { printf "\"" }
 '
@@ -143,33 +151,56 @@ function utf8(code) {
     return byte[240 + int(code / 262144)] byte[128 + int(code / 4096) % 64] \
         byte[128 + int(code / 64) % 64] byte[128 + code % 64]
 }
-# Reads the JSON string that `rest` begins with, and takes it off: `rest` is what follows it.
-function string(    out, code, low, kind) {
-    rest = substr(rest, 2)
-    out = ""
-    while (match(rest, /["\\]/)) {
-        out = out substr(rest, 1, RSTART - 1)
-        kind = substr(rest, RSTART, 1)
-        if (kind == "\"") { rest = substr(rest, RSTART + 1); return out }
-        kind = substr(rest, RSTART + 1, 1)
-        if (kind != "u") {
-            out = out (kind in plain ? plain[kind] : kind)
-            rest = substr(rest, RSTART + 2)
-            continue
-        }
-        code = hex(substr(rest, RSTART + 2, 4))
-        rest = substr(rest, RSTART + 6)
-        if (code >= 55296 && code < 56320 && substr(rest, 1, 2) == "\\u") { # the first half of a surrogate pair
-            low = hex(substr(rest, 3, 4))
-            if (low >= 56320 && low < 57344) {
-                code = 65536 + (code - 55296) * 1024 + low - 56320
-                rest = substr(rest, 7)
-            }
-        }
-        if (code >= 55296 && code < 57344) code = 65533 # half a pair is no character
-        out = out utf8(code)
+function emit(text) {
+    if (!showing) spoken = spoken text
+    else if (text != "") {
+        printf "%s", text
+        last = substr(text, length(text))
     }
-    return out
+}
+# Takes the JSON string that `rest` begins with off it; prints its text if `show`, else returns it.
+function string(show,    part, n, i, text, used, code, low, end) {
+    showing = show
+    spoken = ""
+    rest = substr(rest, 2)
+    n = split(rest, part, /\\/) # by split and not by substr, which would copy a long text at each escape
+    used = -1
+    for (i = 1; i <= n; i++) {
+        text = part[i]
+        used += length(text) + 1
+        if (i > 1 && text == "") { # a backslash, escaped by the one before
+            emit("\\")
+            i++
+            text = part[i]
+            used += length(text) + 1
+        } else if (i > 1 && substr(text, 1, 1) == "u") {
+            code = hex(substr(text, 2, 4))
+            text = substr(text, 6)
+            if (code >= 55296 && code < 56320 && text == "" && substr(part[i + 1], 1, 1) == "u") {
+                low = hex(substr(part[i + 1], 2, 4))
+                if (low >= 56320 && low < 57344) { # a surrogate pair
+                    code = 65536 + (code - 55296) * 1024 + low - 56320
+                    i++
+                    text = substr(part[i], 6)
+                    used += length(part[i]) + 1
+                }
+            }
+            emit(utf8(code >= 55296 && code < 57344 ? 65533 : code)) # half a pair is no character
+        } else if (i > 1) {
+            code = substr(text, 1, 1)
+            emit(code in plain ? plain[code] : code)
+            text = substr(text, 2)
+        }
+        end = index(text, "\"")
+        if (end) {
+            emit(substr(text, 1, end - 1))
+            rest = substr(rest, used - (length(text) - end) + 1)
+            return spoken
+        }
+        emit(text)
+    }
+    rest = ""
+    return spoken
 }
 # Takes one JSON value off `rest` and returns it as it stands there.
 function value(    start, depth, ch) {
@@ -177,7 +208,7 @@ function value(    start, depth, ch) {
     depth = 0
     while (rest != "") {
         ch = substr(rest, 1, 1)
-        if (ch == "\"") string()
+        if (ch == "\"") string(0)
         else if (depth == 0 && (ch == "," || ch == "}")) break
         else {
             if (ch == "[" || ch == "{") depth++
@@ -198,9 +229,9 @@ function take(prefix) {
 function find(key,    name) {
     while (take(",")) {
         if (substr(rest, 1, 1) != "\"") return ""
-        name = string()
+        name = string(0)
         if (!take(":")) return ""
-        if (name == key) return substr(rest, 1, 1) == "\"" ? string() : value()
+        if (name == key) return substr(rest, 1, 1) == "\"" ? string(0) : value()
         value()
     }
     return ""
@@ -214,10 +245,8 @@ function complain(message, code) {
     sub(/\r$/, "")
     rest = $0
     if (take("{\"type\":\"token\",\"token\":")) {
-        text = string()
-        printf "%s", text
+        string(1)
         fflush()
-        if (text != "") last = substr(text, length(text), 1)
         if (take(",\"final\":true")) {
             if (last != "\n") print ""
             status = 0
@@ -228,13 +257,17 @@ function complain(message, code) {
             }
         }
     } else if (take("{\"status\":\"ok\",\"message\":")) {
-        message = string()
+        message = string(0)
         if (streams) next # only the start
         status = 0
-        if (take(",\"data\":")) print (substr(rest, 1, 1) == "\"" ? string() : value())
-        else print message
+        if (!take(",\"data\":")) print message
+        else if (substr(rest, 1, 1) != "\"") print value()
+        else {
+            string(1)
+            print ""
+        }
     } else if (take("{\"status\":\"error\",\"message\":")) {
-        message = string()
+        message = string(0)
         complain(message, find("code"))
     } else {
         complain("not a bridge: " substr($0, 1, 200), "")

@@ -84,7 +84,7 @@ def load(path: str, **options: Any) -> Call[Loaded]:
 def free(model: str | None = None, *, drain: bool = True) -> Call[Freed]:
     """Unloads that model; without a name gives back what this connection loaded.
 
-    ``drain`` waits for what the model is generating; without it these requests are cancelled.
+    ``drain`` waits for what the model is generating; without it a model that generates raises Busy.
     """
     return Call(commands.Free(model=model, drain=drain), lambda ok: read_as(Freed, ok.extra))
 

@@ -32,10 +32,10 @@ def parse_address(text: str) -> Address:
     """``/path``, ``unix:/path``, ``HOST:PORT``, ``tcp:HOST:PORT`` or ``[IPV6]:PORT``. Raises ValueError."""
     if text.startswith("unix:"):
         return Unix(text.removeprefix("unix:"))
-    if "/" in text:
+    if "/" in text and not text.startswith("tcp:"):
         return Unix(text)
     host, colon, port = text.removeprefix("tcp:").rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"bad address {text!r}: allowed are a path with a slash and HOST:PORT")
     return Tcp(host.removeprefix("[").removesuffix("]"), int(port))
 

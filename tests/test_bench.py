@@ -525,7 +525,7 @@ def test_no_bridge_there(tmp_path: Path) -> None:
     for pings in ("0", "5"):
         result = CliRunner().invoke(bench, ["--socket", str(tmp_path / "none"), "--pings", pings])
         assert result.exit_code == 1
-        assert "No such file" in result.output
+        assert f"no answer from the bridge at {tmp_path / 'none'}: " in result.output
         assert "Traceback" not in result.output
 
 

@@ -142,7 +142,7 @@ def test_help(sh: Sh) -> None:
     assert good(sh("-h")) == text
     # Every command of the script stands in its help.
     commands = set(re.findall(r"^        ([a-z]+)\)", SCRIPT.read_text(), re.MULTILINE))
-    assert commands - {"help"} <= set(re.findall(r"^  (\w+)", text, re.MULTILINE))
+    assert commands - {"help", "socat"} <= set(re.findall(r"^  (\w+)", text, re.MULTILINE))
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------

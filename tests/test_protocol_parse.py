@@ -437,6 +437,6 @@ def test_every_parameter_is_described(command: type[Command]) -> None:
 def test_every_default_is_allowed(command: type[Command]) -> None:
     hints = typing.get_type_hints(command, include_extras=True)
     for field in msgspec.structs.fields(command):
-        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default  # type: ignore[misc]
+        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
         if default != "" and not (isinstance(default, float) and math.isnan(default)):
             msgspec.convert(default, hints[field.name])

@@ -64,7 +64,7 @@ def bench(as_json: bool, **flags: Any) -> None:
     """
     try:
         report = run(**flags)
-    except (TargetError, OSError) as error:
+    except TargetError as error:
         raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(orjson.dumps(reports.to_json(report), option=orjson.OPT_INDENT_2))
@@ -104,7 +104,7 @@ def run(
     if not targets:
         raise click.UsageError("--skip-bridge leaves nothing to measure without --against")
     if not skip_bridge and pings:
-        ping = measure_pings(address, pings)
+        ping = _pings(address, pings)
     runs = trio.run(measure, plan, targets, _progress)
     return Report(
         reports.parameters(plan, stream=stream, cache_prompt=cache_prompt, model=model), addresses, ping, runs
@@ -129,6 +129,13 @@ def _address(socket: str | None, tcp: str | None) -> Address:
         return parse_address(f"tcp:{tcp}")
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+
+
+def _pings(address: Address, count: int) -> dict[str, float]:
+    try:
+        return measure_pings(address, count)
+    except OSError as error:
+        raise TargetError(f"no answer from the bridge at {address}: {error}") from None
 
 
 def _llama_server(url: str, stream: bool, cache_prompt: bool) -> LlamaServer:

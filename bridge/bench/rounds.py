@@ -39,8 +39,8 @@ async def measure(plan: Plan, targets: Sequence[Target], progress: Callable[[str
 
     Raises TargetError if a server cannot be reached at all; what fails later is counted.
     """
-    ratios = [await calibrate(target.count_tokens) for target in targets]
-    prompts = Prompts(plan.prompt_tokens, common_prefix=plan.common_prefix, tokens_per_word=ratios[0])
+    per_word = [await calibrate(target.count_tokens) for target in targets]  # of all, to see that they are there
+    prompts = Prompts(plan.prompt_tokens, common_prefix=plan.common_prefix, tokens_per_word=per_word[0])
     runs = []
     for clients in plan.clients:
         run = Run(clients, {target.name: [] for target in targets})

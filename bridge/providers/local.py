@@ -153,7 +153,7 @@ class LocalProvider:
         while True:
             await trio.lowlevel.wait_readable(self._home)
             try:
-                return self._home.recv(1 << 18)
+                return self._home.recv(1 << 16)
             except BlockingIOError:
                 continue
             except OSError:

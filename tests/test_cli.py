@@ -1,0 +1,283 @@
+"""The client commands of the command line, against a scripted bridge."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from scripted import PIECES, Peer, ignores, once, raw, scripted, until_cancelled
+
+from bridge import __version__
+from bridge.cli import cli
+from protocol.commands import Chat, ChatStream, Command, Embed, Free, Infer, InferStream, Load, Message, Show, Tokenize
+from protocol.replies import Failed, Final, Ok, Started, Token
+
+ROOT = Path(__file__).parent.parent
+TEXT = "".join(PIECES)
+
+
+def run(*arguments: str, stdin: str = "") -> Result:
+    result = CliRunner().invoke(cli, arguments, input=stdin)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def good(*arguments: str, stdin: str = "") -> str:
+    result = run(*arguments, stdin=stdin)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+# -- what is asked and printed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "printed"),
+    [
+        ("ping", ["pong"]),
+        ("hello", ["llama-bridge 9.9, protocol 1", "features: chat", "clients  4"]),
+        ("status", ["Model loaded: /models/tiny.gguf", "version 9.9", "tiny *"]),
+        ("models", ["n_parallel", "tiny *", "/models/tiny.gguf"]),
+        ("show", ["name", "tiny", "option n_ctx"]),
+        ("load tiny.gguf", ["tiny loaded in 1.2 s"]),
+        ("free", ["freed: tiny"]),
+        ("infer some prompt", [TEXT]),
+        ("infer --no-stream some prompt", ["some prompt"]),
+        ("chat --no-stream some words", ["1: some words"]),
+        ("embed some text", ["1 -2"]),
+        ("tokenize ab", ["97 98"]),
+    ],
+)
+def test_what_is_printed(line: str, printed: list[str]) -> None:
+    with scripted() as server:
+        output = good(*line.split(), "--socket", server.address)
+        assert output.endswith("\n")
+        for words in printed:
+            assert words in output
+
+
+@pytest.mark.parametrize(
+    "line", ["hello", "status", "models", "show", "load x", "free", "infer x", "chat x", "embed x", "tokenize x"]
+)
+def test_json(line: str) -> None:
+    with scripted() as server:
+        output = good(*line.split(), "--json", "--socket", server.address)
+        assert output.count("\n") == 1
+        assert json.loads(output)
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("infer a b", InferStream(prompt="a b")),
+        ("infer --json -n 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 -m tiny x",
+         Infer(prompt="x", max_tokens=5, temperature=0.0, top_k=3, top_p=0.5, seed=7, model="tiny")),
+        ("infer --no-stream --stop 5 --stop b -p stop=c x", Infer(prompt="x", stop=["5", "b", "c"])),
+        ('infer --no-stream -p stop=["a","b"] -p min_p=0.1 x', Infer(prompt="x", stop=["a", "b"], min_p=0.1)),
+        ('infer --no-stream -p logit_bias={"5":-1} -p ignore_eos=true x',
+         Infer(prompt="x", logit_bias={5: -1.0}, ignore_eos=True)),
+        ("infer --no-stream -p model=7 x", Infer(prompt="x", model="7")),
+        ("infer --no-stream -- -p x", Infer(prompt="-p x")),
+        ("chat a b", ChatStream(messages=[Message(role="user", content="a b")])),
+        ("chat --json --system s -p template=chatml u",
+         Chat(messages=[Message(role="system", content="s"), Message(role="user", content="u")], template="chatml")),
+        ("load --name t --n-ctx 64 -p use_mmap=false -p type_k=q8_0 no/such/file.gguf",
+         Load(path="no/such/file.gguf", name="t", n_ctx=64, use_mmap=False, type_k="q8_0")),
+        ("free --no-drain tiny", Free(model="tiny", drain=False)),
+        ("show tiny", Show(model="tiny")),
+        ("embed -m tiny x", Embed(text="x", model="tiny", encoding="base64")),
+        ("tokenize --special x", Tokenize(text="x", special=True)),
+    ],
+)  # fmt: skip
+def test_what_is_asked(line: str, command: Command) -> None:
+    with scripted() as server:
+        good(line.split()[0], "--socket", server.address, *line.split()[1:])
+        assert server.seen == [command]
+
+
+@pytest.mark.parametrize("arguments", [["infer"], ["infer", "-"]], ids=["none", "dash"])
+def test_the_prompt_from_standard_input(arguments: list[str]) -> None:
+    with scripted() as server:
+        good(*arguments, "--socket", server.address, stdin="two\nlines\n")
+        assert server.seen == [InferStream(prompt="two\nlines\n")]
+
+
+def test_over_tcp() -> None:
+    with scripted(tcp=True) as server:
+        assert good("ping", "--tcp", server.address) == "pong\n"
+
+
+def test_the_default_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted() as server:
+        monkeypatch.setenv("LLAMA_BRIDGE_SOCKET", server.address)
+        assert good("ping") == "pong\n"
+
+
+def test_a_file_that_is_here_is_loaded_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").touch()
+    with scripted() as server, scripted(tcp=True) as other:
+        good("load", "m.gguf", "--socket", server.address)
+        good("load", "m.gguf", "--tcp", other.address)
+        assert server.seen == [Load(path=str(tmp_path / "m.gguf"))]
+        assert other.seen == [Load(path="m.gguf")]  # it may be another machine
+
+
+def test_a_template_is_printed_as_it_is() -> None:
+    template = "{% for m in messages %}\n[bold]{{ m }}[/bold]{% endfor %}"
+    with scripted(once(Ok("tiny", {"name": "[red]", "chat_template": template}))) as server:
+        output = good("show", "--socket", server.address)
+        assert template in output
+        assert "[red]" in output
+
+
+# -- errors ----------------------------------------------------------------------------------------------------
+
+
+def test_an_error_answer() -> None:
+    with scripted() as server:
+        result = run("load", "missing.gguf", "--socket", server.address)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == "error: Failed to load model: missing.gguf [load_failed]\n"
+        result = run("infer", "-n", "0", "x", "--socket", server.address)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: max_tokens: ")
+        assert result.stderr.endswith("[bad_argument]\n")
+
+
+def test_a_stream_that_fails_in_the_middle() -> None:
+    end = Final("", "error", {"code": "model_crashed", "blame": "retry", "reason": "tiny died"})
+    with scripted(once(Started(), Token("so far"), end)) as server:
+        result = run("infer", "x", "--socket", server.address)
+        assert (result.exit_code, result.stdout) == (1, "so far\n")
+        assert result.stderr == "error: tiny died [model_crashed]\n"
+
+
+def test_an_answer_that_was_cut_short_says_so() -> None:
+    with scripted(once(Started(), Final("so far", "deadline"))) as server:
+        result = run("infer", "x", "--socket", server.address)
+        assert (result.exit_code, result.stdout) == (0, "so far\n")
+        assert result.stderr == "(ended early: deadline)\n"
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    result = run("ping", "--socket", str(tmp_path / "none"))
+    assert result.exit_code == 1
+    assert (
+        result.stderr == f"error: no bridge answers at {tmp_path / 'none'}: No such file or directory [unreachable]\n"
+    )
+
+
+def test_no_bridge() -> None:
+    with scripted(raw(b"220 ready\n")) as server:
+        result = run("ping", "--socket", server.address)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: not a reply line")
+
+
+def test_a_bridge_that_says_nothing() -> None:
+    with scripted(ignores) as server:
+        result = run("ping", "--timeout", "0.02", "--socket", server.address)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == "error: the daemon did not answer in time [timeout]\n"
+
+
+def test_an_interrupted_stream_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(text: str = "", **_: object) -> None:
+        if text == PIECES[1]:
+            raise KeyboardInterrupt
+
+    with scripted(until_cancelled) as server:
+        monkeypatch.setattr("bridge.cli.click.echo", interrupt)
+        result = run("infer", "x", "--socket", server.address)
+        assert result.exit_code == 1
+        assert [command.VERB for command in server.seen] == ["INFER_STREAM", "CANCEL"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ping --tcp nonsense", "'nonsense' is not HOST:PORT"),
+        ("ping --tcp /a/path", "is not HOST:PORT"),
+        ("ping --tcp localhost:1 --socket x", "--socket and --tcp exclude each other"),
+        ("ping --timeout 0", "--timeout"),
+        ("infer -p max_token=5 x", "-p max_token=5: INFER takes KEY=VALUE with one of model, max_tokens"),
+        ("infer -p prompt=5 x", "-p prompt=5: INFER takes"),
+        ("infer -p max_tokens x", "-p max_tokens: INFER takes"),
+        ("infer -p max_tokens=many x", "-p max_tokens=many: Expected `int`"),
+        ("infer -p logit_bias={ x", "-p logit_bias={: Expected"),
+        ("load", "Missing argument 'PATH'"),
+        ("dance", "No such command 'dance'"),
+    ],
+)
+def test_a_wrong_command_line(line: str, words: str) -> None:
+    result = run(*line.split())
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+# -- the command -----------------------------------------------------------------------------------------------
+
+
+def test_version_and_help() -> None:
+    assert good("--version") == f"llama-bridge, version {__version__}\n"
+    for name in cli.commands:
+        assert "--help" in good(name, "-h")
+
+
+def llama_bridge(*arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
+    """``python -m bridge``, where the module ``without`` is not installed."""
+    hide = f"import sys; sys.modules[{without!r}] = None; " if without else ""
+    code = f"{hide}import sys; sys.argv[1:] = {list(arguments)!r}; from bridge.__main__ import main; main()"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bridge", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"llama-bridge, version {__version__}\n")
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_without_the_daemons_dependencies(missing: str) -> None:
+    done = llama_bridge("ping", without=missing)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{missing} is not installed" in done.stderr
+    assert "pip install 'llama-bridge[daemon]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_fault_of_ours_is_not_hidden_as_a_missing_dependency() -> None:
+    done = llama_bridge("ping", without="client")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_fault() -> None:
+    def endless(peer: Peer) -> None:
+        exchange = peer.expect().exchange
+        peer.reply(exchange, Started())
+        while True:
+            peer.reply(exchange, Token("word " * 100))
+
+    with scripted(endless) as server:
+        command = [sys.executable, "-m", "bridge", "infer", "x", "--socket", server.address]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout
+            assert process.stderr
+            assert process.stdout.read(4) == b"word"
+            process.stdout.close()
+            assert b"Traceback" not in process.stderr.read()
+        server.await_end(0)
+
+
+def test_an_error_of_tomorrow() -> None:
+    with scripted(once(Failed("of_tomorrow", "New"))) as server:
+        result = run("ping", "--socket", server.address)
+        assert (result.exit_code, result.stderr) == (1, "error: New [of_tomorrow]\n")
