@@ -1,4 +1,4 @@
-"""The command line. What talks to a running bridge is a thin use of ``client.Client``."""
+"""The commands that talk to a running bridge: thin uses of ``client.Client``. ``__main__`` adds the others."""
 
 from __future__ import annotations
 
@@ -340,6 +340,3 @@ def tokenize(client: Client, text: tuple[str, ...], model: str | None, special: 
     """A text's token ids; without one, those of the standard input."""
     tokens = client.tokenize(_text(text), model=model, special=special)
     _print_json(tokens) if as_json else click.echo(" ".join(map(str, tokens)))
-
-
-# -- commands of other modules: cli.add_command(...) ------------------------------------------------------------

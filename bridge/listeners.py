@@ -29,7 +29,10 @@ class ListenError(Exception):
 
 
 class Listener:
-    """A listening socket. Resource handling: ``close`` also removes a Unix socket's file, if it still is this one's."""
+    """A listening socket. Resource handling: ``close`` also removes a Unix socket's file, if it still is this one's.
+
+    It may be called again; by then another daemon may listen there.
+    """
 
     def __init__(self, sock: socket.socket, address: Unix | Tcp) -> None:
         self.socket = sock
@@ -38,11 +41,14 @@ class Listener:
         self._inode = os.stat(address.path).st_ino if isinstance(address, Unix) else None
 
     def close(self) -> None:
-        self.socket.close()
-        if isinstance(self.address, Unix):
+        if self.socket.fileno() < 0:
+            return
+        if isinstance(self.address, Unix):  # before the socket is closed, for then its inode may be another's
             with contextlib.suppress(OSError):
                 if os.stat(self.address.path).st_ino == self._inode:
                     os.unlink(self.address.path)
+        trio.lowlevel.notify_closing(self.socket)
+        self.socket.close()
 
 
 def open_listeners(config: Config) -> list[Listener]:
@@ -62,6 +68,7 @@ def open_listeners(config: Config) -> list[Listener]:
 def _listen_unix(path: str, mode: int, group: str) -> Listener:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        owner = grp.getgrnam(group).gr_gid if group else -1
         _make_folder(path)
         _remove_stale(path)
         before = os.umask(0o177)  # nobody else gets in between bind and chmod
@@ -70,7 +77,7 @@ def _listen_unix(path: str, mode: int, group: str) -> Listener:
         finally:
             os.umask(before)
         if group:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+            os.chown(path, -1, owner)
         os.chmod(path, mode)
         sock.listen(_BACKLOG)
         return Listener(sock, Unix(path))
@@ -129,14 +136,16 @@ def _listen_tcp(text: str) -> Listener:
 async def accept_forever(listener: Listener, serve: Callable[[socket.socket, int | None], Awaitable[None]]) -> None:
     """Hands every client to ``serve``, in a task of its own, with the user id of its process where that is known.
 
-    Error handling: what goes wrong with one client is not the listener's concern; with no file descriptors left it
-    pauses.
+    When the listener is closed, it ends with the last of its clients. Error handling: what goes wrong with one client
+    is not the listener's concern; with no file descriptors left it pauses.
     """
     async with trio.open_nursery() as nursery:
-        while True:
-            await trio.lowlevel.wait_readable(listener.socket)
+        while listener.socket.fileno() >= 0:
             try:
+                await trio.lowlevel.wait_readable(listener.socket)
                 client, _ = listener.socket.accept()
+            except trio.ClosedResourceError:
+                break
             except BlockingIOError:
                 continue
             except OSError as error:

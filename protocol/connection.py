@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -249,7 +250,7 @@ class Connection:
 def encode_request(request: Request) -> bytes:
     """``VERB {json}``, with the parameters that differ from their defaults. Read back by parse_request."""
     fields: dict[str, Any] = {}
-    for field in msgspec.structs.fields(request.command):
+    for field in _fields(type(request.command)):
         value = getattr(request.command, field.name)
         if value != field.default and (field.default_factory is msgspec.NODEFAULT or value != field.default_factory()):
             fields[field.encode_name] = value
@@ -257,3 +258,8 @@ def encode_request(request: Request) -> bytes:
         fields["id"] = request.id
     verb = request.command.VERB.encode()
     return verb + (b" " + msgspec.json.encode(fields) if fields else b"") + b"\n"
+
+
+@cache
+def _fields(command: type[Command]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(command)  # reads the annotations anew each time

@@ -158,13 +158,16 @@ def _text(fields: dict[str, Any], key: str, *default: str) -> Any:
 def reply_id(line: bytes) -> str | None:
     """The id on a reply line, before it is known what it answers. Raises RemoteProtocolError."""
     try:
-        return msgspec.json.decode(line, type=_IdOnly).id
+        return _id_decoder.decode(line).id
     except (msgspec.DecodeError, RecursionError):
         raise RemoteProtocolError(f"not a reply line: {line[:200]!r}") from None
 
 
 class _IdOnly(Struct):
     id: str | None = None
+
+
+_id_decoder = msgspec.json.Decoder(_IdOnly)
 
 
 def _blame(code: str) -> str:

@@ -176,6 +176,10 @@ class Inside(Place):
         self.path = path
         self.port = port
 
+    async def models(self) -> dict[str, Line]:
+        """Without a connection, which would count as a client."""
+        return {model["name"]: model for model in self.server._daemon.pool.describe()}
+
 
 @asynccontextmanager
 async def daemon(

@@ -7,6 +7,7 @@ request was cancelled, and ends the process the moment the daemon is gone, even 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from typing import cast
 
 from bridge import ipc
@@ -23,6 +25,11 @@ from bridge.worker.engine import Engine
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the daemon's terminal is the daemon's to act on
+    with contextlib.suppress(ConnectionError):  # told nobody, for the daemon is gone; the reading thread ends as well
+        _serve()
+
+
+def _serve() -> None:
     home = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     inbox: queue.SimpleQueue[list[ipc.ToWorker]] = queue.SimpleQueue()
     engines: list[Engine] = []
@@ -71,6 +78,19 @@ def _take_requests(engine: Engine, inbox: queue.SimpleQueue[list[ipc.ToWorker]])
 
 
 def _read(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]], engines: list[Engine]) -> None:
+    """Never returns: without it nobody would notice that the daemon is gone."""
+    try:
+        _hand_over(home, inbox, engines)
+    except ConnectionResetError:  # the daemon went without reading all that it was told
+        pass
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # the daemon closed its end, or died
+
+
+def _hand_over(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]], engines: list[Engine]) -> None:
+    """All that comes, until nothing can come any more."""
     frames = ipc.FrameBuffer()
     while data := home.recv(1 << 16):
         messages = [ipc.decode_to_worker(frame) for frame in frames.feed(data)]
@@ -79,7 +99,6 @@ def _read(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]], eng
         for message in messages:
             if isinstance(message, ipc.Cancel) and engines:
                 engines[0].cancelled_in_flight(message.rid)
-    os._exit(0)  # the daemon closed its end, or died
 
 
 if __name__ == "__main__":

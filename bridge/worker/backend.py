@@ -64,7 +64,7 @@ class Sampled:
 class Backend(Protocol):
     """One model and its KV cache of ``n_parallel`` slots with ``n_ctx`` cells each.
 
-    Only ``abort`` may be called from another thread. Everything may raise BackendError.
+    Only ``abort`` may be called from another thread. ``tokenize``, ``decode`` and ``embed`` may raise BackendError.
     """
 
     info: ipc.ModelInfo
@@ -82,12 +82,12 @@ class Backend(Protocol):
         """A lower bound of a text's tokens, known without tokenizing it."""
         ...
 
-    def render(self, messages: Sequence[ipc.Message], template: str | None) -> list[int]:
-        """The prompt's tokens for a conversation. Raises Refusal (template_error, not_found)."""
+    def render(self, messages: Sequence[ipc.Message], template: str | None) -> str:
+        """A conversation's prompt, without a BOS that ``tokenize`` adds. Raises Refusal (template_error, not_found)."""
         ...
 
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
-        """Gives the slot to a sequence. Raises Refusal (bad_argument) for a token past the vocabulary."""
+        """Gives the slot to a sequence. ``sampling`` names no token past the vocabulary."""
         ...
 
     def decode(self, batch: Batch) -> list[Sampled]:

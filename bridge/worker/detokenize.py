@@ -10,7 +10,8 @@ class TextStream:
     """What one sequence has said so far.
 
     A token's piece may end inside a UTF-8 character, and a stop string may span tokens. Both are held back
-    until it is known what they become. Bytes that never become UTF-8 turn into U+FFFD.
+    until it is known what they become. Bytes that never become UTF-8 turn into U+FFFD. Of several stop strings the
+    one that is complete first ends the text, so how it was cut into tokens makes no difference.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -36,11 +37,12 @@ class TextStream:
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
+            _, start = min(found)
+            return text[:start]
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -76,16 +76,13 @@ class Engine:
         self._events.append(ipc.Accepted(sequence.rid, sequence.n_prompt))
 
     def _prompt(self, request: ipc.Generate) -> list[int]:
-        if isinstance(request.prompt, str):
-            at_least = self._backend.fewest_tokens(request.prompt)
-            if at_least >= self._n_ctx:
-                raise _context_exceeded(at_least, self._n_ctx, "at least ")
-            tokens = self._backend.tokenize(request.prompt, special=True, parse_special=True)
-        else:
-            at_least = sum(self._backend.fewest_tokens(message.content) for message in request.prompt)
-            if at_least >= self._n_ctx:
-                raise _context_exceeded(at_least, self._n_ctx, "at least ")
-            tokens = self._backend.render(request.prompt, request.template)
+        text = request.prompt
+        if not isinstance(text, str):
+            text = self._backend.render(text, request.template)
+        at_least = self._backend.fewest_tokens(text)
+        if at_least >= self._n_ctx:
+            raise _context_exceeded(at_least, self._n_ctx, "at least ")
+        tokens = self._backend.tokenize(text, special=True, parse_special=True)
         if not tokens:
             raise Refusal("bad_argument", "prompt: it has no tokens")
         return tokens

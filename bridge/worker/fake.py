@@ -83,10 +83,10 @@ class FakeBackend:
     def fewest_tokens(self, text: str) -> int:
         return 0
 
-    def render(self, messages: Sequence[ipc.Message], template: str | None) -> list[int]:
+    def render(self, messages: Sequence[ipc.Message], template: str | None) -> str:
         if template not in (None, "chatml"):
             raise Refusal("not_found", f"template: no built-in one is called {template}; there are chatml")
-        return self.tokenize(self._template.render(messages), special=True, parse_special=True)
+        return self._template.render(messages)
 
     # -- generation --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,84 @@
+"""LOAD's options as llama.cpp's parameters, and what suits the machine where nothing was asked."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import llama_cpp as C
+import psutil
+
+from bridge import ipc
+
+DEFAULT_N_CTX = 4096
+DEFAULT_N_PARALLEL = 4
+DEFAULT_N_BATCH = 2048
+DEFAULT_N_UBATCH = 512
+
+# enum ggml_type of ggml.h; llama_cpp does not name all of these.
+_CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+_FLASH_ATTN = {
+    "auto": C.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": C.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": C.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+# Indexed by use_mmap and use_mlock.
+_LOAD_MODES = (
+    (C.LLAMA_LOAD_MODE_NONE, C.LLAMA_LOAD_MODE_MLOCK),
+    (C.LLAMA_LOAD_MODE_MMAP, C.LLAMA_LOAD_MODE_MMAP_MLOCK),
+)
+
+
+def resolve(options: ipc.Options) -> dict[str, Any]:
+    """Every option decided; only ``n_ctx`` may still be None: its default needs the model."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    n_parallel = options.n_parallel or DEFAULT_N_PARALLEL
+    n_batch = max(options.n_batch or DEFAULT_N_BATCH, n_parallel)
+    offload = C.llama_supports_gpu_offload()
+    return {
+        "n_ctx": options.n_ctx,
+        "n_parallel": n_parallel,
+        "n_batch": n_batch,
+        "n_ubatch": min(options.n_ubatch or DEFAULT_N_UBATCH, n_batch),
+        "n_threads": options.n_threads or min(cores, len(os.sched_getaffinity(0))),
+        "n_gpu_layers": (-1 if offload else 0) if options.n_gpu_layers is None else options.n_gpu_layers,
+        "flash_attn": options.flash_attn or "auto",
+        "type_k": options.type_k or "f16",
+        "type_v": options.type_v or "f16",
+        "use_mmap": options.use_mmap is not False,
+        "use_mlock": bool(options.use_mlock),
+        "repack": not _has_amx() if options.repack is None else options.repack,
+    }
+
+
+def model_params(options: dict[str, Any]) -> Any:
+    params = C.llama_model_default_params()
+    params.n_gpu_layers = options["n_gpu_layers"]
+    params.use_extra_bufts = options["repack"]
+    params.load_mode = _LOAD_MODES[options["use_mmap"]][options["use_mlock"]]
+    return params
+
+
+def context_params(options: dict[str, Any]) -> Any:
+    """What contexts for generation and for embeddings have in common."""
+    params = C.llama_context_default_params()
+    params.n_threads = params.n_threads_batch = options["n_threads"]
+    params.flash_attn_type = _FLASH_ATTN[options["flash_attn"]]
+    params.type_k = _CACHE_TYPES[options["type_k"]]
+    params.type_v = _CACHE_TYPES[options["type_v"]]
+    params.n_ubatch = options["n_ubatch"]
+    params.no_perf = True
+    return params
+
+
+def _has_amx() -> bool:
+    """Whether llama.cpp would repack weights for Intel's AMX.
+
+    Built by GCC 12, Debian 12's, it then dies in ``ldtilecfg`` at the first prompt (ggml-org/llama.cpp#20824): the
+    stores to the tile configuration are optimised away. So there repacking is for who asks for it.
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as cpuinfo:
+            return any("amx_tile" in line.split() for line in cpuinfo if line.startswith("flags"))
+    except OSError:
+        return False

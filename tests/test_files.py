@@ -1,0 +1,84 @@
+"""What is no model file is refused before a worker, or anything that blocks, touches it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bridge.models.files import check_model_file
+from protocol.errors import BridgeError, ErrorCode
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(BridgeError) as caught:
+        check_model_file(str(path))
+    assert caught.value.code == ErrorCode.LOAD_FAILED
+    start = f"Failed to load model: {path}: "
+    assert caught.value.message.startswith(start)
+    return caught.value.message.removeprefix(start)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.gguf"
+
+
+def test_a_file_that_begins_right(path: Path) -> None:
+    path.write_bytes(b"GGUF\x03\0\0\0")
+    check_model_file(str(path))
+
+
+def test_a_link_to_one(path: Path, tmp_path: Path) -> None:
+    path.write_bytes(b"GGUF\x03\0\0\0")
+    (tmp_path / "link").symlink_to(path)
+    check_model_file(str(tmp_path / "link"))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"FUGG", b"ggjt\x01", b"<!DOCTYPE html>"])
+def test_a_file_that_does_not(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    assert refusal(path) == "it does not begin with GGUF"
+
+
+def test_a_missing_one(path: Path) -> None:
+    assert refusal(path) == "No such file or directory"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    assert refusal(path) == "it is not a regular file"
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/tty", "/proc/self/fd"])
+def test_devices(device: str) -> None:
+    if not os.path.exists(device):
+        pytest.skip(f"no {device} here")
+    assert refusal(device) in ("it is not a regular file", "No such device or address")
+
+
+def test_a_link_that_leads_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+    assert refusal(path) == "Too many levels of symbolic links"
+
+
+def test_a_name_with_a_newline(tmp_path: Path) -> None:
+    path = tmp_path / "two\nlines.gguf"
+    assert refusal(path) == "No such file or directory"
+    path.write_bytes(b"GGUF\x03\0\0\0")
+    check_model_file(str(path))
+
+
+@pytest.mark.parametrize("path", ["nul\0", "x" * 5000, "", "surrogate \ud800"])
+def test_what_is_no_path(path: str) -> None:
+    assert refusal(path)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_one_that_may_not_be_read(path: Path) -> None:
+    path.write_bytes(b"GGUF\x03\0\0\0")
+    path.chmod(0)
+    assert refusal(path) == "Permission denied"

@@ -1,0 +1,127 @@
+"""Frames between daemon and worker: whole whatever the pipe did to them, and refused if they cannot be ours."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge import ipc
+
+SAMPLING = ipc.Sampling(temperature=0.0, seed=7, logit_bias={5: -1.5}, logprobs=3)
+ENTRY = {"token": "ö", "logprob": -0.5, "bytes": [195, 182], "id": 9, "top_logprobs": []}
+INFO = ipc.ModelInfo(
+    architecture="llama",
+    parameters=1 << 40,
+    quantization="Q4_1",
+    size_bytes=1 << 40,
+    n_ctx_train=8192,
+    n_embd=576,
+    n_layer=30,
+    n_vocab=49152,
+    chat_template=None,
+    capabilities=["infer"],
+    options=ipc.Options(n_ctx=512, flash_attn="on", use_mmap=False),
+    n_ctx=512,
+    n_parallel=4,
+)
+TIMINGS = ipc.Timings(1.0, 2.5, 0.0)
+REQUESTS: list[ipc.ToWorker] = [
+    ipc.Load("/models/ö.gguf", ipc.Options()),
+    ipc.Load("m", ipc.Options(8, 1, 2, 2, 1, -1, "off", "f16", "q8_0", True, True, False)),
+    ipc.Generate(1, "Once", ipc.Sampling(), 16, [], True, 12.5),
+    ipc.Generate(
+        2,
+        [ipc.Message("user", "Hi", name="ann"), ipc.Message("tool", "", tool_call_id="c1")],
+        SAMPLING,
+        1,
+        ["\n", "END"],
+        False,
+        12.5,
+        13.5,
+        "chatml",
+    ),
+    ipc.Embed(3, ["a", "b"], 12.5),
+    ipc.Tokenize(4, "text", True, False),
+    ipc.Detokenize(5, [0, 49151]),
+    ipc.Cancel(6),
+]
+EVENTS: list[ipc.Event] = [
+    ipc.Accepted(1, 3),
+    ipc.Text(1, " upon", [ENTRY]),
+    ipc.Done(1, "", "deadline", ipc.Usage(3, 2, 1), TIMINGS, []),
+    ipc.Embedded(3, [b"\x00\xff" * 4], 2, TIMINGS),
+    ipc.Tokens(4, [1, 2]),
+    ipc.Detokenized(5, "\ufffd"),
+    ipc.Refused(2, "context_exceeded", "too long", {"n_prompt": 9, "n_ctx": 8}),
+]
+ANSWERS: list[ipc.ToDaemon] = [ipc.Loaded(INFO, 12.5), ipc.LoadFailed("why"), ipc.Step(EVENTS)]
+PAYLOADS = [b"", b"a", b"bc" * 300]
+
+
+def frame(payload: bytes) -> bytes:
+    return len(payload).to_bytes(4, "big") + payload
+
+
+def test_every_message_has_its_example() -> None:
+    assert {type(one) for one in (*REQUESTS, *EVENTS, *ANSWERS)} == {
+        kind for kind in vars(ipc).values() if isinstance(kind, type) and getattr(kind, "__struct_config__", None)
+        if kind.__struct_config__.tag is not None
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REQUESTS, ids=lambda one: type(one).__name__)
+def test_what_the_daemon_says_arrives_as_it_was(message: ipc.ToWorker) -> None:
+    [payload] = ipc.FrameBuffer().feed(ipc.encode(message))
+    assert ipc.decode_to_worker(payload) == message
+
+
+@pytest.mark.parametrize("message", ANSWERS, ids=lambda one: type(one).__name__)
+def test_what_the_worker_says_arrives_as_it_was(message: ipc.ToDaemon) -> None:
+    [payload] = ipc.FrameBuffer().feed(ipc.encode(message))
+    assert ipc.decode_to_daemon(payload) == message
+
+
+def test_each_side_takes_only_what_is_meant_for_it() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        ipc.decode_to_worker(ipc.encode(ANSWERS[1])[4:])
+    with pytest.raises(msgspec.ValidationError):
+        ipc.decode_to_daemon(ipc.encode(REQUESTS[0])[4:])
+
+
+def test_frames_cut_anywhere() -> None:
+    data = b"".join(map(frame, PAYLOADS))
+    for cut in range(len(data) + 1):
+        frames = ipc.FrameBuffer()
+        assert frames.feed(data[:cut]) + frames.feed(data[cut:]) == PAYLOADS
+
+
+def test_frames_byte_by_byte() -> None:
+    frames = ipc.FrameBuffer()
+    data = b"".join(map(frame, PAYLOADS))
+    assert [got for at in range(len(data)) for got in frames.feed(data[at : at + 1])] == PAYLOADS
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8), st.data())
+def test_frames_in_any_pieces(payloads: list[bytes], data: st.DataObject) -> None:
+    left = b"".join(map(frame, payloads))
+    frames = ipc.FrameBuffer()
+    got = []
+    while left:
+        count = data.draw(st.integers(1, len(left)))
+        got += frames.feed(left[:count])
+        left = left[count:]
+    assert got == payloads
+
+
+def test_a_length_beyond_all_reason_is_refused_before_its_bytes_come() -> None:
+    frames = ipc.FrameBuffer()
+    with pytest.raises(ValueError, match="frame of 1073741825 bytes"):
+        frames.feed((ipc.MAX_FRAME + 1).to_bytes(4, "big"))
+    assert ipc.FrameBuffer().feed(ipc.MAX_FRAME.to_bytes(4, "big")) == []
+
+
+def test_an_http_request_is_no_frame() -> None:
+    with pytest.raises(ValueError):
+        ipc.FrameBuffer().feed(b"GET / HTTP/1.1\r\n")

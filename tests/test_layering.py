@@ -1,0 +1,133 @@
+"""Who may import whom: `protocol` knows nobody, `client` knows `protocol`, the worker knows neither."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = ("protocol", "client", "bridge")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for package in OURS for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """All imports, those inside functions too, but not what only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.Import() | ast.ImportFrom():
+                yield child
+            case ast.If(test=ast.Name(id="TYPE_CHECKING"), orelse=orelse):
+                for other in orelse:
+                    yield from statements(other)
+            case _:
+                yield from statements(child)
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The modules that this one imports: ours by their full name, others by that of their package."""
+    found: set[str] = set()
+    for statement in statements(ast.parse(MODULES[module].read_text())):
+        if isinstance(statement, ast.Import):
+            found |= {alias.name for alias in statement.names}
+            continue
+        assert statement.level == 0, f"{module} imports relatively"
+        base = statement.module or ""
+        found |= {full if (full := f"{base}.{alias.name}") in MODULES else base for alias in statement.names}
+    return frozenset(name if name.partition(".")[0] in OURS else name.partition(".")[0] for name in found)
+
+
+def who_imports(name: str) -> set[str]:
+    """The modules that import ``name`` or something inside it."""
+    return {
+        module
+        for module in MODULES
+        if any(imported == name or imported.startswith(f"{name}.") for imported in imports(module))
+    }
+
+
+def inside(package: str) -> set[str]:
+    return {module for module in MODULES if module == package or module.startswith(f"{package}.")}
+
+
+def test_the_walk_finds_what_there_is() -> None:
+    assert {"protocol.parse", "client", "client.aio", "bridge.worker.llama"} <= MODULES.keys()
+    assert "client.blocking" in imports("client")
+    assert "client.aio" in imports("client")  # inside a function
+    assert {"protocol.errors", "msgspec"} <= imports("protocol.parse")
+
+
+def test_the_wire_knows_nobody() -> None:
+    assert not (who_imports("client") | who_imports("bridge")) & inside("protocol")
+    assert not (who_imports("trio") | who_imports("socket")) & inside("protocol")
+
+
+def test_clients_know_the_wire_alone() -> None:
+    assert not who_imports("bridge") & inside("client")
+    assert who_imports("trio") & inside("client") == {"client.aio"}
+
+
+def test_the_thin_client_needs_msgspec_and_orjson_alone() -> None:
+    thin = inside("client") | inside("protocol")
+    foreign = {name for module in thin for name in imports(module) if name.partition(".")[0] not in OURS}
+    assert foreign - sys.stdlib_module_names == {"msgspec", "orjson", "trio"}
+
+
+def test_a_worker_knows_neither_the_wire_nor_trio() -> None:
+    worker = inside("bridge.worker")
+    for name in ("protocol", "client", "trio", "click", "structlog"):
+        assert not who_imports(name) & worker, name
+    ours = {name for module in worker for name in imports(module) if name.partition(".")[0] in OURS}
+    assert ours - worker == {"bridge.ipc"}
+
+
+def test_the_engine_is_behind_one_door() -> None:
+    behind = {module for module in MODULES if module.startswith("bridge.worker.llama")}
+    assert who_imports("llama_cpp") <= behind
+    others = {module: imports(module) & behind for module in MODULES.keys() - behind}
+    assert {module: found for module, found in others.items() if found} == {
+        "bridge.worker.__main__": {"bridge.worker.llama"}
+    }
+    assert who_imports("bridge.worker") <= inside("bridge.worker")  # the daemon starts a worker, it does not import one
+
+
+def test_only_dispatch_translates_between_wire_and_worker() -> None:
+    # bridge.server loads the configured models at the start, as a LOAD would.
+    both = who_imports("protocol.commands") & who_imports("bridge.ipc")
+    assert both <= {"bridge.dispatch", "bridge.server"}
+
+
+@pytest.mark.parametrize("module", ["bridge.registry", "bridge.worker.scheduler"])
+def test_what_decides_does_not_act(module: str) -> None:
+    assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    done: set[str] = set()
+
+    def walk(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module in done:
+            return
+        for imported in sorted(imports(module) & MODULES.keys()):
+            walk(imported, (*way, module))
+        done.add(module)
+
+    for module in MODULES:
+        walk(module, ())
+
+
+@pytest.mark.parametrize("module", ["pickle", "marshal", "shelve", "dill"])
+def test_nothing_is_unpickled(module: str) -> None:
+    assert not who_imports(module)
