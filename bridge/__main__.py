@@ -10,9 +10,9 @@ OURS = ("protocol", "client", "bridge")
 def main() -> None:
     """Runs the command line. Exits with 1 and what to do about it when the daemon's dependencies are missing."""
     try:
-        from bridge.bench import bench
         from bridge.cli import cli
-        from bridge.serve import serve
+
+        cli(prog_name="llama-bridge")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in OURS:
@@ -23,9 +23,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    cli.add_command(serve)
-    cli.add_command(bench)
-    cli(prog_name="llama-bridge")
 
 
 if __name__ == "__main__":

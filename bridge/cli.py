@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 import typing
@@ -11,8 +12,6 @@ from typing import Any, TypeVar
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
 from bridge import __version__
 from client import BridgeError, Client, RemoteProtocolError, Stream
@@ -23,7 +22,21 @@ from protocol.commands import Chat, Command, Infer, Load
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Imports a command of another module when it is used: neither PING nor the daemon need load what bench does."""
+
+    ELSEWHERE: typing.ClassVar = {"bench": "bridge.bench", "serve": "bridge.serve"}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*self.commands, *self.ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if module := self.ELSEWHERE.get(cmd_name):
+            return typing.cast(click.Command, getattr(importlib.import_module(module), cmd_name))
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="llama-bridge")
 def cli() -> None:
     """A daemon that owns loaded language models, and the commands that talk to it."""
@@ -78,6 +91,9 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    from rich.console import Console  # a tenth of a second, which PING need not pay
+    from rich.table import Table
+
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))

@@ -47,7 +47,7 @@ class ModelPool:
         return entry
 
     async def ready(self, entry: Entry) -> Provider:
-        """Waits for a model that loads or restarts. Raises BridgeError; the load goes on when the caller is cancelled."""
+        """Waits for a model that loads or restarts; a load goes on when its caller is cancelled. Raises BridgeError."""
         while True:
             match entry.state:
                 case State.READY:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from scripted import PIECES, Peer, ignores, once, raw, scripted, until_cancelled
@@ -226,7 +227,7 @@ def test_a_wrong_command_line(line: str, words: str) -> None:
 
 def test_version_and_help() -> None:
     assert good("--version") == f"llama-bridge, version {__version__}\n"
-    for name in cli.commands:
+    for name in cli.list_commands(click.Context(cli)):
         assert "--help" in good(name, "-h")
 
 
@@ -244,9 +245,9 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stdout) == (0, f"llama-bridge, version {__version__}\n")
 
 
-@pytest.mark.parametrize("missing", ["click", "rich"])
-def test_without_the_daemons_dependencies(missing: str) -> None:
-    done = llama_bridge("ping", without=missing)
+@pytest.mark.parametrize(("missing", "command"), [("click", "ping"), ("trio", "serve"), ("rich", "bench")])
+def test_without_the_daemons_dependencies(missing: str, command: str) -> None:
+    done = llama_bridge(command, without=missing)
     assert (done.returncode, done.stdout) == (1, "")
     assert f"{missing} is not installed" in done.stderr
     assert "pip install 'llama-bridge[daemon]'" in done.stderr
