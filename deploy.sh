@@ -128,7 +128,7 @@ default_model() { "$PY" -m bridge.models.default; }
 # -- the daemon ---------------------------------------------------------------------------------------------------
 
 bridge() { "$VENV/bin/llama-bridge" "$@" 9<&-; }
-answers() { bridge ping >/dev/null 2>&1; }
+answers() { bridge ping --timeout 5 >/dev/null 2>&1; }
 
 # The daemon that this script started, if it still runs; in a stale file there may be a stranger's number.
 daemon_pid() {

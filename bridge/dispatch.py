@@ -200,6 +200,8 @@ async def _ask_all(call: Call, provider: Provider, requests: list[ipc.Generate])
             nursery.start_soon(ask, index)
     if errors:
         raise errors[0]
+    if len(dones) < len(requests):  # cancelled before all of them were asked
+        raise BridgeError(ErrorCode.CANCELLED, "Cancelled")
     return [dones[index] for index in range(len(requests))]
 
 

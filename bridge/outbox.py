@@ -34,6 +34,11 @@ class Outbox:
         self._early = 0  # bytes of the next line that went out before it
         self.broken: str | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Nothing waits."""
+        return not self._waiting
+
     def put_early(self, data: bytes) -> None:
         """Sends the beginning of the next line, which is known, now."""
         self.put(data)

@@ -13,7 +13,6 @@ import trio
 
 from bridge import ipc, log
 from bridge.config import Config
-from bridge.models.files import check_model_file
 from bridge.providers.base import Provider
 from bridge.providers.local import LocalProvider
 from bridge.registry import Effect, Entry, Registry, Spec, Start, State, Stop
@@ -40,8 +39,6 @@ class ModelPool:
 
     def begin_load(self, name: str | None, spec: Spec, holder: int) -> Entry:
         """Has a model loaded, for ``ready`` to wait for. Raises BridgeError."""
-        if self._config.backend == "llama":
-            check_model_file(spec.path)
         entry, effects = self._registry.load(name, spec, holder)
         self._act(effects)
         return entry
@@ -56,7 +53,7 @@ class ModelPool:
                     raise BridgeError(ErrorCode.MODEL_RESTING, f"{entry.name} rests: {entry.why}. LOAD starts it again")
                 case State.UNLOADING:
                     raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is being unloaded")
-            if self._registry.entries.get(entry.name) is not entry:
+            if not self._is_there(entry):
                 raise BridgeError(ErrorCode.LOAD_FAILED, entry.why)
             await self._changed.wait()
 
@@ -77,21 +74,15 @@ class ModelPool:
 
     async def free(self, name: str | None, holder: int, *, drain: bool) -> tuple[list[str], list[str]]:
         """Returns the names that went and those that others hold, when they are gone. Raises BridgeError."""
-        if not drain:
-            self._refuse_if_busy(name)
-        freed, held, effects = self._registry.free(name, holder)
+        freed, held, effects = self._registry.free(name, holder, None if drain else self._users)
         self._act(effects)
-        while any(one in self._registry.entries for one in freed):
+        while any(self._is_there(entry) for entry in freed):
             await self._changed.wait()
-        return freed, held
+        return [entry.name for entry in freed], [entry.name for entry in held]
 
-    def _refuse_if_busy(self, name: str | None) -> None:
-        entries = self._registry.entries
-        targets = [name] if name is not None else list(entries)[:1]
-        for one in targets:
-            if self._users.get(one):
-                message = f"{one} is computing {self._users[one]} requests; FREE with drain=true waits for them"
-                raise BridgeError(ErrorCode.BUSY, message, retry_after_ms=1000)
+    def _is_there(self, entry: Entry) -> bool:
+        """Another one may have its name by now."""
+        return self._registry.entries.get(entry.name) is entry
 
     def gone(self, holder: int) -> None:
         self._registry.gone(holder)
@@ -126,9 +117,10 @@ class ModelPool:
         for effect in effects:
             match effect:
                 case Start(name, spec):
+                    self._kept.add(name)  # now, for its task may begin after that of a Stop
                     self._nursery.start_soon(self._keep, name, spec)
                 case Stop(name):
-                    self._nursery.start_soon(self._stop, name)
+                    self._nursery.start_soon(self._stop, self._registry.entries[name])
         self._notify()
 
     def _notify(self) -> None:
@@ -137,7 +129,6 @@ class ModelPool:
 
     async def _keep(self, name: str, spec: Spec) -> None:
         """One life of a provider, from its start to what its end leads to."""
-        self._kept.add(name)
         logger = self._log.bind(model=name, path=spec.path)
         provider = self._make(name, spec)
         try:
@@ -172,15 +163,18 @@ class ModelPool:
             load_seconds=limits.load,
         )
 
-    async def _stop(self, name: str) -> None:
+    async def _stop(self, entry: Entry) -> None:
         """Lets what runs finish, as long as a drain may take, then ends the provider."""
+        name = entry.name
         with trio.move_on_after(self._config.limits.drain):
             while self._users.get(name):
                 await self._changed.wait()
-        while name in self._kept and name not in self._providers:  # it is still loading
+        while self._is_there(entry) and name in self._kept and name not in self._providers:  # it is still loading
             await self._changed.wait()
+        if not self._is_there(entry):
+            return  # it crashed, or could not be loaded
         if name in self._providers:
             self._providers[name].stop()
-        elif name in self._registry.entries:  # it was resting
+        else:  # it was resting
             self._registry.stopped(name)
             self._notify()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -108,38 +109,45 @@ class Registry:
             if entry is None:
                 raise BridgeError(ErrorCode.NO_MODEL, "No model loaded")
         elif (entry := self.entries.get(name)) is None:
-            loaded = ", ".join(self.entries) or "none"
-            raise BridgeError(ErrorCode.NOT_FOUND, f"No model is loaded as {name}; loaded: {loaded}")
+            raise self._not_found(name)
         if entry.state is State.RESTING:
             raise BridgeError(ErrorCode.MODEL_RESTING, f"{entry.name} rests: {entry.why}. LOAD starts it again")
         if entry.state is State.UNLOADING:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is being unloaded")
         return entry
 
-    def free(self, name: str | None, holder: int) -> tuple[list[str], list[str], list[Effect]]:
-        """Returns the names that go, the names that others hold, and what to do.
+    def _not_found(self, name: str) -> BridgeError:
+        loaded = ", ".join(self.entries) or "none"
+        return BridgeError(ErrorCode.NOT_FOUND, f"No model is loaded as {name}; loaded: {loaded}")
+
+    def free(
+        self, name: str | None, holder: int, busy: Mapping[str, int] | None = None
+    ) -> tuple[list[Entry], list[Entry], list[Effect]]:
+        """Returns the models that go, those that others hold, and what to do.
 
         By name it goes, whoever holds it. Without a name the holder gives back what it loaded, or if it loaded nothing
-        the default model, and these go unless somebody else holds them.
+        the default model, and these go unless somebody else holds them. ``busy`` counts the requests of models that
+        are not to go while they have any. Raises not_found, busy.
         """
         if name is not None:
-            entry = self.entries.get(name)
-            if entry is None:
-                raise BridgeError(
-                    ErrorCode.NOT_FOUND, f"No model is loaded as {name}; loaded: {', '.join(self.entries)}"
-                )
-            going, held = [entry], []
+            if name not in self.entries:
+                raise self._not_found(name)
+            going, held = [self.entries[name]], []
         else:
             mine = [entry for entry in self.entries.values() if holder in entry.holders]
-            for entry in mine:
-                entry.holders.discard(holder)
             candidates = mine or list(self.entries.values())[:1]
-            going = [entry for entry in candidates if not entry.holders]
-            held = [entry for entry in candidates if entry.holders]
-        stops: list[Effect] = [Stop(one.name) for one in going if one.state is not State.UNLOADING]
+            going = [entry for entry in candidates if entry.holders <= {holder}]
+            held = [entry for entry in candidates if entry not in going]
+        for entry in going:
+            if busy and busy.get(entry.name):
+                message = f"{entry.name} is computing {busy[entry.name]} requests; FREE with drain=true waits for them"
+                raise BridgeError(ErrorCode.BUSY, message, retry_after_ms=1000)
+        for entry in going + held:
+            entry.holders.discard(holder)
+        stops: list[Effect] = [Stop(entry.name) for entry in going if entry.state is not State.UNLOADING]
         for entry in going:
             entry.state = State.UNLOADING
-        return [one.name for one in going], [one.name for one in held], stops
+        return going, held, stops
 
     def gone(self, holder: int) -> None:
         """A connection closed. What it loaded stays, for whoever comes next."""

@@ -72,9 +72,7 @@ class Server:
 
     async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
         peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
-        if len(self._sessions) >= self._config.limits.clients:
-            message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
-            error = BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
+        if error := self._unwelcome():
             await say_goodbye(client, encode_reply(Failed.of(error)))
             return
         session = Session(client, peer, self._daemon)
@@ -90,6 +88,14 @@ class Server:
             self._daemon.clients = len(self._sessions)
             if not self._sessions:
                 self._all_gone.set()
+
+    def _unwelcome(self) -> BridgeError | None:
+        if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
+            return BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
+        if len(self._sessions) >= self._config.limits.clients:
+            message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
+            return BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
+        return None
 
     async def _drain(self) -> None:
         self._daemon.draining = True

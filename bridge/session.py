@@ -65,9 +65,13 @@ class Session:
             self._sock.close()
 
     def finish(self) -> None:
-        """The daemon drains: end as soon as nothing is owed."""
-        if not self._connection.open_exchanges:
+        """The daemon drains: end as soon as nothing is owed and nothing waits to be sent."""
+        if self._connection.open_exchanges or self._scope.cancel_called:
+            return
+        if self._outbox.idle:
             self._scope.cancel()
+        else:
+            self._nursery.start_soon(self._finish_when_sent)
 
     def _on_broken(self, reason: str) -> None:
         self._log.info("client cut", reason=reason)

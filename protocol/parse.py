@@ -81,9 +81,17 @@ def _from_json(command: type[Command], text: str) -> Request:
     try:
         return _build(command, values, strict=True)
     except BadCommand as error:
-        with contextlib.suppress(msgspec.ValidationError):
-            error.id = msgspec.convert(values.get("id"), Id | None)
+        error.id = _id_among(values, command)
         raise
+
+
+def _id_among(values: dict[str, Any], command: type[Command]) -> str | None:
+    """Whoever sent an id waits for an answer with that id, also if it is an error."""
+    if command is Cancel:  # its id is another request's
+        return None
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(values.get("id"), Id | None)
+    return None
 
 
 def _load_json(text: str) -> dict[str, Any]:
@@ -111,12 +119,17 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
 
 def _from_text(command: type[Command], rest: str) -> Request:
     values, text = _split_parameters(command, rest)
-    if text:
-        if command.TEXT is None:
-            message = f"{command.VERB} takes no text, only key=value: {', '.join(_FIELDS[command])}; got {text[:64]!r}"
-            raise BadCommand(ErrorCode.BAD_ARGUMENT, message)
-        values[command.TEXT] = _text_value(command.TEXT, text)
-    return _build(command, values, strict=False)
+    try:
+        if text:
+            if command.TEXT is None:
+                takes = ", ".join(_FIELDS[command])
+                message = f"{command.VERB} takes no text, only key=value: {takes}; got {text[:64]!r}"
+                raise BadCommand(ErrorCode.BAD_ARGUMENT, message)
+            values[command.TEXT] = _text_value(command.TEXT, text)
+        return _build(command, values, strict=False)
+    except BadCommand as error:
+        error.id = _id_among(values, command)
+        raise
 
 
 def _split_parameters(command: type[Command], rest: str) -> tuple[dict[str, Any], str]:

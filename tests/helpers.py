@@ -100,7 +100,7 @@ class Wire:
         text = ""
         while True:
             line = await self.line()
-            text += line["token"]
+            text += str(line["token"])
             if line.get("final"):
                 return text
 
@@ -162,7 +162,7 @@ class Place:
 async def eventually(true: Callable[[], Awaitable[bool]], why: Callable[[], str] = lambda: "") -> None:
     """Polls where there is no event to wait for."""
     with trio.move_on_after(PATIENCE):
-        while not await true():
+        while not await true():  # noqa: ASYNC110  there is no event
             await trio.sleep(0.01)
         return
     raise AssertionError(f"waited {PATIENCE:g} s in vain; {why()}")
@@ -262,9 +262,7 @@ def spawned(*arguments: str, backend: str = "fake", environ: dict[str, str] | No
 
 
 @contextmanager
-def serve(
-    *arguments: str, stderr: Path, environ: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
+def serve(*arguments: str, stderr: Path, environ: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """The bare process of ``serve`` with these arguments; killed at the end of the block."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_BRIDGE_")}
     with stderr.open("ab") as log:

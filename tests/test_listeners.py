@@ -1,5 +1,6 @@
 """Listening: what is in the way, who may connect, what is left behind, and clients that are one too many."""
 
+# ruff: noqa: ASYNC240  a test may look at a file
 from __future__ import annotations
 
 import errno
@@ -14,11 +15,11 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from helpers import PATIENCE, daemon, eventually
 
 from bridge.config import Config, Limits
 from bridge.listeners import Listener, ListenError, accept_forever, open_listeners
 from protocol.address import Tcp, Unix
-from helpers import PATIENCE, daemon, eventually
 
 Accepted = list[tuple[socket.socket, int | None]]
 
@@ -302,7 +303,7 @@ async def test_too_many_clients(kind: str, said: bytes) -> None:
         async def welcome() -> bool:
             async with await place.connect(kind) as wire:
                 with suppress(trio.BrokenResourceError):
-                    return (await wire.ask("PING"))["status"] == "ok"
+                    return bool((await wire.ask("PING"))["status"] == "ok")
             return False
 
         await eventually(welcome)  # the daemon has yet to see that the second one left

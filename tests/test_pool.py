@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually, until_gone
 
 from bridge import ipc
 from bridge.config import Limits
-from bridge.providers import local
 from bridge.providers.local import LocalProvider
 from bridge.registry import Entry, Spec
-from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually, until_gone
 
 LONG = "INFER_STREAM max_tokens=100000 ignore_eos=true"
 
@@ -111,7 +111,7 @@ async def test_a_worker_that_cannot_be_spawned(monkeypatch: pytest.MonkeyPatch) 
 
     async with daemon("other") as place, await place.unix() as wire:
         with monkeypatch.context() as patch:
-            patch.setattr(local.subprocess, "Popen", spawn)
+            patch.setattr(subprocess, "Popen", spawn)
             reply = await wire.ask("LOAD echo")
             assert reply["code"] == "load_failed"
             assert "Resource temporarily unavailable" in reply["message"]
@@ -195,7 +195,11 @@ async def test_while_it_drains_new_requests_are_told() -> None:
 
 async def test_a_drain_ends_within_its_budget() -> None:
     limits = Limits(drain=0.2)
-    async with daemon("echo?step_ms=5", limits=limits) as place, await place.unix() as wire, await place.unix() as other:
+    async with (
+        daemon("echo?step_ms=5", limits=limits) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
         await wire.start(f"{LONG} a")
         assert (await other.ask("FREE echo"))["freed"] == ["echo"]
         final = await wire.final()
@@ -216,18 +220,22 @@ async def test_free_that_does_not_wait() -> None:
 
 
 async def test_free_without_a_name_that_does_not_wait_is_about_what_it_would_free() -> None:
-    async with daemon("echo?step_ms=5", "two?step_ms=5") as place, await place.unix() as wire:
-        async with await place.unix() as other:
-            await other.ask("LOAD mine?step_ms=5")
-            await wire.start(f"{LONG} a")  # the default model, which this FREE is not about
-            assert (await other.ask("FREE drain=false"))["freed"] == ["mine"]
-            await other.ask("LOAD mine?step_ms=5")
-            async with await place.unix() as third:
-                await third.start(f"{LONG} model=mine a")
-                assert await other.code("FREE drain=false") == "busy"
-                await wire.send("CANCEL")
-                await wire.final()
-                assert await other.code("FREE drain=false") == "busy", "only the default became idle"
+    two_models = daemon("echo?step_ms=5", "two?step_ms=5")
+    async with (
+        two_models as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+        await place.unix() as third,
+    ):
+        await other.ask("LOAD mine?step_ms=5")
+        await wire.start(f"{LONG} a")  # the default model, which this FREE is not about
+        assert (await other.ask("FREE drain=false"))["freed"] == ["mine"]
+        await other.ask("LOAD mine?step_ms=5")
+        await third.start(f"{LONG} model=mine a")
+        assert await other.code("FREE drain=false") == "busy"
+        await wire.send("CANCEL")
+        await wire.final()
+        assert await other.code("FREE drain=false") == "busy", "only the default became idle"
 
 
 async def test_free_while_it_loads() -> None:
@@ -397,15 +405,17 @@ async def test_a_step_that_fails_is_no_crash() -> None:
 
 async def fill(place: Inside, wire: Wire, count: int, prompt: str = "a") -> None:
     for number in range(count):
-        await wire.send(
-            f'INFER_STREAM {{"prompt":"{prompt}","max_tokens":100000,"ignore_eos":true,"id":"{number}"}}'
-        )
+        await wire.send(f'INFER_STREAM {{"prompt":"{prompt}","max_tokens":100000,"ignore_eos":true,"id":"{number}"}}')
     await place.until(lambda models: models["echo"]["running"] + models["echo"]["queued"] == count)
 
 
 async def test_overloaded_by_number() -> None:
     limits = Limits(queue=6)
-    async with daemon("echo?step_ms=5", limits=limits) as place, await place.unix() as wire, await place.unix() as other:
+    async with (
+        daemon("echo?step_ms=5", limits=limits) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
         await fill(place, wire, 6)
         models = await place.models()
         assert (models["echo"]["running"], models["echo"]["queued"]) == (4, 2)
@@ -419,7 +429,11 @@ async def test_overloaded_by_number() -> None:
 
 async def test_overloaded_by_the_length_of_prompts() -> None:
     limits = Limits(queue_bytes=1000)
-    async with daemon("echo?step_ms=5", limits=limits) as place, await place.unix() as wire, await place.unix() as other:
+    async with (
+        daemon("echo?step_ms=5", limits=limits) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
         await fill(place, wire, 2, "x" * 450)
         reply = await other.ask(f"INFER {'y' * 200}")
         assert reply["code"] == "overloaded"
@@ -431,7 +445,7 @@ async def test_overloaded_by_the_length_of_prompts() -> None:
 
 
 async def fits(wire: Wire, line: str) -> bool:
-    return (await wire.ask(line))["status"] == "ok"
+    return bool((await wire.ask(line))["status"] == "ok")
 
 
 async def test_a_prompt_longer_than_the_queue_may_ever_hold() -> None:

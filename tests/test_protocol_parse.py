@@ -174,6 +174,16 @@ def test_an_error_carries_the_id_of_its_line(id: str) -> None:
     assert refusal(f'INFER {{"prompt":"x","max_tokens":"y","id":{id}}}').id == json.loads(id)
 
 
+@pytest.mark.parametrize("rest", ["max_tokens=y x", "max_tokens=5", "temperature=-1 --"])
+def test_an_error_carries_the_id_of_its_text(rest: str) -> None:
+    assert refusal(f"INFER id=a1 {rest}").id == "a1"
+    assert refusal(f"INFER id={'x' * 65} {rest}").id is None
+
+
+def test_the_id_in_a_cancel_is_not_its_own() -> None:
+    assert refusal('CANCEL {"id":"a1","now":true}').id is None
+
+
 @pytest.mark.parametrize("id", ["5", '""', "[]", '"' + "x" * 65 + '"'])
 def test_a_bad_id_is_refused_and_not_echoed(id: str) -> None:
     error = refusal(f'INFER {{"prompt":"x","id":{id}}}')

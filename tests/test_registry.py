@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bridge import ipc
-from bridge.registry import CONFIGURATION, CRASH_WINDOW, Entry, Registry, Spec, Start, State, Stop, name_of
+from bridge.registry import CONFIGURATION, CRASH_WINDOW, Effect, Entry, Registry, Spec, Start, State, Stop, name_of
 from protocol.errors import BridgeError, ErrorCode
 
 A = Spec("/m/a.gguf", ipc.Options())
@@ -38,6 +38,14 @@ def refused(code: ErrorCode, call: object, *arguments: object) -> BridgeError:
         call(*arguments)
     assert caught.value.code == code, caught.value
     return caught.value
+
+
+def free(
+    registry: Registry, name: str | None, holder: int, busy: dict[str, int] | None = None
+) -> tuple[list[str], list[str], list[Effect]]:
+    """The names that go, the names that are held, and the effects."""
+    going, held, effects = registry.free(name, holder, busy)
+    return [one.name for one in going], [one.name for one in held], effects
 
 
 # -- load ------------------------------------------------------------------------------------------------------
@@ -182,7 +190,7 @@ def test_what_is_unloaded_cannot_be_picked() -> None:
 @pytest.mark.parametrize("state", [State.LOADING, State.READY, State.RESTARTING, State.RESTING])
 def test_by_name_it_goes_whoever_holds_it(state: State) -> None:
     registry = with_model(state)
-    assert registry.free("a", ME) == (["a"], [], [Stop("a")])
+    assert free(registry, "a", ME) == (["a"], [], [Stop("a")])
     assert registry.entries["a"].state is State.UNLOADING
 
 
@@ -193,7 +201,7 @@ def test_by_name_it_has_to_be_there() -> None:
 def test_without_a_name_it_gives_back_what_it_loaded() -> None:
     registry = with_model(State.READY)
     registry.load(None, B, ME)
-    assert registry.free(None, ME) == (["b"], [], [Stop("b")])
+    assert free(registry, None, ME) == (["b"], [], [Stop("b")])
     assert registry.entries["a"].state is State.READY
 
 
@@ -201,36 +209,55 @@ def test_what_somebody_else_holds_stays() -> None:
     registry = Registry()
     registry.load(None, A, ME)
     registry.load(None, A, YOU)
-    assert registry.free(None, ME) == ([], ["a"], [])
-    assert registry.free(None, YOU) == (["a"], [], [Stop("a")])
+    assert free(registry, None, ME) == ([], ["a"], [])
+    assert free(registry, None, YOU) == (["a"], [], [Stop("a")])
 
 
 def test_who_loaded_nothing_frees_the_default_unless_it_is_held() -> None:
     registry = Registry()
     registry.load(None, A, ME)
-    assert registry.free(None, YOU) == ([], ["a"], [])
+    assert free(registry, None, YOU) == ([], ["a"], [])
     registry.gone(ME)
-    assert registry.free(None, YOU) == (["a"], [], [Stop("a")])
+    assert free(registry, None, YOU) == (["a"], [], [Stop("a")])
 
 
 def test_the_configurations_model_stays() -> None:
     registry = with_model(State.READY)
-    assert registry.free(None, ME) == ([], ["a"], [])
+    assert free(registry, None, ME) == ([], ["a"], [])
     registry.load(None, A, ME)
-    assert registry.free(None, ME) == ([], ["a"], [])
+    assert free(registry, None, ME) == ([], ["a"], [])
 
 
 def test_free_of_nothing_is_no_error() -> None:
-    assert Registry().free(None, ME) == ([], [], [])
+    assert free(Registry(), None, ME) == ([], [], [])
 
 
 def test_a_model_goes_once() -> None:
     """Whoever frees what is on its way out waits with the others, but there is nothing more to do."""
     registry = Registry()
     registry.load(None, A, ME)
-    assert registry.free("a", ME) == (["a"], [], [Stop("a")])
-    assert registry.free("a", YOU) == (["a"], [], [])
-    assert registry.free(None, ME) == (["a"], [], [])
+    assert free(registry, "a", ME) == (["a"], [], [Stop("a")])
+    assert free(registry, "a", YOU) == (["a"], [], [])
+    assert free(registry, None, ME) == (["a"], [], [])
+
+
+def test_what_is_busy_stays_if_that_is_asked_for() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, B, ME)
+    registry.loaded("b")
+    refused(ErrorCode.BUSY, registry.free, "a", ME, {"a": 1})
+    error = refused(ErrorCode.BUSY, registry.free, None, ME, {"a": 0, "b": 2})
+    assert "b is computing 2 requests" in error.message
+    assert error.details["retry_after_ms"] > 0
+    assert registry.entries["b"].state is State.READY
+    assert registry.entries["b"].holders == {ME}, "nothing has changed"
+    assert free(registry, None, ME, {"a": 5, "b": 0}) == (["b"], [], [Stop("b")]), "what a does is beside the point"
+
+
+def test_what_is_held_is_not_asked_whether_it_is_busy() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, A, ME)
+    assert free(registry, None, ME, {"a": 1}) == ([], ["a"], [])
 
 
 def test_a_connection_that_closes_lets_go() -> None:

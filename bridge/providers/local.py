@@ -19,11 +19,13 @@ import msgspec
 import trio
 
 from bridge import ipc
+from bridge.models.files import check_model_file
 from bridge.outbox import Outbox
 from bridge.providers.base import Answer, Ask, Asking, Progress
 from protocol.errors import BridgeError, ErrorCode
 
 _REAP_SECONDS = 2.0
+_NO_FRAME = (ValueError, msgspec.DecodeError)  # from a worker of another version, if we were upgraded under our feet
 _UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts before they come here
 
 
@@ -78,7 +80,12 @@ class LocalProvider:
     # -- life --------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        self._spawn()
+        if self._backend == "llama":
+            check_model_file(self._load.path)
+        try:
+            self._spawn()
+        except OSError as error:  # no process, no memory or no file descriptor left
+            raise self._failed(f"its worker cannot be started: {error.strerror}") from None
         self._outbox = Outbox(self._home, limit=_UNBOUNDED, stall=float("inf"))
         self._outbox.put(ipc.encode(self._load))
         try:
@@ -87,6 +94,9 @@ class LocalProvider:
         except trio.TooSlowError:
             await self._bury()
             raise self._failed(f"it took longer than {self._load_seconds:g} s") from None
+        except _NO_FRAME as error:
+            await self._bury()
+            raise self._failed(f"its worker sent what is no frame: {error}") from None
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._bury()
@@ -99,8 +109,9 @@ class LocalProvider:
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        with theirs:
+        with contextlib.ExitStack() as on_failure, theirs:
+            on_failure.callback(ours.close)
+            ours.setblocking(False)
             # Popen and not trio's: that spawns from a thread of its own, and Linux ties a process to its parent thread.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bridge.worker", self._backend],
@@ -109,6 +120,7 @@ class LocalProvider:
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a backtrace takes a debugger seconds
                 start_new_session=True,
             )
+            on_failure.pop_all()
         self._home = ours
 
     def _failed(self, reason: str) -> BridgeError:
@@ -141,13 +153,14 @@ class LocalProvider:
             while data := await self._receive():
                 for frame in self._frames.feed(data):
                     self._on_frame(ipc.decode_to_daemon(frame))
-        except (ValueError, msgspec.DecodeError) as error:
+        except _NO_FRAME as error:
             return f"sent what is no frame: {error}"
         return ""
 
     def stop(self) -> None:
         """The worker ends when its input does."""
-        self._home.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it is being buried already
+            self._home.shutdown(socket.SHUT_RDWR)
 
     async def _receive(self) -> bytes:
         while True:
@@ -206,6 +219,9 @@ class LocalProvider:
     def _admit(self, size: int) -> None:
         if self._outbox.broken or self._home.fileno() < 0:
             raise self._crashed("has just died")
+        if size > self._queue_bytes:
+            message = f"The prompts have {size} characters; allowed: {self._queue_bytes}, as limits.queue_bytes says"
+            raise BridgeError(ErrorCode.BAD_ARGUMENT, message)
         full = len(self._pending) >= self._queue
         if full or self._waiting_bytes + size > self._queue_bytes:
             what = f"{len(self._pending)} requests" if full else f"{self._waiting_bytes} bytes of prompts"

@@ -27,7 +27,7 @@ import costs
 import msgspec
 import orjson
 import psutil
-from processes import daemon, llama_server
+from processes import Others, daemon, llama_server
 
 from bridge.bench import cli, report
 from client import Client
@@ -70,13 +70,13 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if binary is not None:
-            found, command = side_by_side(folder, model, binary, shlex.split(llama_server_args), settings, flags)
+            found, notes = side_by_side(folder, model, binary, shlex.split(llama_server_args), settings, flags)
             cli.show(found)
             if json_path is not None:
                 json_path.write_bytes(orjson.dumps(report.to_json(found), option=orjson.OPT_INDENT_2))
             rows += load_rows(found)
             failed = found.failed
-            print(f"\nllama-server {command}")
+            print(f"\n{notes}")
         if with_costs:
             rows += cost_rows(folder, model, settings)
     print(f"\n{machine()}\n\n| | wanted | measured | met |\n|---|---|---|---|")
@@ -87,12 +87,15 @@ def main(
 def side_by_side(
     folder: Path, model: Path, binary: Path, more: Sequence[str], settings: dict[str, Any], flags: dict[str, Any]
 ) -> tuple[report.Report, str]:
+    """The report, and what else there is to say about it."""
     with daemon(folder, settings, model) as (_, path):
         with Client(path) as client:
             options = msgspec.to_builtins(client.show().options)
         arguments = [*llama_server_flags(model, options), *more]
         with llama_server(folder, binary, arguments) as url:
-            return cli.run(socket=path, against=url, **flags), shlex.join(arguments)
+            others = Others()
+            found = cli.run(socket=path, against=url, **flags)
+            return found, f"{shlex.join([binary.name, *arguments])}\nOther work took {others.average():.2f} CPUs."
 
 
 def llama_server_flags(model: Path, options: dict[str, Any]) -> list[str]:

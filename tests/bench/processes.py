@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from bridge.config import ENVIRONMENT_PREFIX
 from client import Client
 
@@ -53,6 +55,26 @@ def llama_server(folder: Path, binary: Path, arguments: Sequence[str]) -> Iterat
         url = f"http://127.0.0.1:{port}"
         _wait(process, lambda: _healthy(url), folder / "llama-server.log")
         yield url
+
+
+class Others:
+    """How many CPUs were busy with what this process did not start, since this was made: they spoil the figures."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._before = _busy_with_others()
+
+    def average(self) -> float:
+        return max(0.0, _busy_with_others() - self._before) / (time.monotonic() - self._started)
+
+
+def _busy_with_others() -> float:
+    """CPU seconds of the whole machine, with what its host took, less those of this process and its children."""
+    times = psutil.cpu_times()
+    everything = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+    this = psutil.Process()
+    ours = sum(sum(process.cpu_times()[:2]) for process in (this, *this.children(recursive=True)))
+    return float(everything - ours)
 
 
 @contextmanager
