@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ def serve(path: Path | None, **flags: Any) -> None:
         print(f"llama-bridge: {error}", file=sys.stderr)
         sys.exit(2)
     log.configure(config.log)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, which a parent may bequeath, workers would leave no status
     try:
-        sys.exit(trio.run(run, config))
-    except* ListenError as errors:
-        print(f"llama-bridge: {errors.exceptions[0]}", file=sys.stderr)
+        status = trio.run(run, config)
+    except ListenError as error:
+        print(f"llama-bridge: {error}", file=sys.stderr)
         sys.exit(1)
+    sys.exit(status)
 
 
 def _config(path: Path | None, flags: dict[str, Any]) -> Config:

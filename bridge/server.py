@@ -23,9 +23,13 @@ from protocol.replies import Failed, encode_reply
 
 
 class Server:
-    """Owns the listeners, the sessions and, through the pool, the workers. ``serve`` returns when all are gone."""
+    """Owns the listeners, the sessions and, through the pool, the workers. ``serve`` returns when all are gone.
+
+    It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError.
+    """
 
     def __init__(self, config: Config) -> None:
+        self._listeners = open_listeners(config)
         self._config = config
         self._log = log.get()
         self._sessions: set[Session] = set()
@@ -39,8 +43,8 @@ class Server:
         self._stopping.set()
 
     async def serve(self, *, task_status: trio.TaskStatus[list[Listener]] = trio.TASK_STATUS_IGNORED) -> None:
-        """Reports its listeners once they listen. Raises ListenError before that."""
-        listeners = open_listeners(self._config)
+        """Reports its listeners once it accepts clients."""
+        listeners = self._listeners
         try:
             async with trio.open_nursery() as workers:
                 pool = ModelPool(workers, self._config)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from protocol.commands import Load, LoadOptions
 
 PATIENCE = 30.0
 ROOT = Path(__file__).parents[1]
+SERVE = (sys.executable, "-m", "bridge", "serve")
 Line = dict[str, Any]
 
 
@@ -235,7 +236,7 @@ class Spawned(Place):
         return self.process.wait()
 
     def _listens(self) -> bool:
-        assert self.process.poll() is None, f"serve exited with {self.process.returncode}: {self.stderr}"
+        assert self.process.poll() is None, f"serve exited with {self.process.returncode}"
         addresses = [line["address"] for line in self.log if line["event"] == "listening"]
         ports = [int(address.rpartition(":")[2]) for address in addresses if "/" not in address]
         self.port = ports[0] if ports else 0
@@ -243,17 +244,23 @@ class Spawned(Place):
 
 
 @contextmanager
-def spawned(*arguments: str, backend: str = "fake", environ: dict[str, str] | None = None) -> Iterator[Spawned]:
+def spawned(
+    *arguments: str,
+    backend: str = "fake",
+    path: str | None = None,
+    environ: dict[str, str] | None = None,
+    command: Sequence[str] = SERVE,
+) -> Iterator[Spawned]:
     """Runs ``serve`` on a Unix socket and a TCP port of its own until the block ends, and kills it then."""
     with tempfile.TemporaryDirectory(prefix="lb-") as folder:
-        path, stderr = os.path.join(folder, "bridge.sock"), Path(folder, "stderr")
-        with serve("--socket", path, "--tcp", "127.0.0.1:0", "--backend", backend, *arguments, stderr=stderr,
-                   environ=environ) as process:  # fmt: skip
+        path, stderr = path or os.path.join(folder, "bridge.sock"), Path(folder, "stderr")
+        here = ("--socket", path, "--tcp", "127.0.0.1:0", "--backend", backend)
+        with serve(*here, *arguments, stderr=stderr, environ=environ, command=command) as process:
             place = Spawned(process, path, stderr)
             try:
                 deadline = time.monotonic() + PATIENCE
                 while not place._listens():
-                    assert time.monotonic() < deadline, f"it does not listen: {place.stderr}"
+                    assert time.monotonic() < deadline, "it does not listen"
                     time.sleep(0.01)
                 yield place
             except BaseException as error:
@@ -262,17 +269,20 @@ def spawned(*arguments: str, backend: str = "fake", environ: dict[str, str] | No
 
 
 @contextmanager
-def serve(*arguments: str, stderr: Path, environ: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def serve(
+    *arguments: str, stderr: Path, environ: dict[str, str] | None = None, command: Sequence[str] = SERVE
+) -> Iterator[subprocess.Popen[bytes]]:
     """The bare process of ``serve`` with these arguments; killed at the end of the block."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_BRIDGE_")}
     with stderr.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bridge", "serve", *arguments],
+            [*command, *arguments],
             cwd=ROOT,
             env=ours | {"PYTHONPATH": str(ROOT)} | (environ or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
+            start_new_session=True,  # so that a test can signal its process group, as a terminal does
         )
     try:
         yield process

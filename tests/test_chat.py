@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import resource
 import time
 
 import pytest
@@ -139,13 +141,9 @@ def test_a_template_that_failed_can_be_used_again() -> None:
     ],
 )
 def test_no_way_out(walk: str) -> None:
-    """Each either raises or gives nothing; none reaches a class, let alone a module."""
-    with pytest.raises(Refusal):
-        render("{{ (%s).x.y }}" % walk)  # noqa: UP031  # full of braces
-    try:
-        assert not re.search("class|module|function|uid=", render("{{ %s }}" % walk))  # noqa: UP031
-    except Refusal as refusal:
-        assert refusal.code == "template_error"
+    """Each fails or is undefined; none reaches a class, let alone a module."""
+    with contextlib.suppress(Refusal):
+        assert render("{{ " + walk + " }}") == ""
 
 
 @pytest.mark.parametrize("change", ["messages.append(1)", "messages[0].update(a=1)", "messages.clear()"])
@@ -161,7 +159,7 @@ def test_no_files(file: str) -> None:
 ENDLESS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "macros": "{% macro m(n) %}{% for i in range(9) %}{{ m(n) if n < 99 }}{% endfor %}{% endmacro %}{{ m(0) }}",
-    "power": "{{ 9 ** 9 ** 9 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
     "growth": "{% set n = namespace(a=[1]) %}{% for i in range(9999) %}"
     "{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a | string | length }}",
 }
@@ -186,5 +184,28 @@ def test_nested_too_deep(bomb: str) -> None:
     failure(bomb)
 
 
-def test_numbers_too_large() -> None:
-    failure("{{ range(10 ** 9) | list }}")
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{{ 'x' * 10 ** 9 }}",
+        "{{ [1] * 10 ** 9 }}",
+        "{{ 'x'.center(10 ** 9) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ range(10 ** 9) | list }}",
+        "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+    ],
+)
+def test_what_grows_too_large_is_ended(bomb: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    failure(bomb)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_an_error_is_not_longer_than_people_read() -> None:
+    assert len(failure("{{ raise_exception('x' * 10 ** 6) }}")) < 1000
+
+
+def test_an_error_that_cannot_be_told() -> None:
+    deep = "{% set n = namespace(a=[]) %}{% for i in range(9999) %}{% set n.a = [n.a] %}{% endfor %}"
+    assert "recursion" in failure(deep + "{{ raise_exception(n.a) }}")

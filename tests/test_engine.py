@@ -356,6 +356,17 @@ def test_a_cancel_in_the_middle_of_a_prompt_cuts_the_step_short_and_harms_nobody
     assert rig.done(others[1]).text == "d e d e d e"
 
 
+def test_a_cancel_just_before_a_prompt_is_computed_cuts_that_step_short() -> None:
+    rig = Rig("step_ms=0.001")
+    rid = rig.generate(words(50))
+    rig.engine.cancelled_in_flight(rid)
+    rig.step()
+    rig.cancel(rid)
+    assert rig.done(rid).timings.decode_ms == 0
+    rig.answer("a b", 2)
+    assert [len(batch) for batch in rig.backend.batches] == [50, 2, 1]  # the first gave nothing
+
+
 def test_only_a_prompt_is_worth_cutting_a_step_short() -> None:
     rig = Rig("step_ms=0.001")
     rid, other = rig.generate("a b", 3), rig.generate("c", 3)

@@ -62,7 +62,7 @@ async def test_streams_of_one_connection_share_batches() -> None:
     async with daemon(SLOW) as place, await place.unix() as wire:
         for name in "ab":
             await wire.send(f"INFER_STREAM id={name} max_tokens=20 {name}")
-        lines = []
+        lines: list[Line] = []
         while len([line for line in lines if line.get("final")]) < 2:
             lines.append(await wire.line())
         first_end = next(index for index, line in enumerate(lines) if line.get("final"))
@@ -363,7 +363,7 @@ async def test_a_bug_in_a_handler_is_told_and_logged_without_the_prompt(
         raise ZeroDivisionError("a bug")
 
     async with daemon("echo") as place, await place.unix() as wire:
-        monkeypatch.setitem(dispatch.LASTING, Show, broken)
+        monkeypatch.setitem(dispatch.LASTING, Show, broken)  # type: ignore[misc]
         reply = await wire.ask("SHOW")
         assert (reply["code"], reply["blame"]) == ("internal", "bug")
         assert "a bug" not in reply["message"]
@@ -377,7 +377,7 @@ async def test_a_bug_in_an_instant_handler_costs_one_connection(monkeypatch: pyt
         raise ZeroDivisionError("a bug")
 
     async with daemon("echo") as place, await place.unix() as wire, await place.unix() as other:
-        monkeypatch.setitem(dispatch.INSTANT, Ping, broken)
+        monkeypatch.setitem(dispatch.INSTANT, Ping, broken)  # type: ignore[misc]
         await wire.send("PING")
         await wire.raw_line()
         assert (await other.ask("INFER max_tokens=1 a"))["data"] == "a"
@@ -403,7 +403,7 @@ async def test_draining_lets_streams_finish(kind: str) -> None:
         for verb in ("INFER a", "LOAD other", "FREE", "EMBED a"):
             first, _, rest = verb.partition(" ")
             await wire.send(f"{first} id=y {rest}")
-        lines = []
+        lines: list[Line] = []
         while not lines or not lines[-1].get("final"):
             lines.append(await wire.line())
         assert lines[-1]["finish_reason"] == "length"
@@ -450,14 +450,13 @@ async def test_who_comes_as_the_drain_begins_is_told() -> None:
     """Accepted, but its session has not begun."""
     async with daemon(SLOW) as place, await place.unix() as wire:
         await wire.start("INFER_STREAM max_tokens=100 a")
-        ours, theirs = trio.socket.socketpair()
-        async with Wire(trio.SocketStream(ours)) as late, trio.open_nursery() as nursery:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        late = Wire(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        async with late, trio.open_nursery() as nursery:
             place.server.stop()
             await trio.testing.wait_all_tasks_blocked()
-            sock = theirs._sock.dup()
-            theirs.close()
-            sock.setblocking(False)
-            nursery.start_soon(place.server._serve_client, sock, os.getuid())
+            nursery.start_soon(place.server._serve_client, theirs, os.getuid())
             assert (await late.line())["code"] == "draining"
             assert await late.at_end()
         assert (await wire.final())["finish_reason"] == "length"

@@ -94,11 +94,11 @@ def _hand_over(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]]
     frames = ipc.FrameBuffer()
     while data := home.recv(1 << 16):
         messages = [ipc.decode_to_worker(frame) for frame in frames.feed(data)]
-        if messages:
-            inbox.put(messages)
         for message in messages:
             if isinstance(message, ipc.Cancel) and engines:
                 engines[0].cancelled_in_flight(message.rid)
+        if messages:
+            inbox.put(messages)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class Engine:
         self._embeds = EmbedQueue(backend, clock)
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
+        self._cancelled: set[int] = set()  # rids whose Cancel is on its way to ``handle``
 
     @property
     def idle(self) -> bool:
@@ -56,7 +57,8 @@ class Engine:
             self._refuse(request.rid, Refusal("internal", str(error)))
 
     def cancelled_in_flight(self, rid: int) -> None:
-        """Cuts short the step being computed if this request's prompt is in it. ``handle`` gets the Cancel as well."""
+        """Cuts short the step being computed if this request's prompt is in it. ``handle`` gets the Cancel later."""
+        self._cancelled.add(rid)
         if rid in self._prefilling:
             self._backend.abort()
 
@@ -88,6 +90,7 @@ class Engine:
         return tokens
 
     def _cancel(self, rid: int) -> None:
+        self._cancelled.discard(rid)
         if sequence := self._sequences.get(rid):
             self._finish(sequence, "cancelled")
         elif self._embeds.cancel(rid):
@@ -135,6 +138,8 @@ class Engine:
     def _decode(self, scheduled: Scheduled) -> list[Sampled] | None:
         """None when the step was cut short or failed; its sequences are as they were before, or gone."""
         self._prefilling = frozenset(one.rid for one, cells in scheduled.advanced if cells - one.cells > 1)
+        if not self._prefilling.isdisjoint(self._cancelled):  # who cancelled could not see it there yet
+            self._backend.abort()
         try:
             return self._backend.decode(scheduled.batch)
         except Aborted:

@@ -71,9 +71,12 @@ class LlamaBackend:
         return context
 
     def _warm_up(self) -> None:
-        """One step, so that the first request does not pay for touching the weights."""
+        """One step, so that the first request does not pay for touching the weights.
+
+        Of two tokens, since llama.cpp has other kernels for one: where these crash, it had better be LOAD that fails.
+        """
         batch = Batch()
-        batch.add(0, 0, [max(0, self._vocab.bos)], output=True)
+        batch.add(0, 0, [max(0, self._vocab.bos)] * min(2, self.n_batch), output=True)
         self.open(0, ipc.Sampling(temperature=0.0), [])
         try:
             self.decode(batch)

@@ -95,7 +95,8 @@ def side_by_side(
         with llama_server(folder, binary, arguments) as url:
             others = Others()
             found = cli.run(socket=path, against=url, **flags)
-            return found, f"{shlex.join([binary.name, *arguments])}\nOther work took {others.average():.2f} CPUs."
+            command = shlex.join([binary.name, *arguments]).replace(str(model), model.name)
+            return found, f"{command}\nOther work took {others.average():.2f} CPUs."
 
 
 def llama_server_flags(model: Path, options: dict[str, Any]) -> list[str]:
@@ -121,6 +122,7 @@ def load_rows(found: report.Report) -> list[Row]:
     rows = []
     for run in report.to_json(found)["runs"]:
         ours, theirs, ratio = run["bridge"]["metrics"], run["llama-server"]["metrics"], run["ratio"]
+        crowd = "1 streaming client" if run["clients"] == 1 else f"{run['clients']} streaming clients"
         for key, title, wanted in (
             ("tokens_per_s", "tokens/s", 0.97),
             ("ttft_ms_p50", "time to first token p50, ms", 1.05),
@@ -130,7 +132,7 @@ def load_rows(found: report.Report) -> list[Row]:
             more_is_better = key == "tokens_per_s"
             rows.append(
                 Row(
-                    f"{title}, {run['clients']} streaming clients",
+                    f"{title}, {crowd}",
                     f"{'at least' if more_is_better else 'at most'} {wanted} of llama-server's",
                     f"{ratio[key]:.3f} ({ours[key]:.1f} to {theirs[key]:.1f})",
                     ratio[key] >= wanted if more_is_better else ratio[key] <= wanted,

@@ -1,0 +1,192 @@
+"""``python -m bridge.worker fake`` as the daemon starts it: what it says, what interrupts it, what ends it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from workers import Worker, generate, worker
+
+from bridge import ipc
+
+HOURS = "prefill_ms=3600000"  # a token of a prompt
+
+
+@pytest.fixture
+def fake() -> Iterator[Worker]:
+    with worker() as one:
+        yield one
+
+
+def loaded(fake: Worker, setting: str = "", **options: int) -> Worker:
+    answer = fake.load(f"fake?{setting}", **options)
+    assert isinstance(answer, ipc.Loaded), answer
+    return fake
+
+
+# -- loading ---------------------------------------------------------------------------------------------------
+
+
+def test_load(fake: Worker) -> None:
+    answer = fake.load("any", n_ctx=99)
+    assert isinstance(answer, ipc.Loaded)
+    assert (answer.info.n_ctx, answer.info.architecture) == (99, "fake")
+
+
+def test_a_load_that_fails_is_told_and_ends_it(fake: Worker) -> None:
+    assert fake.load("any?load=fail") == ipc.LoadFailed("the fake was told to fail")
+    assert fake.receive() is None
+    assert fake.exit_status() == 0
+
+
+@pytest.mark.parametrize("how", ["segv", "abort", "kill"])
+def test_a_load_may_be_its_death(fake: Worker, how: str) -> None:
+    assert fake.load(f"any?load={how}") is None
+    assert fake.exit_status() == -getattr(signal, {"abort": "SIGABRT"}.get(how, f"SIG{how.upper()}"))
+
+
+# -- requests --------------------------------------------------------------------------------------------------
+
+
+def test_requests(fake: Worker) -> None:
+    loaded(fake)
+    fake.send(
+        generate(1, "a b"),
+        ipc.Embed(2, ["a"], 0.0),
+        ipc.Tokenize(3, "a", False, False),
+        ipc.Detokenize(4, [2**31]),
+        generate(5, ""),
+    )
+    events: dict[int, ipc.Event] = {}
+    while len(events) < 5 or not isinstance(events[1], ipc.Done):
+        events |= {event.rid: event for event in fake.events()}
+    assert [type(events[rid]) for rid in range(1, 6)] == [
+        ipc.Done, ipc.Embedded, ipc.Tokens, ipc.Refused, ipc.Refused,
+    ]  # fmt: skip
+
+
+def test_a_stream_comes_a_step_a_frame(fake: Worker) -> None:
+    loaded(fake)
+    fake.send(generate(1, "a b c", 3, stream=True))
+    assert fake.events() == [ipc.Accepted(1, 3)]
+    assert fake.events() == [ipc.Text(1, "a")]
+    assert fake.events() == [ipc.Text(1, " b")]
+    [done] = fake.events()
+    assert isinstance(done, ipc.Done)
+
+
+def test_what_is_sent_together_starts_together(fake: Worker) -> None:
+    loaded(fake)
+    fake.send(*(generate(rid, "a", 1) for rid in range(4)))
+    assert [type(event) for event in fake.events()] == [ipc.Accepted] * 4
+    assert [type(event) for event in fake.events()] == [ipc.Done] * 4
+
+
+def test_a_ctrl_c_at_the_daemons_terminal_is_not_its_business(fake: Worker) -> None:
+    loaded(fake)
+    fake.process.send_signal(signal.SIGINT)
+    fake.send(generate(1, "a"))
+    assert isinstance(fake.last(1), ipc.Done)
+
+
+# -- cancel ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cancel_cuts_a_long_prompt_short(fake: Worker) -> None:
+    loaded(fake, HOURS)
+    fake.send(generate(1, "a b c"))
+    assert fake.events() == [ipc.Accepted(1, 3)]
+    fake.send(ipc.Cancel(1))
+    [done] = fake.events()
+    assert isinstance(done, ipc.Done)
+    assert done.finish_reason == "cancelled"
+
+
+def test_a_cancel_in_one_piece_with_its_request(fake: Worker) -> None:
+    loaded(fake, HOURS)
+    fake.send(generate(1, "a b c"), ipc.Cancel(1))
+    assert [type(event) for event in fake.events()] == [ipc.Accepted, ipc.Done]
+
+
+def test_others_go_on_when_a_long_prompt_is_cut_short(fake: Worker) -> None:
+    loaded(fake, HOURS, n_ctx=1 << 24)
+    fake.send(generate(1, "a", 1 << 20))
+    assert fake.events() == [ipc.Accepted(1, 1)]
+    fake.send(generate(2, "a b c"))
+    assert fake.events() == [ipc.Accepted(2, 3)]
+    fake.send(ipc.Cancel(2))
+    assert isinstance(fake.last(2), ipc.Done)
+    fake.send(ipc.Cancel(1))
+    done = fake.last(1)
+    assert isinstance(done, ipc.Done)
+    assert done.text == " ".join("a" * done.usage.completion_tokens)
+
+
+# -- ends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["segv", "abort", "kill"])
+def test_a_step_may_be_its_death(fake: Worker, how: str) -> None:
+    loaded(fake)
+    fake.send(generate(1, f"!{how}"))
+    assert fake.events() == [ipc.Accepted(1, 1)]
+    assert fake.receive() is None
+    assert fake.exit_status() < 0
+
+
+def test_it_ends_when_the_daemon_does(fake: Worker) -> None:
+    loaded(fake).home.close()
+    assert fake.exit_status() == 0
+
+
+def test_it_ends_before_a_load(fake: Worker) -> None:
+    fake.home.close()
+    assert fake.exit_status() == 0
+
+
+def test_it_ends_while_it_loads(fake: Worker) -> None:
+    fake.send(ipc.Load("any?load_ms=3600000", ipc.Options()))
+    fake.home.shutdown(socket.SHUT_WR)
+    assert fake.receive() is None
+    assert fake.exit_status() == 0
+
+
+@pytest.mark.parametrize("prompt", ["!hang", "a b c"])
+def test_it_ends_in_the_middle_of_a_step(fake: Worker, prompt: str) -> None:
+    loaded(fake, HOURS)
+    fake.send(generate(1, prompt))
+    assert [type(event) for event in fake.events()] == [ipc.Accepted]
+    fake.home.shutdown(socket.SHUT_WR)
+    assert fake.exit_status() == 0
+
+
+def test_it_ends_when_the_daemon_died_without_reading(fake: Worker) -> None:
+    """The kernel then reports a reset where it would have been an end of file."""
+    loaded(fake)
+    fake.send(ipc.Tokenize(1, "a", False, False))
+    fake.home.recv(1, socket.MSG_PEEK)  # the answer is there
+    fake.home.close()
+    assert fake.exit_status() == 0
+
+
+def test_it_ends_quietly_in_the_middle_of_a_stream(tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w+b") as stderr, worker(stderr=stderr) as fake:
+        loaded(fake)
+        fake.send(generate(1, "a b", 1_000_000, stream=True))
+        fake.events()
+        fake.home.close()
+        assert fake.exit_status() == 0
+        stderr.seek(0)
+        assert stderr.read() == b""
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 8, b"\x00\x00\x00\x01\xc1"])
+def test_it_ends_when_what_comes_is_no_frame(garbage: bytes, tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w+b") as stderr, worker(stderr=stderr) as fake:
+        loaded(fake).home.sendall(garbage)
+        assert fake.exit_status() == 1
+        stderr.seek(0)
+        assert b"Traceback" in stderr.read()
