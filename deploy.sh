@@ -114,6 +114,12 @@ set_up() {
     stamped daemon "${LOCKS[@]}" pyproject.toml && return
     : >"$LOG"
     has_compiler || packages "a C++ compiler" g++ || exit 1
+    # GCC 12 miscompiles llama.cpp's AMX code, which then crashes (ggml-org/llama.cpp#20824).
+    local no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    # shellcheck disable=SC2086
+    if "${CXX:-c++}" $no_amx -fsyntax-only -x c++ /dev/null 2>/dev/null; then
+        export CFLAGS="$no_amx ${CFLAGS-}" CXXFLAGS="$no_amx ${CXXFLAGS-}"
+    fi
     [ -z "$CMAKE_ARGS" ] || cache=(--no-cache-dir) # pip's cache does not know how a wheel was built
     pip "installing the build tools" --require-hashes -r "${LOCKS[0]}"
     pip "installing what the daemon needs$("$PY" -c 'import llama_cpp' 2>/dev/null || echo "$compiles")" \

@@ -39,6 +39,11 @@ class Outbox:
         """Nothing waits."""
         return not self._waiting
 
+    @property
+    def crowded(self) -> bool:
+        """So much waits that it is better to produce no more, where there is a choice."""
+        return len(self._waiting) > self._limit // 2
+
     def put_early(self, data: bytes) -> None:
         """Sends the beginning of the next line, which is known, now."""
         self.put(data)

@@ -69,7 +69,8 @@ class ModelPool:
                 raise BridgeError(ErrorCode.DEADLINE, f"The deadline passed while {entry.name} was {entry.state}")
             yield entry.name, provider
         finally:
-            self._users[entry.name] -= 1
+            if (users := self._users.pop(entry.name) - 1) > 0:
+                self._users[entry.name] = users
             self._notify()
 
     async def free(self, name: str | None, holder: int, *, drain: bool) -> tuple[list[str], list[str]]:

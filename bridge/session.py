@@ -97,6 +97,8 @@ class Session:
                         self._probe()
                         await self._until_open_exchanges(0)
                         return
+                if self._outbox.crowded:  # who asks faster than it reads has to wait
+                    await self._outbox.drain()
             if self._connection.open_exchanges >= pipeline:
                 await self._until_open_exchanges(pipeline - 1)
 
@@ -124,7 +126,11 @@ class Session:
 
     async def _watch_for_hangup(self) -> None:
         """An epoll with no events asked for still tells of a hang-up, and nothing else: no half-close, no data."""
-        with select.epoll() as epoll:
+        try:
+            epoll = select.epoll()
+        except OSError:  # no file descriptor left; it will be noticed by the answer
+            return
+        with epoll:
             epoll.register(self._sock, 0)
             await trio.lowlevel.wait_readable(epoll)
         self._scope.cancel()

@@ -59,8 +59,8 @@ class ModelState(Struct, frozen=True, kw_only=True):
     running: int = 0
     queued: int = 0
     restarts: int = 0
-    n_ctx: int = 0
-    n_parallel: int = 0
+    n_ctx: int | None = None  # not known before it is loaded
+    n_parallel: int | None = None
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):

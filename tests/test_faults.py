@@ -216,6 +216,9 @@ async def test_fault_08_no_descriptor_left() -> None:
             crowd = [await stack.enter_async_context(await place.unix()) for _ in range(10)]
             await eventually(lambda: warned(place))
             assert (await first.ask("INFER max_tokens=2 a b"))["data"] == "a b"
+            await crowd[0].send("INFER max_tokens=2 a b")
+            crowd[0].half_close()
+            assert (await crowd[0].line())["data"] == "a b"
             assert await first.code("LOAD other") == "load_failed"
             assert await first.code("INFER !kill") == "model_crashed"
             for wire in crowd[:5]:
@@ -347,8 +350,8 @@ async def test_fault_18_a_file_cut_short(default_model: Path, tmp_path: Path) ->
     shutil.copyfile(default_model, path)
     size = path.stat().st_size
     header = size - 96_595_968  # about where the tensors begin
-    offsets = [size - 1, size // 2, size // 10, header + 4096, header, header // 2, 100_000, 4096, 333, 24, 16, 8, 5, 0]
-    async with daemon(backend="llama", load=LoadOptions(n_ctx=64)) as place, await place.unix() as wire:
+    offsets = [size - 1, size // 2, header + 4096, header, header // 2, 4096, 333, 24, 16, 5, 0]
+    async with daemon(backend="llama", load=LoadOptions(n_ctx=64, n_threads=1)) as place, await place.unix() as wire:
         assert (await wire.ask(f"LOAD name=before {default_model}"))["status"] == "ok"
         for offset in offsets:
             os.truncate(path, offset)
@@ -406,10 +409,9 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
         assert await other.text() == "a" + " a" * 299, "the other model's stream never noticed"
 
 
-@pytest.mark.parametrize("how", ["segv", "abort", "kill"])
-async def test_fault_22_after_three_crashes_it_rests(how: str) -> None:
+async def test_fault_22_after_three_crashes_it_rests() -> None:
     async with daemon("echo", "other") as place, await place.unix() as wire:
-        for _ in range(3):
+        for how in ("segv", "abort", "kill"):
             assert await wire.code(f"INFER !{how}") == "model_crashed"
         error = await wire.ask("INFER a")
         assert (error["code"], error["blame"]) == ("model_resting", "retry")

@@ -255,7 +255,7 @@ async def waits_for(place: Inside, users: int) -> bool:
     return place.server._daemon.pool._users.get("echo") == users
 
 
-@pytest.mark.parametrize("order", ["LOAD FREE", "FREE LOAD", "LOAD FREE FREE"])
+@pytest.mark.parametrize("order", ["LOAD FREE", "LOAD FREE FREE"])
 async def test_load_and_free_in_one_packet(order: str) -> None:
     """With ids they run side by side, so either may be first; the daemon outlives every order."""
     words = order.split()
@@ -264,7 +264,7 @@ async def test_load_and_free_in_one_packet(order: str) -> None:
         for number, word in enumerate(words)
     )
     async with daemon("other") as place, await place.unix() as wire:
-        for _ in range(12):
+        for _ in range(5):
             await wire.send(packet)
             replies = {reply["id"]: reply for reply in await wire.lines(len(words))}
             assert {reply.get("code") for reply in replies.values()} <= {None, "not_found", "busy"}
@@ -373,7 +373,7 @@ async def test_free_while_it_restarts() -> None:
 async def test_free_the_moment_it_crashed() -> None:
     """The restart may be decided but not begun."""
     async with daemon("other") as place, await place.unix() as wire, await place.unix() as other:
-        for _ in range(6):
+        for _ in range(3):
             await wire.ask("LOAD echo")
             await wire.send("INFER model=echo !kill")
             assert (await wire.line())["code"] == "model_crashed"
@@ -461,6 +461,6 @@ async def test_load_of_what_is_loaded_needs_no_file(tmp_path: Path, default_mode
     path = tmp_path / "model.gguf"
     path.symlink_to(default_model)
     async with daemon(backend="llama") as place, await place.unix() as wire:
-        assert (await wire.ask(f"LOAD n_ctx=64 {path}"))["status"] == "ok"
+        assert (await wire.ask(f"LOAD n_ctx=64 n_threads=1 {path}"))["status"] == "ok"
         path.unlink()
         assert (await wire.ask(f"LOAD {path}"))["message"] == "Model loaded successfully"

@@ -305,7 +305,7 @@ def test_what_an_old_client_does_all_day(empty: Spawned) -> None:
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_with_a_real_model(kind: str, default_model: Path) -> None:
-    with spawned("--n-ctx", "256", backend="llama") as place, connect(place, kind) as client:
+    with spawned("--n-ctx", "256", "--n-threads", "1", backend="llama") as place, connect(place, kind) as client:
         assert client.message("PING") == "pong"
         assert client.message("INFER hello") == "No model loaded"
         assert client.message("LOAD /nowhere.gguf").startswith("Failed to load model: /nowhere.gguf")

@@ -24,6 +24,8 @@ from bridge.worker.llama_options import DEFAULT_N_CTX, context_params, model_par
 from bridge.worker.llama_sampling import Sampler
 from bridge.worker.llama_vocab import Vocab
 
+_MAX_CELLS = 2**31 - 1  # llama.cpp counts them in 32 bits, and takes what wraps around to 0 for "as the model says"
+
 
 class LlamaBackend:
     def __init__(self, load: ipc.Load) -> None:
@@ -60,7 +62,10 @@ class LlamaBackend:
 
     def _init_context(self) -> Any:
         params = context_params(self._options)
-        params.n_ctx = self._options["n_ctx"] * self._options["n_parallel"]
+        n_cells = self._options["n_ctx"] * self._options["n_parallel"]
+        if n_cells > _MAX_CELLS:
+            raise LoadError(f"n_ctx * n_parallel is {n_cells}; allowed: up to {_MAX_CELLS}")
+        params.n_ctx = n_cells
         params.n_seq_max = self._options["n_parallel"]
         params.n_batch = self._options["n_batch"]
         params.kv_unified = False

@@ -12,6 +12,7 @@ from bridge.worker.backend import BackendError, Batch
 from bridge.worker.llama_batch import CBatch
 
 _SEQUENCES = 64  # of one batch
+_PLAIN_ATTENTION = 1024  # tokens; beyond it takes gigabytes where flash attention takes none
 
 
 class Embedder:
@@ -23,15 +24,19 @@ class Embedder:
 
     def __init__(self, model: Any, params: Any, *, pooling: bool) -> None:
         self._n_embd = C.llama_model_n_embd_out(model)
-        params.n_ctx = params.n_batch = params.n_ubatch
+        size = -(-params.n_ubatch // _SEQUENCES) * _SEQUENCES  # for any other size llama.cpp aborts
+        params.n_ctx = params.n_batch = params.n_ubatch = size
         params.n_seq_max = _SEQUENCES
         params.kv_unified = True
+        if size <= _PLAIN_ATTENTION:  # flash attention is no faster here, and a text's vector varies with its company
+            params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.type_k = params.type_v = C.GGML_TYPE_F16
         params.embeddings = True
         params.pooling_type = C.LLAMA_POOLING_TYPE_UNSPECIFIED if pooling else C.LLAMA_POOLING_TYPE_MEAN
         self._context = C.llama_init_from_model(model, params)
         if not self._context:
             raise BackendError("llama.cpp could not make a context for embeddings")
-        self._batch = CBatch(params.n_ubatch)
+        self._batch = CBatch(size)
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
         vectors: list[bytes] = []

@@ -72,13 +72,9 @@ def context_params(options: dict[str, Any]) -> Any:
 
 
 def _has_amx() -> bool:
-    """Whether llama.cpp would repack weights for Intel's AMX.
+    """Whether llama.cpp was built to repack weights for Intel's AMX.
 
-    Built by GCC 12, Debian 12's, it then dies in ``ldtilecfg`` at the first prompt (ggml-org/llama.cpp#20824): the
-    stores to the tile configuration are optimised away. So there repacking is for who asks for it.
+    Built by GCC 12, Debian 12's, that dies in ``ldtilecfg`` at the first prompt (ggml-org/llama.cpp#20824): the stores
+    to the tile configuration are optimised away. So there repacking is for who asks for it. deploy.sh builds without.
     """
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as cpuinfo:
-            return any("amx_tile" in line.split() for line in cpuinfo if line.startswith("flags"))
-    except OSError:
-        return False
+    return b"AMX_INT8 = 1" in C.llama_print_system_info()
