@@ -21,7 +21,7 @@ import trio
 from bridge import __version__, ipc
 from bridge.daemon import Daemon, Peer
 from bridge.providers.base import Answer, Ask, Asking, Progress, Provider
-from bridge.registry import Spec
+from bridge.registry import Spec, State
 from protocol import PROTOCOL_VERSION, commands
 from protocol.errors import BridgeError, ErrorCode
 from protocol.parse import describe
@@ -74,10 +74,10 @@ def _status(call: Call, _command: commands.Status) -> Ok:
         "clients": daemon.clients,
         "draining": daemon.draining,
     }
-    ready = [model for model in models if model["state"] != "loading"]
-    if ready:
-        extra["default"] = ready[0]["name"]
-    message = f"Model loaded: {ready[0]['path']}" if ready else "No model loaded"
+    if models:
+        extra["default"] = models[0]["name"]
+    loaded = [model for model in models if model["state"] in (State.READY, State.RESTARTING)]
+    message = f"Model loaded: {loaded[0]['path']}" if loaded else "No model loaded"
     return Ok(message, None, extra | {"models": models})
 
 
@@ -159,7 +159,7 @@ async def _generate(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[str, ipc.Done]:
     request = _request(call, command, prompt, template, stream=on_progress is not None)
-    async with call.daemon.pool.use(command.model, _patience(command)) as (name, provider):
+    async with call.daemon.pool.use(command.model, _patience(call, command)) as (name, provider):
         done = await provider.ask(request, call.asking, on_progress)
     assert isinstance(done, ipc.Done)
     return name, done
@@ -167,7 +167,7 @@ async def _generate(
 
 async def _infer_multi(call: Call, command: commands.InferMulti) -> Ok:
     requests = [_request(call, command, prompt, None, stream=False) for prompt in command.prompts]
-    async with call.daemon.pool.use(command.model, _patience(command)) as (name, provider):
+    async with call.daemon.pool.use(command.model, _patience(call, command)) as (name, provider):
         dones = await _ask_all(call, provider, requests)
     texts = msgspec.json.encode([done.text for done in dones]).decode()
     return Ok("Multi-inference completed", texts, {"model": name, "results": [_result(done) for done in dones]})
@@ -216,13 +216,19 @@ def _request(
         stop=[command.stop] if isinstance(command.stop, str) else command.stop,
         stream=stream,
         received=call.received,
-        deadline=None if command.deadline_ms is None else call.received + command.deadline_ms / 1000,
+        deadline=_deadline(call, command),
         template=template,
     )
 
 
-def _patience(command: commands.Generation) -> float:
-    return math.inf if command.deadline_ms is None else command.deadline_ms / 1000
+def _patience(call: Call, command: commands.Generation) -> float:
+    """Seconds that are left."""
+    deadline = _deadline(call, command)
+    return math.inf if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _deadline(call: Call, command: commands.Generation) -> float | None:
+    return None if command.deadline_ms is None else call.received + command.deadline_ms / 1000
 
 
 def _turns(command: commands.Chat) -> list[ipc.Message]:

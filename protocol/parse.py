@@ -6,9 +6,10 @@ Everything here is pure, and raises only BadCommand, with one of the codes about
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import orjson
@@ -16,7 +17,7 @@ import orjson
 from protocol.commands import COMMANDS, Cancel, Command, Id, Request
 from protocol.errors import BridgeError, ErrorCode
 
-# What a missing text is answered with, without and after parameters: WIRE-COMPAT wants these words.
+# What a missing text is answered with, without and after parameters: in the words of the Llambo bridge.
 _NO_TEXT = {
     "prompt": ("No prompt provided", "No prompt after parameters"),
     "prompts": ("No prompts provided", "No prompts after parameters"),
@@ -26,6 +27,7 @@ _NO_TEXT = {
     "tokens": ("No tokens provided", "No tokens after parameters"),
 }
 TLS_START = b"\x16\x03"
+_LARGE = 1 << 20  # characters of JSON
 _HTTP = re.compile(rb"^(GET|HEAD|POST|PUT|DELETE|OPTIONS|CONNECT|TRACE|PATCH|PRI) \S+ HTTP/\d", re.ASCII)
 _PATH_IN_ERROR = re.compile(r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
 _UNKNOWN_IN_ERROR = re.compile(r"^Object contains unknown field `(?P<key>.*)`(?: - at `.*`)?$", re.DOTALL)
@@ -77,12 +79,32 @@ def describe(command: type[Command]) -> dict[str, str]:
 
 
 def _from_json(command: type[Command], text: str) -> Request:
+    if len(text) > _LARGE:
+        _refuse_wrong_types(command, text)
     values = _load_json(text)
     try:
         return _build(command, values, strict=True)
     except BadCommand as error:
         error.id = _id_among(values, command)
         raise
+
+
+def _refuse_wrong_types(command: type[Command], text: str) -> None:
+    """Ends at the first value of a wrong type, before 16 MiB of ``[[],[],...`` have become millions of objects."""
+    try:
+        msgspec.json.decode(text, type=_with_id(command))
+    except msgspec.ValidationError as error:
+        refusal = _bad_argument(command, str(error))
+        with contextlib.suppress(msgspec.DecodeError):  # no id, or a bad one
+            refusal.id = None if command is Cancel else msgspec.json.decode(text, type=_WithId).id
+        raise refusal from None
+    except (msgspec.DecodeError, RecursionError):
+        pass  # _load_json says what is wrong
+
+
+@functools.cache
+def _with_id(command: type[Command]) -> type[msgspec.Struct]:
+    return command if command is Cancel else msgspec.defstruct(command.__name__, [("id", Any, None)], bases=(command,))
 
 
 def _id_among(values: dict[str, Any], command: type[Command]) -> str | None:
@@ -177,29 +199,29 @@ def _build(command: type[Command], values: dict[str, Any], *, strict: bool) -> R
         request_id = None if command is Cancel else msgspec.convert({"id": fields.pop("id", None)}, _WithId).id
         built = msgspec.convert(fields, command, strict=strict, str_keys=True)
     except msgspec.ValidationError as error:
-        _raise_bad_argument(command, str(error))
+        raise _bad_argument(command, str(error)) from None
     if command.TEXT in _NO_TEXT and not getattr(built, command.TEXT):
         raise BadCommand(ErrorCode.BAD_ARGUMENT, _NO_TEXT[command.TEXT][bool(values.keys() - {command.TEXT})])
     return Request(built, request_id)
 
 
 class _WithId(msgspec.Struct):
-    id: Id | None
+    id: Id | None = None
 
 
-def _raise_bad_argument(command: type[Command], error: str) -> NoReturn:
+def _bad_argument(command: type[Command], error: str) -> BadCommand:
     """Rewrites msgspec's message so that it begins with the key and ends with all that is allowed."""
     fields = _FIELDS[command]
     if unknown := _UNKNOWN_IN_ERROR.match(error):
         message = f"{unknown['key'][:64]}: unknown key; {command.VERB} takes {', '.join(fields)}"
-        raise BadCommand(ErrorCode.BAD_ARGUMENT, message)
+        return BadCommand(ErrorCode.BAD_ARGUMENT, message)
     if at := _PATH_IN_ERROR.match(error):
         key = re.split(r"[.\[]", at["path"], maxsplit=1)[0]
         if key in fields:
             what = at["what"].replace("`", "")
             message = f"{at['path']}: {what[:1].lower()}{what[1:]}; allowed: {_allowed(fields[key].type)}"
-            raise BadCommand(ErrorCode.BAD_ARGUMENT, message)
-    raise BadCommand(ErrorCode.BAD_ARGUMENT, error)
+            return BadCommand(ErrorCode.BAD_ARGUMENT, message)
+    return BadCommand(ErrorCode.BAD_ARGUMENT, error)
 
 
 def _allowed(type_: msgspec.inspect.Type) -> str:

@@ -214,7 +214,7 @@ def test_a_prompt_over_the_context_is_refused_before_any_compute() -> None:
     assert rig.backend.log == []
 
 
-@pytest.mark.parametrize("prompt", ["a" * 50, [ipc.Message("user", "a" * 25)] * 2])
+@pytest.mark.parametrize("prompt", ["a" * 40, [ipc.Message("user", "a" * 20)] * 2])
 def test_a_prompt_much_too_long_is_not_even_tokenized(
     prompt: str | list[ipc.Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,8 +222,8 @@ def test_a_prompt_much_too_long_is_not_even_tokenized(
     monkeypatch.setattr(rig.backend, "fewest_tokens", lambda text: len(text) // 5)
     monkeypatch.delattr(FakeBackend, "tokenize")
     refusal = rig.refusal(rig.generate(prompt))
-    assert (refusal.code, refusal.details) == ("context_exceeded", {"n_prompt": 10, "n_ctx": 8})
-    assert "at least 10 tokens" in refusal.message
+    assert (refusal.code, refusal.details) == ("context_exceeded", {"n_prompt": 8, "n_ctx": 8})
+    assert "at least 8 tokens" in refusal.message
 
 
 def test_an_answer_ends_where_the_context_is_full() -> None:
@@ -365,6 +365,28 @@ def test_a_cancel_just_before_a_prompt_is_computed_cuts_that_step_short() -> Non
     assert rig.done(rid).timings.decode_ms == 0
     rig.answer("a b", 2)
     assert [len(batch) for batch in rig.backend.batches] == [50, 2, 1]  # the first gave nothing
+    assert not rig.engine._cancelled
+
+
+def test_cancelling_over_and_over_stops_nobody_else() -> None:
+    rig = Rig("step_ms=0.001")
+    rid = rig.generate("a b", 4)
+    for _ in range(8):
+        long = rig.generate(words(50))
+        rig.backend.during = lambda long=long: rig.engine.cancelled_in_flight(long)  # type: ignore[misc]
+        rig.step()
+        rig.cancel(long)
+    assert rig.done(rid).text == "a b a b"
+
+
+def test_a_prompt_alone_is_cut_short_each_time() -> None:
+    rig = Rig("step_ms=0.001")
+    for _ in range(3):
+        long = rig.generate(words(50), 1)
+        rig.engine.cancelled_in_flight(long)
+        rig.step()
+        rig.cancel(long)
+        assert rig.done(long).usage.completion_tokens == 0
 
 
 def test_only_a_prompt_is_worth_cutting_a_step_short() -> None:

@@ -1,4 +1,4 @@
-"""FAULTS.md, row by row: what the daemon survives, seen from outside. The number of a row is in the test's name.
+"""The table of faults, row by row: what the daemon survives, seen from outside. A row's number is in its test's name.
 
 Rows that are not here come with what they are about: 15 to 17, 19, 21, 23, 25, 26, 29 and 30. Rows 27 and 28 are about
 the process, so their tests are in test_server.py.

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import daemon
 
 import protocol
 from protocol.commands import COMMANDS
 from protocol.errors import ErrorCode
-from helpers import daemon
 
 SPEC = Path(protocol.__file__).with_name("PROTOCOL.md")
 TRANSCRIPT = re.compile(r"^```transcript\n(.*?)^```$", re.DOTALL | re.MULTILINE)

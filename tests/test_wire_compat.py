@@ -1,4 +1,4 @@
-"""WIRE-COMPAT.md, byte for byte, by a client that knows nothing but that page.
+"""The Llambo bridge's wire, byte for byte, by a client that knows nothing else.
 
 It does one read of up to 4,096 bytes a reply and finds what it needs by substring, as the Llambo bridge's client does.
 """

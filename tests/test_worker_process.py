@@ -172,12 +172,14 @@ def test_it_ends_when_the_daemon_died_without_reading(fake: Worker) -> None:
     assert fake.exit_status() == 0
 
 
-def test_it_ends_quietly_in_the_middle_of_a_stream(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR])
+def test_it_ends_quietly_in_the_middle_of_a_stream(how: int, tmp_path: Path) -> None:
+    """Whether writing or reading notices it first."""
     with (tmp_path / "stderr").open("w+b") as stderr, worker(stderr=stderr) as fake:
         loaded(fake)
         fake.send(generate(1, "a b", 1_000_000, stream=True))
         fake.events()
-        fake.home.close()
+        fake.home.shutdown(how)
         assert fake.exit_status() == 0
         stderr.seek(0)
         assert stderr.read() == b""

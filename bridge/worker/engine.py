@@ -27,6 +27,7 @@ class Engine:
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
         self._cancelled: set[int] = set()  # rids whose Cancel is on its way to ``handle``
+        self._cut_short = False  # the last step was
 
     @property
     def idle(self) -> bool:
@@ -57,7 +58,10 @@ class Engine:
             self._refuse(request.rid, Refusal("internal", str(error)))
 
     def cancelled_in_flight(self, rid: int) -> None:
-        """Cuts short the step being computed if this request's prompt is in it. ``handle`` gets the Cancel later."""
+        """Cuts short the step being computed if this request's prompt is in it. ``handle`` gets the Cancel later.
+
+        Of two steps in a row that others have a part in, only one is cut short.
+        """
         self._cancelled.add(rid)
         if rid in self._prefilling:
             self._backend.abort()
@@ -137,12 +141,15 @@ class Engine:
 
     def _decode(self, scheduled: Scheduled) -> list[Sampled] | None:
         """None when the step was cut short or failed; its sequences are as they were before, or gone."""
-        self._prefilling = frozenset(one.rid for one, cells in scheduled.advanced if cells - one.cells > 1)
+        if len(scheduled.advanced) == 1 or not self._cut_short:  # else one client could stop all others for ever
+            self._prefilling = frozenset(one.rid for one, cells in scheduled.advanced if cells - one.cells > 1)
         if not self._prefilling.isdisjoint(self._cancelled):  # who cancelled could not see it there yet
             self._backend.abort()
+        self._cut_short = False
         try:
             return self._backend.decode(scheduled.batch)
         except Aborted:
+            self._cut_short = True
             for sequence, _ in scheduled.advanced:
                 sequence.cells = self._backend.rewind(sequence.slot, sequence.cells)
         except BackendError as error:

@@ -12,7 +12,7 @@ from bridge.worker.backend import BackendError, Batch
 from bridge.worker.llama_batch import CBatch
 
 _SEQUENCES = 64  # of one batch
-_PLAIN_ATTENTION = 1024  # tokens; beyond it takes gigabytes where flash attention takes none
+_PLAIN_ATTENTION = 1024  # tokens; the memory that it takes grows with their square
 
 
 class Embedder:
