@@ -31,11 +31,15 @@ MAX_TEXT = 1 << 20  # characters of one text to tokenize, so that nobody's strea
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One request on its way. ``say`` sends a line of a stream; a handler returns the last one."""
-
+class Caller:
     daemon: Daemon
     peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Caller):
+    """One request on its way. ``say`` sends a line of a stream; a handler returns the last one."""
+
     received: float
     asking: Asking
     say: Callable[[Reply], None]
@@ -44,18 +48,18 @@ class Call:
 # -- the daemon ------------------------------------------------------------------------------------------------
 
 
-def _ping(_call: Call, _command: commands.Ping) -> Ok:
+def _ping(_caller: Caller, _command: commands.Ping) -> Ok:
     return Ok("pong", "pong")
 
 
-def _hello(call: Call, _command: commands.Hello) -> Ok:
-    limits = msgspec.structs.asdict(call.daemon.config.limits)
+def _hello(caller: Caller, _command: commands.Hello) -> Ok:
+    limits = msgspec.structs.asdict(caller.daemon.config.limits)
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
 
 
-def _help(_call: Call, command: commands.Help) -> Ok:
+def _help(_caller: Caller, command: commands.Help) -> Ok:
     if command.verb is None:
         return Ok("Commands", [one.DOC for one in commands.COMMANDS.values()])
     about = commands.COMMANDS.get(command.verb)
@@ -64,8 +68,8 @@ def _help(_call: Call, command: commands.Help) -> Ok:
     return Ok(about.DOC, describe(about))
 
 
-def _status(call: Call, _command: commands.Status) -> Ok:
-    daemon = call.daemon
+def _status(caller: Caller, _command: commands.Status) -> Ok:
+    daemon = caller.daemon
     models = daemon.pool.describe()
     extra: dict[str, Any] = {
         "version": __version__,
@@ -81,15 +85,15 @@ def _status(call: Call, _command: commands.Status) -> Ok:
     return Ok(message, None, extra | {"models": models})
 
 
-def _models(call: Call, _command: commands.Models) -> Ok:
-    models = call.daemon.pool.describe()
+def _models(caller: Caller, _command: commands.Models) -> Ok:
+    models = caller.daemon.pool.describe()
     return Ok(f"{len(models)} models", models)
 
 
-def _quit(call: Call, _command: commands.Quit) -> Ok:
-    if call.peer.uid not in (0, os.getuid()):
+def _quit(caller: Caller, _command: commands.Quit) -> Ok:
+    if caller.peer.uid not in (0, os.getuid()):
         raise BridgeError(ErrorCode.FORBIDDEN, "QUIT is for the daemon's own user and root, over the Unix socket")
-    call.daemon.stop()
+    caller.daemon.stop()
     return Ok("Goodbye")
 
 
@@ -311,7 +315,7 @@ def _refuse_long(text: str) -> None:
 
 # -- the tables ------------------------------------------------------------------------------------------------
 
-INSTANT: dict[type[commands.Command], Callable[[Call, Any], Ok]] = {
+INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
     commands.Ping: _ping,
     commands.Hello: _hello,
     commands.Help: _help,

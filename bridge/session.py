@@ -17,7 +17,7 @@ import trio
 
 from bridge import log
 from bridge.daemon import Daemon, Peer
-from bridge.dispatch import INSTANT, LASTING, Call
+from bridge.dispatch import INSTANT, LASTING, Call, Caller
 from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
@@ -42,6 +42,7 @@ class Session:
         self._sock = sock
         self._peer = peer
         self._daemon = daemon
+        self._caller = Caller(daemon, peer)
         self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
         self._scope = trio.CancelScope()
         self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
@@ -166,18 +167,17 @@ class Session:
 
     def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
         """Answers at once where that can be done, else in a task."""
-        scope = trio.CancelScope()
-        asking = Asking(scope.cancel)
-        call = Call(self._daemon, self._peer, received, asking, partial(self._reply, exchange))
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
             self._reply(exchange, Failed.of(BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")))
         elif handler := INSTANT.get(type(command)):
             try:
-                self._reply(exchange, handler(call, command))
+                self._reply(exchange, handler(self._caller, command))
             except BridgeError as error:
                 self._reply(exchange, Failed.of(error))
         else:
-            self._asking[exchange] = asking
+            scope = trio.CancelScope()
+            asking = self._asking[exchange] = Asking(scope.cancel)
+            call = Call(self._daemon, self._peer, received, asking, partial(self._reply, exchange))
             if exchange.id is None:
                 self._answering = exchange
             self._nursery.start_soon(self._answer, exchange, command, call, scope)

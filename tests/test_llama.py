@@ -42,8 +42,8 @@ PROMPTS = [
 ]
 CATS = "The cat sat on the mat. " * 4 + "The cat"  # goes on like that
 SUM = [ipc.Message("user", "What is 1+1?")]  # has a short answer
-LONG = "A prompt of some length, to be read while others write. " * 4  # 52 tokens: two micro-batches
-OPTIONS = ipc.Options(n_ctx=256, n_parallel=8, n_batch=128, n_ubatch=32, n_threads=1, repack=False)
+LONG = "A prompt of some length, to be read while others write. " * 6  # 78 tokens: two micro-batches
+OPTIONS = ipc.Options(n_ctx=256, n_parallel=8, n_batch=128, n_ubatch=64, n_threads=1, repack=False)
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +133,7 @@ def test_it_says_what_it_is(llama: LlamaBackend) -> None:
     assert info.capabilities == ["infer", "chat", "embed"]
     assert info.chat_template
     assert "<|im_start|>" in info.chat_template
-    assert (info.options.n_batch, info.options.n_ubatch, info.options.repack) == (128, 32, False)
+    assert (info.options.n_batch, info.options.n_ubatch, info.options.repack) == (128, 64, False)
 
 
 # -- greedy answers --------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_they_may_come_and_go(llama: LlamaBackend, alone: list[ipc.Done]) -> Non
 
 def test_a_prompt_in_chunks(llama: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     [whole] = answers(llama, LONG)
-    monkeypatch.setattr(llama, "n_batch", 20)
+    monkeypatch.setattr(llama, "n_batch", 30)
     one, other = answers(llama, LONG, PROMPTS[0])
     assert_same(one, whole)
     assert other.usage.completion_tokens == 8
@@ -189,8 +189,11 @@ def test_stop_strings(llama: LlamaBackend) -> None:
 def test_the_model_ends_its_answer_unless_it_may_not(llama: LlamaBackend) -> None:
     [done] = answers(llama, SUM, max_tokens=16)
     assert (done.finish_reason, "1 + 1 = 2" in done.text) == ("stop", True)
-    [longer] = answers(llama, SUM, max_tokens=16, sampling=ipc.Sampling(temperature=0.0, ignore_eos=True))
+    sampling = ipc.Sampling(temperature=0.0, ignore_eos=True, logprobs=0)
+    [longer] = answers(llama, SUM, max_tokens=16, sampling=sampling)
     assert (longer.finish_reason, longer.usage.completion_tokens) == ("length", 16)
+    assert longer.logprobs
+    assert not any(llama.is_end(entry["id"]) for entry in longer.logprobs)
     assert longer.text.startswith(done.text)
 
 
@@ -508,8 +511,8 @@ def test_a_vector_is_the_same_alone_and_in_a_list(llama: LlamaBackend) -> None:
 
 
 def test_a_text_over_the_embedding_context(llama: LlamaBackend) -> None:
-    refusal = refused(llama, ipc.Embed(1, ["ok", "word " * 32], 0.0))
-    assert (refusal.code, refusal.details) == ("context_exceeded", {"n_prompt": 33, "n_ctx": 32})
+    refusal = refused(llama, ipc.Embed(1, ["ok", "word " * 64], 0.0))
+    assert (refusal.code, refusal.details) == ("context_exceeded", {"n_prompt": 65, "n_ctx": 64})
 
 
 # -- loading ---------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def _serve() -> None:
     except LoadError as error:
         home.sendall(ipc.encode(ipc.LoadFailed(str(error))))
         return
-    engine = Engine(backend)
+    engine = Engine(backend, has_mail=lambda: not inbox.empty())
     engines.append(engine)
     home.sendall(ipc.encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
     while True:
@@ -94,11 +94,11 @@ def _hand_over(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]]
     frames = ipc.FrameBuffer()
     while data := home.recv(1 << 16):
         messages = [ipc.decode_to_worker(frame) for frame in frames.feed(data)]
+        if messages:
+            inbox.put(messages)
         for message in messages:
             if isinstance(message, ipc.Cancel) and engines:
                 engines[0].cancelled_in_flight(message.rid)
-        if messages:
-            inbox.put(messages)
 
 
 if __name__ == "__main__":

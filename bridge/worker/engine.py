@@ -17,16 +17,22 @@ from bridge.worker.sequence import Sequence
 
 
 class Engine:
-    def __init__(self, backend: Backend, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        clock: Callable[[], float] = time.monotonic,
+        has_mail: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``has_mail`` says whether there are requests to ``handle``."""
         self._backend = backend
         self._clock = clock
+        self._has_mail = has_mail
         self._n_ctx = backend.info.n_ctx
         self._scheduler = Scheduler(backend.info.n_parallel, backend.n_batch)
         self._sequences: dict[int, Sequence] = {}
         self._embeds = EmbedQueue(backend, clock)
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
-        self._cancelled: set[int] = set()  # rids whose Cancel is on its way to ``handle``
         self._cut_short = False  # the last step was
 
     @property
@@ -58,11 +64,11 @@ class Engine:
             self._refuse(request.rid, Refusal("internal", str(error)))
 
     def cancelled_in_flight(self, rid: int) -> None:
-        """Cuts short the step being computed if this request's prompt is in it. ``handle`` gets the Cancel later.
+        """Cuts short the step being computed if this request's prompt is in it. ``handle`` gets the Cancel as well.
 
-        Of two steps in a row that others have a part in, only one is cut short.
+        That should be in the mail before this is called: a step that begins between the two looks there. Of two steps
+        in a row that others have a part in, only one is cut short.
         """
-        self._cancelled.add(rid)
         if rid in self._prefilling:
             self._backend.abort()
 
@@ -94,7 +100,6 @@ class Engine:
         return tokens
 
     def _cancel(self, rid: int) -> None:
-        self._cancelled.discard(rid)
         if sequence := self._sequences.get(rid):
             self._finish(sequence, "cancelled")
         elif self._embeds.cancel(rid):
@@ -140,13 +145,13 @@ class Engine:
             self._backend.open(sequence.slot, sequence.sampling, sequence.tokens)
 
     def _decode(self, scheduled: Scheduled) -> list[Sampled] | None:
-        """None when the step was cut short or failed; its sequences are as they were before, or gone."""
+        """None when the step was put off, cut short or failed; its sequences are as they were before, or gone."""
         if len(scheduled.advanced) == 1 or not self._cut_short:  # else one client could stop all others for ever
             self._prefilling = frozenset(one.rid for one, cells in scheduled.advanced if cells - one.cells > 1)
-        if not self._prefilling.isdisjoint(self._cancelled):  # who cancelled could not see it there yet
-            self._backend.abort()
         self._cut_short = False
         try:
+            if self._prefilling and self._has_mail():  # maybe a Cancel, from before this prompt was named above
+                return None
             return self._backend.decode(scheduled.batch)
         except Aborted:
             self._cut_short = True

@@ -150,6 +150,7 @@ class LlamaBackend:
         )
         self._abort.set(False)
         if code == 2:
+            self._log.forget()  # it counts as an error there
             raise Aborted
         if code != 0:
             raise BackendError(self._log.why(f"llama_decode returned {code}"))
