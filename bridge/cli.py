@@ -1,9 +1,8 @@
-"""The commands that talk to a running bridge: thin uses of ``client.Client``. ``__main__`` adds the others."""
+"""The commands that talk to a running bridge: thin uses of ``client.Client``. ``lazy`` names the others."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 import typing
@@ -14,6 +13,7 @@ import click
 import msgspec
 
 from bridge import __version__
+from bridge.lazy import LazyGroup
 from client import BridgeError, Client, RemoteProtocolError, Stream
 from client.results import Completion, ModelState
 from protocol.address import Address, Unix, parse_address
@@ -22,21 +22,7 @@ from protocol.commands import Chat, Command, Infer, Load
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Group(click.Group):
-    """Imports a command of another module when it is used: neither PING nor the daemon need load what bench does."""
-
-    ELSEWHERE: typing.ClassVar = {"bench": "bridge.bench", "serve": "bridge.serve"}
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*self.commands, *self.ELSEWHERE])
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if module := self.ELSEWHERE.get(cmd_name):
-            return typing.cast(click.Command, getattr(importlib.import_module(module), cmd_name))
-        return super().get_command(ctx, cmd_name)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="llama-bridge")
 def cli() -> None:
     """A daemon that owns loaded language models, and the commands that talk to it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -384,7 +385,7 @@ def test_cancelling_over_and_over_stops_nobody_else() -> None:
     rid = rig.generate("a b", 4)
     for _ in range(8):
         long = rig.generate(words(50))
-        rig.backend.during = lambda long=long: rig.engine.cancelled_in_flight(long)  # type: ignore[misc]
+        rig.backend.during = partial(rig.engine.cancelled_in_flight, long)
         rig.step()
         rig.cancel(long)
     assert rig.done(rid).text == "a b a b"
@@ -394,7 +395,7 @@ def test_a_prompt_alone_is_cut_short_each_time() -> None:
     rig = Rig("step_ms=0.001")
     for _ in range(3):
         long = rig.generate(words(50), 1)
-        rig.backend.during = lambda long=long: rig.engine.cancelled_in_flight(long)  # type: ignore[misc]
+        rig.backend.during = partial(rig.engine.cancelled_in_flight, long)
         rig.step()
         rig.cancel(long)
         assert rig.done(long).usage.completion_tokens == 0

@@ -1,0 +1,22 @@
+"""The commands that have modules of their own."""
+
+from __future__ import annotations
+
+import importlib
+import typing
+
+import click
+
+
+class LazyGroup(click.Group):
+    """Imports a command of another module when it is used: neither PING nor the daemon need load what bench does."""
+
+    ELSEWHERE: typing.ClassVar = {"bench": "bridge.bench", "serve": "bridge.serve"}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*self.commands, *self.ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if module := self.ELSEWHERE.get(cmd_name):
+            return typing.cast(click.Command, getattr(importlib.import_module(module), cmd_name))
+        return super().get_command(ctx, cmd_name)
