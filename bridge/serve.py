@@ -16,7 +16,7 @@ from bridge.listeners import ListenError
 from bridge.server import run
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", "path", type=click.Path(path_type=Path), help="A TOML file; see systemd/config.toml.")
 @click.option("--socket", metavar="PATH", help="The Unix socket to listen on; empty for none.")
 @click.option("--tcp", metavar="HOST:PORT", multiple=True, help="A TCP port to listen on as well; may be repeated.")

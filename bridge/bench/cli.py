@@ -33,7 +33,7 @@ class _Counts(click.ParamType[tuple[int, ...]]):
         return counts
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--socket", metavar="PATH", help="The bridge's Unix socket.  [default: where serve puts it]")
 @click.option("--tcp", metavar="HOST:PORT", help="The bridge's TCP address, instead.")
 @click.option("--against", metavar="URL", help="A llama-server, such as http://127.0.0.1:8080, to measure beside it.")
