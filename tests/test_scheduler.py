@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import ipc
-from bridge.worker.scheduler import PREFILL_WHILE_DECODING, Scheduled, Scheduler
+from bridge.worker.scheduler import CHUNK, Scheduled, Scheduler
 from bridge.worker.sequence import Sequence
 
 rids = itertools.count()
@@ -90,8 +90,8 @@ def test_a_long_prompt_alone_fills_the_batch() -> None:
 def test_a_long_prompt_is_cut_smaller_while_others_decode() -> None:
     scheduler = scheduler_with(sequence(2), n_batch=2048)
     step(scheduler)
-    scheduler.add(sequence(PREFILL_WHILE_DECODING + 7))
-    assert shares(step(scheduler)) == [(0, 1), (1, PREFILL_WHILE_DECODING)]
+    scheduler.add(sequence(CHUNK + 7))
+    assert shares(step(scheduler)) == [(0, 1), (1, CHUNK)]
     assert shares(step(scheduler)) == [(0, 1), (1, 7)]
     assert shares(step(scheduler)) == [(0, 1), (1, 1)]
 
@@ -99,9 +99,9 @@ def test_a_long_prompt_is_cut_smaller_while_others_decode() -> None:
 def test_prompts_together_stay_under_the_bound_while_others_decode() -> None:
     scheduler = scheduler_with(sequence(2), n_batch=2048)
     step(scheduler)
-    scheduler.add(sequence(PREFILL_WHILE_DECODING - 6))
+    scheduler.add(sequence(CHUNK - 6))
     scheduler.add(sequence(100))
-    assert shares(step(scheduler)) == [(0, 1), (1, PREFILL_WHILE_DECODING - 6), (2, 6)]
+    assert shares(step(scheduler)) == [(0, 1), (1, CHUNK - 6), (2, 6)]
 
 
 def test_the_oldest_prompt_is_finished_first() -> None:

@@ -13,9 +13,9 @@ A sequence knows which of its tokens are not in the cache yet (sequence.py). A s
 2. of the sequences that have more to compute (prompts, and what a rewind took back), oldest first, as much as fits;
 3. waiting requests, oldest first, while there is a free slot and room in the batch.
 
-A long prompt is thereby cut in chunks. While streams are running, a step takes at most ``PREFILL_WHILE_DECODING``
-tokens of prompts, for the step's time is what those streams wait between two tokens; with no stream running, prompts
-may fill the batch.
+A long prompt is thereby cut in chunks: a step takes at most ``CHUNK`` tokens of prompts, for its time is what the
+running streams wait between two tokens, and what the first in the queue wait for theirs. More would gain nothing:
+llama.cpp computes a larger batch in passes of that size, one after the other.
 
 Free slots are given out lowest first: llama.cpp's split KV cache computes neighbouring slots in one go, and
 a gap in their numbers, or a batch that is not in their order, costs it another pass over the weights.
@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from bridge.worker.backend import Batch
 from bridge.worker.sequence import Sequence
 
-PREFILL_WHILE_DECODING = 256
+CHUNK = 512  # llama.cpp's default n_ubatch
 
 
 class Scheduled:
@@ -85,9 +85,7 @@ class Scheduler:
     def schedule(self) -> Scheduled:
         """The next batch; empty when there is nothing to do."""
         parts = [(sequence, 1) for sequence in self.running if sequence.to_compute == 1]
-        room = self._n_batch - len(parts)
-        if parts:
-            room = min(room, PREFILL_WHILE_DECODING)
+        room = min(self._n_batch - len(parts), CHUNK)
         for sequence in self.running:
             if room and sequence.to_compute > 1:
                 parts.append((sequence, min(room, sequence.to_compute)))
