@@ -46,13 +46,9 @@ class ModelPool:
     async def ready(self, entry: Entry) -> Provider:
         """Waits for a model that loads or restarts; a load goes on when its caller is cancelled. Raises BridgeError."""
         while True:
-            match entry.state:
-                case State.READY:
-                    return self._providers[entry.name]
-                case State.RESTING:
-                    raise BridgeError(ErrorCode.MODEL_RESTING, f"{entry.name} rests: {entry.why}. LOAD starts it again")
-                case State.UNLOADING:
-                    raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is being unloaded")
+            if entry.state is State.READY:
+                return self._providers[entry.name]
+            entry.check_usable()
             if not self._is_there(entry):
                 raise BridgeError(ErrorCode.LOAD_FAILED, entry.why)
             await self._changed.wait()

@@ -53,6 +53,13 @@ class Entry:
     restarts: int = 0
     why: str = ""  # it rests, or could not be loaded
 
+    def check_usable(self) -> None:
+        """Raises BridgeError when waiting would not help: model_resting, not_found."""
+        if self.state is State.RESTING:
+            raise BridgeError(ErrorCode.MODEL_RESTING, f"{self.name} rests: {self.why}. LOAD starts it again")
+        if self.state is State.UNLOADING:
+            raise BridgeError(ErrorCode.NOT_FOUND, f"{self.name} is being unloaded")
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -110,10 +117,7 @@ class Registry:
                 raise BridgeError(ErrorCode.NO_MODEL, "No model loaded")
         elif (entry := self.entries.get(name)) is None:
             raise self._not_found(name)
-        if entry.state is State.RESTING:
-            raise BridgeError(ErrorCode.MODEL_RESTING, f"{entry.name} rests: {entry.why}. LOAD starts it again")
-        if entry.state is State.UNLOADING:
-            raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is being unloaded")
+        entry.check_usable()
         return entry
 
     def _not_found(self, name: str) -> BridgeError:

@@ -14,8 +14,8 @@ A sequence knows which of its tokens are not in the cache yet (sequence.py). A s
 3. waiting requests, oldest first, while there is a free slot and room in the batch.
 
 A long prompt is thereby cut in chunks: a step takes at most ``CHUNK`` tokens of prompts, for its time is what the
-running streams wait between two tokens, and what the first in the queue wait for theirs. More gains
-little: llama.cpp computes a larger batch in passes of n_ubatch, 512 unless told otherwise, one after the other.
+running streams wait between two tokens, and what the first in the queue wait for theirs. More gains little:
+llama.cpp computes a larger batch in passes of n_ubatch, 512 unless told otherwise, one after the other.
 
 Free slots are given out lowest first: llama.cpp's split KV cache computes neighbouring slots in one go, and
 a gap in their numbers, or a batch that is not in their order, costs it another pass over the weights.
