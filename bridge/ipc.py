@@ -8,7 +8,7 @@ which both processes share. There is no pickle here, and nothing that could run 
 from __future__ import annotations
 
 import struct
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -33,6 +33,7 @@ class Options(Struct, frozen=True, array_like=True):
     type_v: str | None = None
     use_mmap: bool | None = None
     use_mlock: bool | None = None
+    kv_unified: bool | None = None
     repack: bool | None = None
 
 
@@ -52,8 +53,12 @@ class Sampling(Struct, frozen=True, array_like=True):
 
 
 class Load(Struct, frozen=True, array_like=True, tag="load"):
+    """``cache_dir`` is where states of the KV cache outlive the worker, in up to ``cache_bytes``; "" is nowhere."""
+
     path: str
     options: Options
+    cache_dir: str = ""
+    cache_bytes: int = 0
 
 
 class Message(Struct, frozen=True, array_like=True):
@@ -65,8 +70,15 @@ class Message(Struct, frozen=True, array_like=True):
     tool_call_id: str | None = None
 
 
+Priority = Literal["high", "normal", "low"]
+PRIORITIES = get_args(Priority)
+
+
 class Generate(Struct, frozen=True, array_like=True, tag="generate"):
-    """``prompt`` is a text, or turns to be rendered by ``template`` (built-in) or the model's own."""
+    """``prompt`` is a text, or turns to be rendered by ``template`` (built-in) or the model's own.
+
+    ``client`` is a number for who asks: clients get equal shares. ``label`` is what the client calls the request.
+    """
 
     rid: int
     prompt: str | list[Message]
@@ -77,6 +89,11 @@ class Generate(Struct, frozen=True, array_like=True, tag="generate"):
     received: float
     deadline: float | None = None
     template: str | None = None
+    client: int = 0
+    priority: Priority = "normal"
+    deterministic: bool = False
+    queue_events: bool = False
+    label: str | None = None
 
 
 class Embed(Struct, frozen=True, array_like=True, tag="embed"):
@@ -101,7 +118,17 @@ class Cancel(Struct, frozen=True, array_like=True, tag="cancel"):
     rid: int
 
 
-Request = Generate | Embed | Tokenize | Detokenize | Cancel
+class ListQueue(Struct, frozen=True, array_like=True, tag="list_queue"):
+    rid: int
+
+
+class Park(Struct, frozen=True, array_like=True, tag="park"):
+    """Save what the KV cache holds, as far as there is a place for it: the worker is about to be ended."""
+
+    rid: int
+
+
+Request = Generate | Embed | Tokenize | Detokenize | Cancel | ListQueue | Park
 ToWorker = Load | Request
 
 # -- to the daemon ---------------------------------------------------------------------------------------------
@@ -141,6 +168,14 @@ class Accepted(Struct, frozen=True, array_like=True, tag="accepted"):
     n_prompt: int
 
 
+class Place(Struct, frozen=True, array_like=True, tag="place"):
+    """Where a waiting request stands; 1 is the next. ``estimate_ms`` is how long it will likely wait still."""
+
+    rid: int
+    place: int
+    estimate_ms: float
+
+
 class Text(Struct, frozen=True, array_like=True, tag="text"):
     rid: int
     text: str
@@ -148,15 +183,22 @@ class Text(Struct, frozen=True, array_like=True, tag="text"):
 
 
 class Usage(Struct, frozen=True, array_like=True):
+    """Tokens, and ``computed_tokens`` that went through the model, of which ``discarded_tokens`` went for nothing."""
+
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    computed_tokens: int = 0
+    discarded_tokens: int = 0
 
 
 class Timings(Struct, frozen=True, array_like=True):
+    """``compute_ms`` is the request's share of its batches' time, by tokens; the others are of the clock."""
+
     queue_ms: float
     prefill_ms: float
     decode_ms: float
+    compute_ms: float = 0.0
 
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -190,6 +232,40 @@ class Detokenized(Struct, frozen=True, array_like=True, tag="detokenized"):
     text: str
 
 
+class Queued(Struct, frozen=True):
+    """A request that runs (place 0) or waits, for QUEUE."""
+
+    place: int
+    client: int
+    label: str | None
+    priority: Priority
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    max_tokens: int
+    waited_ms: float
+    estimate_ms: float  # until it begins, or, of one that runs, until it is done
+
+
+class QueueListed(Struct, frozen=True, array_like=True, tag="queue_listed"):
+    """Those that run, oldest first, and then those that wait, in the order of their turns."""
+
+    rid: int
+    requests: list[Queued]
+
+
+class Parked(Struct, frozen=True, array_like=True, tag="parked"):
+    rid: int
+    saved: int  # states
+
+
+class Warning(Struct, frozen=True, array_like=True, tag="warning"):
+    """Something is not as it should be, which harms no request. For the log."""
+
+    rid: int
+    message: str
+
+
 class Refused(Struct, frozen=True, array_like=True, tag="refused"):
     """The request failed. ``code`` is one of the wire's error codes, ``details`` its further keys."""
 
@@ -199,7 +275,7 @@ class Refused(Struct, frozen=True, array_like=True, tag="refused"):
     details: dict[str, Any] = {}
 
 
-Event = Accepted | Text | Done | Embedded | Tokens | Detokenized | Refused
+Event = Accepted | Place | Text | Done | Embedded | Tokens | Detokenized | QueueListed | Parked | Warning | Refused
 
 
 class Step(Struct, frozen=True, array_like=True, tag="step"):

@@ -98,6 +98,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     type_v: CacheType | None = None
     use_mmap: bool | None = None
     use_mlock: bool | None = None
+    kv_unified: bool | None = None  # one pool of KV cells for all sequences, in place of one for each
     repack: bool | None = None  # weights into the layout the CPU's matrix kernels like best
 
 

@@ -129,12 +129,12 @@ def test_a_streamed_answer_comes_a_token_an_event() -> None:
 
 def test_max_tokens() -> None:
     done = Rig().answer("a b", 1)
-    assert (done.text, done.finish_reason, done.usage) == ("a", "length", ipc.Usage(2, 0, 1))
+    assert (done.text, done.finish_reason, done.usage) == ("a", "length", ipc.Usage(2, 0, 1, 2))
 
 
 def test_the_model_ends_it() -> None:
     done = Rig().answer("a b !eos", 100)
-    assert (done.text, done.finish_reason, done.usage) == ("a b", "stop", ipc.Usage(3, 0, 2))
+    assert (done.text, done.finish_reason, done.usage) == ("a b", "stop", ipc.Usage(3, 0, 2, 5))
 
 
 def test_ignore_eos() -> None:
@@ -178,8 +178,8 @@ def test_usage_and_timings_add_up() -> None:
     rid = rig.generate(words(10), 5)
     rig.run()
     done = rig.done(rid)
-    assert done.usage == ipc.Usage(10, 0, 5)
-    assert done.timings == ipc.Timings(queue_ms=3000, prefill_ms=3000, decode_ms=4000)
+    assert done.usage == ipc.Usage(10, 0, 5, 14)
+    assert done.timings == ipc.Timings(queue_ms=3000, prefill_ms=3000, decode_ms=4000, compute_ms=7000)
 
 
 # -- logprobs --------------------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ def test_a_prompt_much_too_long_is_not_even_tokenized(
 
 def test_an_answer_ends_where_the_context_is_full() -> None:
     done = Rig(n_ctx=8).answer(words(7), 100)
-    assert (done.finish_reason, done.usage) == ("length", ipc.Usage(7, 0, 2))  # the last token needs no cell
-    assert Rig(n_ctx=8).answer(words(3), 100).usage == ipc.Usage(3, 0, 6)
+    assert (done.finish_reason, done.usage) == ("length", ipc.Usage(7, 0, 2, 8))  # the last token needs no cell
+    assert Rig(n_ctx=8).answer(words(3), 100).usage == ipc.Usage(3, 0, 6, 8)
 
 
 def test_an_empty_prompt() -> None:
@@ -330,7 +330,7 @@ def test_cancel_between_two_chunks_of_a_prompt() -> None:
     rid = rig.generate(words(10))
     rig.step()
     rig.cancel(rid)
-    assert rig.done(rid).timings == ipc.Timings(0, 1000, 0)
+    assert rig.done(rid).timings == ipc.Timings(0, 1000, 0, 1000)
     assert rig.engine.idle
 
 
@@ -465,7 +465,7 @@ def test_a_deadline_while_it_runs_gives_what_there_is() -> None:
     rig.run()
     done = rig.done(rid)
     assert (done.text, done.finish_reason, done.usage.completion_tokens) == ("a b c", "deadline", 3)
-    assert done.timings == ipc.Timings(0, 1000, 2000)
+    assert done.timings == ipc.Timings(0, 1000, 2000, 3000)
 
 
 def test_a_deadline_between_two_chunks_of_a_prompt() -> None:

@@ -87,7 +87,7 @@ class Backend(Protocol):
         ...
 
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
-        """Gives the slot to a sequence. ``sampling`` names no token past the vocabulary."""
+        """Gives the slot to a sequence, its cells being as they are. ``sampling`` names no token past the vocabulary."""
         ...
 
     def decode(self, batch: Batch) -> list[Sampled]:
@@ -98,13 +98,42 @@ class Backend(Protocol):
         """Makes the running ``decode``, or else the next, raise Aborted as soon as it can."""
         ...
 
+    def close(self, slot: int) -> None:
+        """Takes the slot back. Its cells stay."""
+        ...
+
+    # What a slot's cells hold. ``copy``, ``save`` and ``restore`` may raise BackendError.
+
     def rewind(self, slot: int, cells: int) -> int:
         """Keeps the first ``cells`` cells of the slot, or fewer where the model can't; returns how many are left."""
         ...
 
-    def close(self, slot: int) -> None:
-        """Takes the slot back and forgets its cells."""
+    def copy(self, source: int, target: int) -> None:
+        """The target's cells become as the source's are. Both may run: only the target's are overwritten."""
         ...
+
+    def save(self, slot: int) -> bytes | bytearray: ...
+
+    def restore(self, slot: int, state: bytes | bytearray | memoryview) -> None:
+        """The slot's cells become what was saved, maybe by another process of the same ``state_key``."""
+        ...
+
+    @property
+    def state_key(self) -> str:
+        """States can be restored where this is the same: it names the model, by its content, and the cache's form."""
+        ...
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether ``rewind`` can take back any cells of a finished sequence."""
+        ...
+
+    @property
+    def split(self) -> bool:
+        """Whether each slot has cells of its own, and slots that run are computed fastest as neighbours."""
+        ...
+
+    # Embeddings.
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
         """L2-normalised vectors, float32 little-endian. The texts together fit into ``embed_batch`` tokens."""

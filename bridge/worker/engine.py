@@ -12,8 +12,13 @@ from collections.abc import Callable
 from bridge import ipc
 from bridge.worker.backend import Aborted, Backend, BackendError, Refusal, Sampled
 from bridge.worker.embedding import EmbedQueue
+from bridge.worker.cells import Cells
+from bridge.worker.overview import Overview
+from bridge.worker.pace import Pace
 from bridge.worker.scheduler import Scheduled, Scheduler
 from bridge.worker.sequence import Sequence
+from bridge.worker.slots import Slots
+from bridge.worker.store import Store
 
 
 class Engine:
@@ -22,14 +27,20 @@ class Engine:
         backend: Backend,
         clock: Callable[[], float] = time.monotonic,
         has_mail: Callable[[], bool] = lambda: False,
+        store: Store | None = None,
     ) -> None:
-        """``has_mail`` says whether there are requests to ``handle``."""
+        """``has_mail`` says whether there are requests to ``handle``; ``store`` has the states that outlive us."""
         self._backend = backend
         self._clock = clock
         self._has_mail = has_mail
         self._n_ctx = backend.info.n_ctx
-        self._scheduler = Scheduler(backend.info.n_parallel, backend.n_batch)
+        self._pace = Pace()
+        slots = Slots(backend.info.n_parallel, rewinds=backend.rewinds, split=backend.split)
+        self._cells = Cells(backend, slots, store)
+        self._scheduler = Scheduler(slots, backend.n_batch, self._pace, self._cells.saved)
+        self._overview = Overview(self._scheduler, self._pace, backend.info.n_parallel)
         self._sequences: dict[int, Sequence] = {}
+        self._watched = 0  # of them, those that want to know their place
         self._embeds = EmbedQueue(backend, clock)
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
@@ -58,6 +69,10 @@ class Engine:
                     self._events.append(ipc.Tokens(request.rid, tokens))
                 case ipc.Detokenize():
                     self._events.append(ipc.Detokenized(request.rid, self._detokenize(request.tokens)))
+                case ipc.ListQueue():
+                    self._events.append(ipc.QueueListed(request.rid, self._overview.requests(self._clock())))
+                case ipc.Park():
+                    self._events.append(ipc.Parked(request.rid, self._cells.save()))
         except Refusal as refusal:
             self._refuse(request.rid, refusal)
         except BackendError as error:
@@ -86,6 +101,7 @@ class Engine:
         self._sequences[sequence.rid] = sequence
         self._scheduler.add(sequence)
         self._events.append(ipc.Accepted(sequence.rid, sequence.n_prompt))
+        self._watched += sequence.tells_place
 
     def _prompt(self, request: ipc.Generate) -> list[int]:
         text = request.prompt
@@ -119,12 +135,15 @@ class Engine:
         return events
 
     def step(self) -> None:
-        """Computes one batch, if there is anything to compute."""
+        """Computes what is next, if there is anything to compute."""
         self._expire()
-        scheduled = self._scheduler.schedule()
-        self._open(scheduled.admitted)
-        if len(scheduled.batch):
+        for sequence, placement in self._scheduler.admit():
+            sequence.cells = sequence.cached = self._cells.settle(placement)
+            self._backend.open(sequence.slot, sequence.sampling, sequence.tokens)
+        self._tell_places()
+        for scheduled in self._scheduler.schedule():
             self._commit(scheduled, self._decode(scheduled))
+        self._events += self._cells.warnings()
         self._events += self._embeds.step(busy=bool(self._sequences))
 
     def _expire(self) -> None:
@@ -138,32 +157,50 @@ class Engine:
             else:
                 self._finish(sequence, "deadline")
 
-    def _open(self, admitted: list[Sequence]) -> None:
-        now = self._clock()
-        for sequence in admitted:
-            sequence.started = now
-            self._backend.open(sequence.slot, sequence.sampling, sequence.tokens)
-
     def _decode(self, scheduled: Scheduled) -> list[Sampled] | None:
         """None when the step was put off, cut short or failed; its sequences are as they were before, or gone."""
         if len(scheduled.advanced) == 1 or not self._cut_short:  # else one client could stop all others for ever
             self._prefilling = frozenset(one.rid for one, cells in scheduled.advanced if cells - one.cells > 1)
         self._cut_short = False
+        started = self._clock()
+        for sequence, _ in scheduled.advanced:
+            if sequence.started is None:
+                sequence.started = started
         try:
             if self._prefilling and self._has_mail():  # maybe a Cancel, from before this prompt was named above
                 return None
-            return self._backend.decode(scheduled.batch)
+            result = self._backend.decode(scheduled.batch)
         except Aborted:
             self._cut_short = True
+            self._charge(scheduled, self._clock() - started, wasted=True)
             for sequence, _ in scheduled.advanced:
-                sequence.cells = self._backend.rewind(sequence.slot, sequence.cells)
+                self._rewind(sequence)
         except BackendError as error:
             for sequence, _ in scheduled.advanced:
-                self._drop(sequence)
+                self._drop(sequence, keep=False)
                 self._refuse(sequence.rid, Refusal("internal", str(error)))
+        else:
+            seconds = self._clock() - started
+            self._charge(scheduled, seconds)
+            self._pace.step(scheduled.streams, len(scheduled.batch) - scheduled.streams, seconds)
+            return result
         finally:
             self._prefilling = frozenset()
         return None
+
+    def _charge(self, scheduled: Scheduled, seconds: float, *, wasted: bool = False) -> None:
+        """A batch's tokens and time to those that were in it."""
+        for sequence, cells in scheduled.advanced:
+            count = cells - sequence.cells
+            sequence.computed += count
+            sequence.discarded += count if wasted else 0
+            sequence.seconds += seconds * count / len(scheduled.batch)
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """To where it was before the batch, or further back where the model can't."""
+        cells = self._backend.rewind(sequence.slot, sequence.cells)
+        sequence.discarded += sequence.cells - cells
+        sequence.cells = cells
 
     def _commit(self, scheduled: Scheduled, result: list[Sampled] | None) -> None:
         if result is None:
@@ -175,6 +212,14 @@ class Engine:
             if sequence.first_token is None:
                 sequence.first_token = now
             self._take(sequence, sampled)
+
+    def _tell_places(self) -> None:
+        """To those in the queue that asked to know."""
+        if self._watched:
+            for sequence, place, estimate in self._overview.places():
+                if sequence.tells_place and sequence.place != place:
+                    sequence.place = place
+                    self._events.append(ipc.Place(sequence.rid, place, estimate))
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> None:
         if self._backend.is_end(sampled.token) and not sequence.sampling.ignore_eos:
@@ -204,16 +249,21 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: ipc.FinishReason, text: str = "") -> None:
         self._drop(sequence)
+        if reason in ("stop", "length"):
+            self._pace.answer(sequence.n_picked)
         text = "".join(sequence.said) + text + sequence.text.finish()
         logprobs = sequence.logprobs if sequence.sampling.logprobs is not None else None
         timings = sequence.timings(self._clock())
         self._events.append(ipc.Done(sequence.rid, text, reason, sequence.usage(), timings, logprobs))
 
-    def _drop(self, sequence: Sequence) -> None:
+    def _drop(self, sequence: Sequence, *, keep: bool = True) -> None:
         del self._sequences[sequence.rid]
-        self._scheduler.remove(sequence)
+        self._watched -= sequence.tells_place
+        must_go = self._scheduler.remove(sequence, keep=keep)
         if sequence.slot >= 0:
             self._backend.close(sequence.slot)
+        if must_go:
+            self._backend.rewind(sequence.slot, 0)
 
     def _refuse(self, rid: int, refusal: Refusal) -> None:
         self._events.append(ipc.Refused(rid, refusal.code, refusal.message, refusal.details))

@@ -19,6 +19,9 @@ import signal
 import struct
 import threading
 import time
+import zlib
+from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NoReturn
 from urllib.parse import parse_qsl
@@ -51,10 +54,10 @@ class FakeBackend:
                 raise LoadError("the fake was told to fail")
         self._step = float(settings.get("step_ms", 0)) / 1000
         self._prefill = float(settings.get("prefill_ms", 0)) / 1000
-        self._pieces: list[bytes] = list(_FIXED)
+        self._pieces: dict[int, bytes] = dict(enumerate(_FIXED))
         self._ids: dict[bytes, int] = {}
-        self._cells: dict[int, list[int]] = {}  # slot -> what its KV cells hold
-        self._prompts: dict[int, list[int]] = {}
+        self._cells: defaultdict[int, list[int]] = defaultdict(list)  # slot -> what its KV cells hold
+        self._prompts: dict[int, list[int]] = {}  # of the slots that run
         self._logprobs: dict[int, int] = {}
         self._aborting = threading.Event()
         self._template = ChatTemplate(settings.get("template", _TEMPLATE), bos="", eos="")
@@ -67,15 +70,19 @@ class FakeBackend:
         return [self._id(word.encode()) for word in _WORD.findall(text)]
 
     def _id(self, piece: bytes) -> int:
+        """The same in every process, but for words that happen to have the same checksum."""
         if piece not in self._ids:
             if len(self._pieces) == N_VOCAB:
                 raise BackendError("the fake has learnt all the words it can")
-            self._ids[piece] = len(self._pieces)
-            self._pieces.append(piece)
+            token = zlib.crc32(piece) % N_VOCAB
+            while token in self._pieces:
+                token = (token + 1) % N_VOCAB
+            self._ids[piece] = token
+            self._pieces[token] = piece
         return self._ids[piece]
 
     def piece(self, token: int) -> bytes:
-        return self._pieces[token] if token < len(self._pieces) else b"?"
+        return self._pieces.get(token, b"?")
 
     def is_end(self, token: int) -> bool:
         return token == _EOS
@@ -91,14 +98,14 @@ class FakeBackend:
     # -- generation --------------------------------------------------------------------------------------------
 
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
-        assert slot not in self._cells, f"slot {slot} is in use"
-        self._cells[slot] = []
+        assert slot not in self._prompts, f"slot {slot} is in use"
         self._prompts[slot] = list(prompt)
         if sampling.logprobs is not None:
             self._logprobs[slot] = sampling.logprobs
 
     def decode(self, batch: Batch) -> list[Sampled]:
         for position, slot, token in zip(batch.positions, batch.slots, batch.tokens, strict=True):
+            assert slot in self._prompts, f"nobody runs in slot {slot}"
             assert len(self._cells[slot]) == position, f"slot {slot} has {len(self._cells[slot])} cells, not {position}"
             self._cells[slot].append(token)
         prefilled = len(batch) - len(batch.outputs)
@@ -141,13 +148,28 @@ class FakeBackend:
     def abort(self) -> None:
         self._aborting.set()
 
+    def close(self, slot: int) -> None:
+        del self._prompts[slot]
+        self._logprobs.pop(slot, None)
+
+    # -- cells -------------------------------------------------------------------------------------------------
+
+    state_key = "fake"
+    rewinds = True
+    split = True
+
     def rewind(self, slot: int, cells: int) -> int:
         del self._cells[slot][cells:]
-        return cells
+        return len(self._cells[slot])
 
-    def close(self, slot: int) -> None:
-        del self._cells[slot], self._prompts[slot]
-        self._logprobs.pop(slot, None)
+    def copy(self, source: int, target: int) -> None:
+        self._cells[target] = list(self._cells[source])
+
+    def save(self, slot: int) -> bytes:
+        return array("i", self._cells[slot]).tobytes()
+
+    def restore(self, slot: int, state: bytes | bytearray | memoryview) -> None:
+        self._cells[slot] = array("i", bytes(state)).tolist()
 
     # -- embeddings --------------------------------------------------------------------------------------------
 

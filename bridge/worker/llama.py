@@ -1,8 +1,11 @@
 """llama.cpp as a Backend: every C return code becomes an exception here and in the modules ``llama_*`` beside it.
 
-They are the only ones that import llama_cpp, and use the low-level API of llama.h: one context with a split KV cache
-(``kv_unified`` false: a sequence attends to its own stream of cells only, which measures faster from 8 sequences on),
+They are the only ones that import llama_cpp, and use the low-level API of llama.h: one context for generation,
 one sampler chain a sequence, and a second context on the same weights for embeddings, made when first asked for.
+
+The KV cache is split unless LOAD says ``kv_unified``: a sequence attends to its own stream of cells only, which
+measures faster from 8 sequences on, the more the longer they are. What the unified one can do without copying, to let
+sequences share the cells of a common prefix, costs 4 us a token in the split one (tests/bench/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from bridge import ipc
 from bridge.worker.backend import Aborted, BackendError, Batch, LoadError, Sampled
 from bridge.worker.llama_batch import CBatch
 from bridge.worker.llama_callbacks import AbortFlag, Log
+from bridge.worker.llama_cells import LlamaCells
 from bridge.worker.llama_chat import Chat
 from bridge.worker.llama_embed import Embedder
 from bridge.worker.llama_options import DEFAULT_N_CTX, context_params, model_params, resolve
@@ -27,10 +31,11 @@ from bridge.worker.llama_vocab import Vocab
 _MAX_CELLS = 2**31 - 1  # llama.cpp counts them in 32 bits, and takes what wraps around to 0 for "as the model says"
 
 
-class LlamaBackend:
+class LlamaBackend(LlamaCells):
     def __init__(self, load: ipc.Load) -> None:
         """Raises LoadError."""
         C.llama_backend_init()
+        self._path = load.path
         self._log = Log()
         self._options = resolve(load.options)
         self._model = self._load_model(load.path)
@@ -46,7 +51,8 @@ class LlamaBackend:
         self._batch = CBatch(self.n_batch)
         if self._context:
             self._memory = C.llama_get_memory(self._context)
-            self._abort.attach(self._context)
+            if self._has_cells_only:
+                self._abort.attach(self._context)
             self._warm_up()
         self._log.forget()
 
@@ -68,11 +74,12 @@ class LlamaBackend:
         params.n_ctx = n_cells
         params.n_seq_max = self._options["n_parallel"]
         params.n_batch = self._options["n_batch"]
-        params.kv_unified = False
+        params.kv_unified = self._options["kv_unified"]
         context = C.llama_init_from_model(self._model, params)
         if not context:
             raise LoadError(self._log.why("llama.cpp could not make a context of this size"))
-        self._options["n_ctx"] = C.llama_n_ctx_seq(context)  # it rounds up
+        if not self._options["kv_unified"]:
+            self._options["n_ctx"] = C.llama_n_ctx_seq(context)  # it rounds up
         return context
 
     def _warm_up(self) -> None:
@@ -88,6 +95,7 @@ class LlamaBackend:
         except BackendError as error:
             raise LoadError(str(error)) from error
         self.close(0)
+        self.rewind(0, 0)
 
     def _describe(self) -> ipc.ModelInfo:
         ftype = C.llama_ftype_name(C.llama_model_ftype(self._model))
@@ -159,15 +167,8 @@ class LlamaBackend:
     def abort(self) -> None:
         self._abort.set(True)
 
-    def rewind(self, slot: int, cells: int) -> int:
-        if C.llama_memory_seq_rm(self._memory, slot, cells, -1):
-            return cells
-        C.llama_memory_seq_rm(self._memory, slot, -1, -1)  # recurrent models keep no history to go back to
-        return 0
-
     def close(self, slot: int) -> None:
         self._samplers.pop(slot).close()
-        C.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
     # -- embeddings --------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ def resolve(options: ipc.Options) -> dict[str, Any]:
         "type_v": options.type_v or "f16",
         "use_mmap": options.use_mmap is not False,
         "use_mlock": bool(options.use_mlock),
+        "kv_unified": bool(options.kv_unified),
         "repack": not _has_amx() if options.repack is None else options.repack,
     }
 

@@ -6,49 +6,60 @@ The KV cache has ``n_parallel`` slots; a sequence holds one from its first batch
 batch of at most ``n_batch`` tokens, and a batch may mix sequences freely, so a new prompt joins while others decode and
 a finished sequence leaves without anyone waiting for it.
 
-A sequence knows which of its tokens are not in the cache yet (sequence.py). A step takes, in this order:
+A step has two halves. First ``admit`` lets in those whose turn it is (waiting.py) and says where each is to run and what
+it starts from (slots.py): a prompt whose beginning some slot holds is only computed from there. One whose beginning
+another prompt is just computing waits for that, so that what comes together and begins alike is computed once.
+
+Then ``schedule`` makes the batch. A sequence knows which of its tokens are not in the cache yet (sequence.py); a
+batch takes, in this order:
 
 1. one token of every sequence that has just one to compute. These are the running streams: each gets its next
    token from this batch, whatever else is going on;
-2. of the sequences that have more to compute (prompts, and what a rewind took back), oldest first, as much as fits;
-3. waiting requests, oldest first, while there is a free slot and room in the batch.
+2. of the sequences that have more to compute (prompts, and what a rewind took back), by priority and age, as much as
+   there is room for.
 
-A long prompt is thereby cut in chunks: a step takes at most ``CHUNK`` tokens of prompts, for its time is what the
-running streams wait between two tokens, and what the first in the queue wait for theirs. More gains little:
-llama.cpp computes a larger batch in passes of n_ubatch, 512 unless told otherwise, one after the other.
+The room is what running streams can be asked to wait. Where there are none it is ``CHUNK`` tokens, so that the first in
+the queue need not wait for all others. Where there are some, a long prompt gets what is computed in twice the time
+of the streams' own step, and a short one, of at most CHUNK tokens, is let in within ``SHORT_WAIT``, for nobody reads so
+fast. Steps are timed for that (pace.py).
 
-Free slots are given out lowest first: llama.cpp's split KV cache computes neighbouring slots in one go, and
-a gap in their numbers, or a batch that is not in their order, costs it another pass over the weights.
+A sequence that asked to be computed ``alone`` (deterministic) gets batches of its own, cut at multiples of
+``ALONE_CHUNK``, so that what it computes never depends on who else is there.
 
 The scheduler only decides. It owns no memory of the backend and touches no clock; the engine acts on what it returns.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bridge.worker.backend import Batch
+from bridge.worker.pace import Pace
 from bridge.worker.sequence import Sequence
+from bridge.worker.slots import WORTH, Placement, Saved, Slots
+from bridge.worker.waiting import WaitingRoom
 
-CHUNK = 256  # measured: tests/bench/RESULTS.md
+CHUNK = 256  # tokens; measured: tests/bench/RESULTS.md
+ALONE_CHUNK = 64
+LONG_WAIT = 2.0  # of the time of a step without prompts
+SHORT_WAIT = 0.5  # seconds
 
 
 class Scheduled:
     """A batch and what it does for whom.
 
     ``advanced`` are the sequences in it with the count of cells they will have; ``sampled`` those that get a token, in
-    the order of the batch's outputs.
+    the order of the batch's outputs. ``streams`` of the batch's tokens are running streams', the others prompts'.
     """
 
-    __slots__ = ("admitted", "advanced", "batch", "sampled")
+    __slots__ = ("advanced", "alone", "batch", "sampled", "streams")
 
-    def __init__(self, parts: list[tuple[Sequence, int]], admitted: list[Sequence]) -> None:
+    def __init__(self, parts: list[tuple[Sequence, int]], *, streams: int, alone: bool = False) -> None:
         self.batch = Batch()
         self.advanced: list[tuple[Sequence, int]] = []
         self.sampled: list[Sequence] = []
-        self.admitted = admitted  # hold a slot from now on
+        self.streams = streams
+        self.alone = alone
         for sequence, count in sorted(parts, key=lambda part: part[0].slot):
             cells = sequence.cells + count
             output = cells == len(sequence.tokens)
@@ -59,12 +70,23 @@ class Scheduled:
 
 
 class Scheduler:
-    """``n_batch`` is at least ``n_parallel``, so that every running stream has its place in every step."""
+    """``n_batch`` is at least the number of slots, so that every running stream has its place in every step.
 
-    def __init__(self, n_parallel: int, n_batch: int) -> None:
+    ``saved`` finds what the disk has of a prompt.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        n_batch: int,
+        pace: Pace,
+        saved: Callable[[list[int]], Saved | None] = lambda prompt: None,
+    ) -> None:
+        self._slots = slots
         self._n_batch = n_batch
-        self._free = list(range(n_parallel))  # a heap
-        self.waiting: deque[Sequence] = deque()
+        self._pace = pace
+        self._saved = saved
+        self.waiting = WaitingRoom()
         self.running: list[Sequence] = []  # oldest first
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -72,34 +94,91 @@ class Scheduler:
         yield from self.waiting
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Of a sequence that ended: its slot is free for the very next step."""
+    def remove(self, sequence: Sequence, *, keep: bool = True) -> bool:
+        """Of a sequence that ended: its slot is free for the very next step.
+
+        Returns whether the slot's cells have to go; with ``keep`` they stay where they may be of use.
+        """
+        self.waiting.leave(sequence)
         if sequence.slot < 0:
-            self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            heapq.heappush(self._free, sequence.slot)
+            return False
+        self.running.remove(sequence)
+        return not self._slots.release(sequence, keep=keep)
 
-    def schedule(self) -> Scheduled:
-        """The next batch; empty when there is nothing to do."""
-        parts = [(sequence, 1) for sequence in self.running if sequence.to_compute == 1]
-        room = min(self._n_batch - len(parts), CHUNK)
-        for sequence in self.running:
-            if room and sequence.to_compute > 1:
-                parts.append((sequence, min(room, sequence.to_compute)))
-                room -= parts[-1][1]
-        admitted = []
-        while room and self.waiting and self._free:
-            sequence = self._admit()
-            admitted.append(sequence)
-            parts.append((sequence, min(room, sequence.to_compute)))
-            room -= parts[-1][1]
-        return Scheduled(parts, admitted)
+    # -- who begins --------------------------------------------------------------------------------------------
 
-    def _admit(self) -> Sequence:
-        sequence = self.waiting.popleft()
-        sequence.slot = heapq.heappop(self._free)
-        self.running.append(sequence)
-        return sequence
+    def admit(self) -> list[tuple[Sequence, Placement]]:
+        """Those that begin now, with their slots. What they start from is to be made true before ``schedule``."""
+        admitted: list[tuple[Sequence, Placement]] = []
+        room = self._room()[0] - sum(sequence.to_compute for sequence in self.running if self._is_prompt(sequence))
+        free = self._slots.free
+        if not self.waiting or not free or room <= 0:
+            return admitted
+        for sequence in self.waiting.order():
+            if free <= 0 or room <= 0:
+                break
+            free -= 1  # also for one that waits for another's prompt: its slot must be there when that is computed
+            if not sequence.alone and self._is_being_computed(sequence.tokens):
+                continue
+            placement = self._slots.place(sequence, None if sequence.alone else self._saved(sequence.tokens))
+            self.waiting.admit(sequence)
+            self.running.append(sequence)
+            sequence.cells = placement.cells
+            self.waiting.charge(sequence.client, sequence.to_compute)
+            room -= sequence.to_compute
+            admitted.append((sequence, placement))
+        return admitted
+
+    def _is_being_computed(self, prompt: list[int]) -> bool:
+        """A good part of it, by others."""
+        return self._slots.promised(prompt) >= self._slots.cached(prompt) + WORTH
+
+    # -- what is computed --------------------------------------------------------------------------------------
+
+    def schedule(self) -> list[Scheduled]:
+        """The next batches, one after the other; none when there is nothing to do."""
+        parts = [(sequence, 1) for sequence in self.running if sequence.to_compute == 1 and not sequence.alone]
+        streams = [sequence for sequence, _ in parts if sequence.n_picked]
+        for sequence in streams:
+            self.waiting.charge(sequence.client, 1)
+        room, for_long = self._room()
+        for sequence in sorted(filter(self._is_prompt, self.running), key=lambda one: one.priority):
+            count = min(room, sequence.to_compute)
+            if sequence.n_prompt - sequence.cached > CHUNK:
+                count = min(count, for_long)
+                for_long -= count
+            if count:
+                parts.append((sequence, count))
+                room -= count
+        batches = [Scheduled(parts, streams=len(streams))] if parts else []
+        return batches + [self._alone(sequence) for sequence in self.running if sequence.alone]
+
+    def _alone(self, sequence: Sequence) -> Scheduled:
+        count = min(sequence.to_compute, ALONE_CHUNK - sequence.cells % ALONE_CHUNK, self._n_batch)
+        if sequence.n_picked:
+            self.waiting.charge(sequence.client, 1)
+        return Scheduled([(sequence, count)], streams=0, alone=True)
+
+    @staticmethod
+    def _is_prompt(sequence: Sequence) -> bool:
+        return sequence.to_compute > 1 and not sequence.alone
+
+    def _room(self) -> tuple[int, int]:
+        """Tokens of prompts that the next batch may have, and how many of them of long ones."""
+        decoding = [sequence for sequence in self.running if sequence.to_compute == 1 and sequence.n_picked]
+        alone = sum(sequence.alone for sequence in decoding)
+        streams = len(decoding) - alone
+        most = min(self._n_batch - streams, CHUNK)
+        if not streams and not alone:
+            return most, most
+        decode = self._pace.decode(streams)
+        if decode is None or (streams and self._pace.unsure):
+            return 0, 0  # the step will be timed
+        wait = LONG_WAIT * (decode + alone * (self._pace.decode(1) or 0.0))
+        for_long = self._pace.prompt_tokens(wait)
+        for_short = self._pace.prompt_tokens(max(wait, SHORT_WAIT))
+        if for_long is None or for_short is None:
+            return most, most
+        return min(most, max(1, for_short)), min(most, max(1, for_long))

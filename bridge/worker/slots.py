@@ -1,0 +1,247 @@
+"""The slots of the KV cache: who runs in which, what the others still hold, and where a prompt had best begin.
+
+A sequence that ends leaves its cells where they are. A prompt that begins like what a slot holds, running or not, starts
+from that instead of computing it again:
+
+- in place, where the slot is free and the prompt goes on with most of what is there: a conversation's next turn;
+- from a copy, where others run on it, or go on needing what else the slot holds;
+- from a state that was saved to disk (store.py), where that holds more than any slot.
+
+Nothing is kept apart for this: a free slot's content is overwritten when the slot is needed, the least recently used
+first.
+
+In a split cache the slots that run should be neighbours: llama.cpp computes neighbours in one pass over the weights and
+needs another pass for each gap. So a sequence is placed beside those that run, and what is in the way changes
+places with it. That costs what a few tokens cost (tests/bench/RESULTS.md), once; a gap costs a pass in every step.
+
+It only decides. What is to be done with the cells comes back as a Placement; the engine does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bridge.worker.prefix import PrefixTree
+from bridge.worker.sequence import Sequence
+
+
+WORTH = 16  # tokens that a prefix must have for its copy to be quicker than computing it, with some to spare
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    one: int
+    other: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """From the store's file of that name."""
+
+    target: int
+    name: str
+
+
+Move = Copy | Swap | Restore
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A file of the store that has the first ``cells`` cells of the prompt."""
+
+    name: str
+    cells: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """``moves`` in this order, and then the first ``cells`` cells of ``slot`` are the prompt's; the rest has to go."""
+
+    slot: int
+    cells: int
+    moves: tuple[Move, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Content:
+    """What the cells of a slot hold. While ``owner`` runs in it, ``tokens`` is its prompt, computed up to its cells."""
+
+    slot: int
+    tokens: list[int]
+    owner: Sequence | None = None
+    used: int = 0  # when last: the higher the later
+
+    @property
+    def cells(self) -> int:
+        return self.owner.cells if self.owner else len(self.tokens)
+
+
+class Slots:
+    """``rewinds`` says whether a content's last cells can be taken back. Where they cannot (recurrent models, hybrids,
+    sliding windows), a content is of use only to prompts that go on from its very end. ``split`` says whether
+    the place of a slot matters.
+    """
+
+    def __init__(self, count: int, *, rewinds: bool = True, split: bool = True) -> None:
+        self._count = count
+        self._rewinds = rewinds
+        self._split = split
+        self._running: dict[int, Content] = {}
+        self._kept: dict[int, Content] = {}
+        self._tree: PrefixTree[Content] = PrefixTree()
+        self._uses = 0
+
+    @property
+    def free(self) -> int:
+        return self._count - len(self._running)
+
+    @property
+    def kept(self) -> list[tuple[int, list[int]]]:
+        """The free slots that hold something, with the tokens of their cells; least recently used first."""
+        return [(content.slot, content.tokens) for content in sorted(self._kept.values(), key=lambda one: one.used)]
+
+    # -- what a prompt can start from --------------------------------------------------------------------------
+
+    def cached(self, prompt: list[int]) -> int:
+        """Tokens of it that some slot holds. At least its last token is always left to compute."""
+        return max((self._usable(content, length, prompt) for content, length in self._shared(prompt)), default=0)
+
+    def promised(self, prompt: list[int]) -> int:
+        """Tokens of it that some slot will hold when the prompt that runs there is computed."""
+        if not self._rewinds:
+            return 0
+        return max(
+            (min(length, len(prompt) - 1) for content, length in self._shared(prompt) if content.owner), default=0
+        )
+
+    def _shared(self, prompt: list[int]) -> Iterator[tuple[Content, int]]:
+        yield from self._tree.matches(prompt).items()
+
+    def _usable(self, content: Content, length: int, prompt: list[int]) -> int:
+        length = min(length, len(prompt) - 1)
+        if self._rewinds:
+            return min(length, content.cells)
+        return content.cells if content.cells <= length else 0
+
+    # -- coming and going --------------------------------------------------------------------------------------
+
+    def place(self, sequence: Sequence, saved: Saved | None = None) -> Placement:
+        """Gives a slot to it; one must be free. A sequence that runs by itself starts from nothing of others'."""
+        source, cells = (None, 0) if sequence.alone else self._best(sequence.tokens)
+        if saved and saved.cells >= cells + WORTH:
+            source, cells = None, saved.cells
+        else:
+            saved = None
+        victim = self._victim(source)
+        if source and source.owner is None and (victim is None or source.cells - cells <= cells // 2):
+            slot, moves = self._settle_in(source)
+        else:
+            assert victim is not None
+            if source and cells < WORTH:
+                source, cells = None, 0
+            slot, moves = self._settle_on(victim, source)
+            if saved:
+                moves.append(Restore(slot, saved.name))
+        sequence.slot = slot
+        content = self._running[slot] = Content(slot, sequence.tokens[: sequence.n_prompt], sequence)
+        self._tree.insert(content, content.tokens)
+        return Placement(slot, cells, tuple(moves))
+
+    def release(self, sequence: Sequence, *, keep: bool) -> bool:
+        """Of a sequence that ended. Returns whether its cells stay; else they have to go."""
+        content = self._running.pop(sequence.slot)
+        if not keep or sequence.cells < WORTH:
+            self._tree.remove(content)
+            return False
+        content.owner, content.tokens = None, sequence.tokens[: sequence.cells]
+        self._tree.insert(content, content.tokens)
+        self._kept[content.slot] = content
+        self._touch(content)
+        return True
+
+    def forget(self, slots: set[int]) -> None:
+        """What these hold, but for those that run, is no longer known."""
+        for slot in slots & set(self._kept):
+            self._tree.remove(self._kept.pop(slot))
+
+    def _touch(self, content: Content) -> None:
+        self._uses += 1
+        content.used = self._uses
+
+    # -- where -------------------------------------------------------------------------------------------------
+
+    def _best(self, prompt: list[int]) -> tuple[Content | None, int]:
+        """What holds most of it: rather what is free than what runs, rather what holds little else."""
+        best: tuple[int, bool, int] = (0, False, 0)
+        found = None
+        for content, length in self._shared(prompt):
+            cells = self._usable(content, length, prompt)
+            rank = (cells, content.owner is None, cells - content.cells)
+            if cells and rank > best:
+                best, found = rank, content
+        return found, best[0]
+
+    def _victim(self, source: Content | None) -> int | None:
+        """The free slot whose content is of least use, if there is one besides that of ``source``."""
+        others = [slot for slot in self._free() if source is None or self._kept.get(slot) is not source]
+        return min(others, key=self._age, default=None)
+
+    def _settle_in(self, source: Content) -> tuple[int, list[Move]]:
+        """On what is there, if need be at another place."""
+        slot = self._beside(source.slot)
+        moves: list[Move] = []
+        del self._kept[source.slot]
+        self._tree.remove(source)
+        if slot != source.slot:
+            if other := self._kept.pop(slot, None):
+                moves.append(Swap(source.slot, slot))
+                self._shift(other, source.slot)
+            else:
+                moves.append(Copy(source.slot, slot))
+        return slot, moves
+
+    def _settle_on(self, victim: int, source: Content | None) -> tuple[int, list[Move]]:
+        """In place of ``victim``'s content, from a copy of ``source`` if there is one."""
+        if lost := self._kept.pop(victim, None):
+            self._tree.remove(lost)
+        slot = self._beside(victim)
+        moves: list[Move] = []
+        other = self._kept.pop(slot, None)
+        if other:
+            moves.append(Copy(slot, victim))
+            self._shift(other, victim)
+        if source:
+            self._touch(source)
+            if source is not other:  # else it is where it is wanted, too
+                moves.append(Copy(source.slot, slot))
+        return slot, moves
+
+    def _shift(self, content: Content, slot: int) -> None:
+        content.slot = slot
+        self._kept[slot] = content
+
+    def _free(self) -> Iterator[int]:
+        return (slot for slot in range(self._count) if slot not in self._running)
+
+    def _age(self, slot: int) -> int:
+        """0 for an empty slot, and then the higher the later it was used."""
+        content = self._kept.get(slot)
+        return content.used if content else 0
+
+    def _beside(self, preferred: int) -> int:
+        """A free slot beside those that run, the preferred one if it is as good as any."""
+        if not self._split:
+            return preferred
+
+        def cost(slot: int) -> tuple[int, bool, int]:
+            neighbours = (slot - 1 in self._running) + (slot + 1 in self._running)
+            return -neighbours, slot != preferred, self._age(slot)
+
+        return min(self._free(), key=cost)

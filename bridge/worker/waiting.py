@@ -1,0 +1,66 @@
+"""Who waits for a slot, and whose turn it is: by priority, and among equals in fair shares.
+
+A client is charged for every token that is computed for it, and of those who wait, the client that was charged least is
+next; its own requests keep their order. So one that sends a hundred requests gets as much of the model as
+one that sends a request at a time. Who comes anew begins with the least charge of those who are there: having been
+away is no credit. (Start-time fair queueing: Goyal, Vin and Cheng, 1996.)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Iterator
+
+from bridge.worker.sequence import Sequence
+
+
+class WaitingRoom:
+    def __init__(self) -> None:
+        self._waiting: dict[int, Sequence] = {}  # by rid, in the order they came
+        self._charged: dict[int, int] = {}  # tokens, by client; only of those who have a request here or running
+        self._requests: defaultdict[int, int] = defaultdict(int)  # of each client, waiting or running
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(list(self._waiting.values()))
+
+    def add(self, sequence: Sequence) -> None:
+        if sequence.client not in self._charged:
+            self._charged[sequence.client] = min(self._charged.values(), default=0)
+        self._requests[sequence.client] += 1
+        self._waiting[sequence.rid] = sequence
+
+    def admit(self, sequence: Sequence) -> None:
+        """Its turn has come."""
+        del self._waiting[sequence.rid]
+
+    def charge(self, client: int, tokens: int) -> None:
+        self._charged[client] += tokens
+
+    def leave(self, sequence: Sequence) -> None:
+        """It ended, whether it still waited or not."""
+        self._waiting.pop(sequence.rid, None)
+        self._requests[sequence.client] -= 1
+        if not self._requests[sequence.client]:
+            del self._requests[sequence.client], self._charged[sequence.client]
+
+    def order(self) -> Iterator[Sequence]:
+        """All that wait, in the order of their turns as things are now."""
+        charged = dict(self._charged)
+        of_priority: defaultdict[int, dict[int, deque[tuple[int, Sequence]]]] = defaultdict(dict)
+        for arrival, sequence in enumerate(self._waiting.values()):
+            of_priority[sequence.priority].setdefault(sequence.client, deque()).append((arrival, sequence))
+        for priority in sorted(of_priority):
+            queues = of_priority[priority]
+            turns = [(charged[client], queue[0][0], client) for client, queue in queues.items()]
+            heapq.heapify(turns)
+            while turns:
+                _, _, client = heapq.heappop(turns)
+                _, sequence = queues[client].popleft()
+                yield sequence
+                charged[client] += sequence.to_compute
+                if queues[client]:
+                    heapq.heappush(turns, (charged[client], queues[client][0][0], client))
