@@ -44,6 +44,13 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     load: Seconds = 600.0  # for a model to load
 
 
+class Cache(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where prefixes and conversations outlive FREE and restarts, for all models together. ``dir`` of "" is nowhere."""
+
+    dir: str = ""
+    bytes: Positive = 4 * 1024**3
+
+
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
@@ -60,6 +67,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     limits: Limits = Limits()
     load: LoadOptions = LoadOptions()
     models: list[Load] = []
+    cache: Cache = Cache()
     log: Log = Log()
 
 
@@ -100,7 +108,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         section, _, rest = key.partition("_")
         if key == "tcp":
             values["tcp"] = [address.strip() for address in text.split(",") if address.strip()]
-        elif section in ("limits", "load", "log") and rest:
+        elif section in ("limits", "load", "cache", "log") and rest:
             values.setdefault(section, {})[rest] = text
         elif key in ("socket", "socket_mode", "socket_group", "backend"):
             values[key] = text

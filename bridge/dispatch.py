@@ -21,25 +21,30 @@ import trio
 from bridge import __version__, ipc
 from bridge.daemon import Daemon, Peer
 from bridge.providers.base import Answer, Ask, Asking, Progress, Provider
+from bridge.receipts import Totals
 from bridge.registry import Spec, State
 from protocol import PROTOCOL_VERSION, commands
 from protocol.errors import BridgeError, ErrorCode
 from protocol.parse import describe
-from protocol.replies import Final, Ok, Reply, Started, Token
+from protocol.replies import Final, Ok, Queued, Reply, Started, Token
 
 MAX_TEXT = 1 << 20  # characters of one text to tokenize, so that nobody's stream waits long for it
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
+    """``totals`` are of its connection."""
+
     daemon: Daemon
     peer: Peer
+    totals: Totals
 
 
 @dataclass(frozen=True, slots=True)
 class Call(Caller):
     """One request on its way. ``say`` sends a line of a stream; a handler returns the last one."""
 
+    id: str | None
     received: float
     asking: Asking
     say: Callable[[Reply], None]
@@ -82,7 +87,7 @@ def _status(caller: Caller, _command: commands.Status) -> Ok:
         extra["default"] = models[0]["name"]
     loaded = [model for model in models if model["state"] in (State.READY, State.RESTARTING)]
     message = f"Model loaded: {loaded[0]['path']}" if loaded else "No model loaded"
-    return Ok(message, None, extra | {"models": models})
+    return Ok(message, None, extra | {"models": models, "usage": msgspec.structs.asdict(caller.totals)})
 
 
 def _models(caller: Caller, _command: commands.Models) -> Ok:
@@ -121,17 +126,58 @@ async def _show(call: Call, command: commands.Show) -> Ok:
         return Ok(name, about | {"pid": provider.pid, "load_ms": provider.load_ms})
 
 
+async def _queue(call: Call, command: commands.Queue) -> Ok:
+    name, answer = await _ask(call, command.model, ipc.ListQueue(0))
+    assert isinstance(answer, ipc.QueueListed)
+    running = sum(request.place == 0 for request in answer.requests)
+    message = f"{running} running, {len(answer.requests) - running} waiting"
+    return Ok(message, [_place(call, request) for request in answer.requests], {"model": name})
+
+
+def _place(call: Call, request: ipc.Queued) -> dict[str, Any]:
+    """The ids of requests are their own connection's to know."""
+    about = msgspec.structs.asdict(request)
+    label, client = about.pop("label"), about.pop("client")
+    mine = client == call.peer.number
+    state = "waiting" if request.place else "running"
+    return {"state": state, "client": client, "mine": mine, **({"request": label} if mine and label else {}), **about}
+
+
 # -- generation ------------------------------------------------------------------------------------------------
 
 
 async def _infer(call: Call, command: commands.Infer) -> Ok:
+    if command.n > 1:
+        return await _several(call, command, command.n, command.prompt, None, "Inference completed")
     name, done = await _generate(call, command, command.prompt)
     return Ok("Inference completed", done.text, _outcome(name, done))
 
 
 async def _chat(call: Call, command: commands.Chat) -> Ok:
+    if command.n > 1:
+        return await _several(call, command, command.n, _turns(command), command.template, "Chat completed")
     name, done = await _generate(call, command, _turns(command), command.template)
     return Ok("Chat completed", done.text, _outcome(name, done))
+
+
+async def _several(
+    call: Call,
+    command: commands.Generation,
+    n: int,
+    prompt: str | list[ipc.Message],
+    template: str | None,
+    message: str,
+) -> Ok:
+    """Answers to one prompt, which the worker computes once. With a seed each has one of its own, from that upwards."""
+    one = _request(call, command, prompt, template, stream=False)
+    seed = command.seed
+    seeds = [None if seed is None else (seed + index) % 2**32 for index in range(n)]
+    requests = [
+        msgspec.structs.replace(one, sampling=msgspec.structs.replace(one.sampling, seed=seed)) for seed in seeds
+    ]
+    name, dones = await _generate_all(call, command, requests)
+    results = [_result(done) for done in dones]
+    return Ok(message, [done.text for done in dones], {"model": name, "results": results})
 
 
 async def _infer_stream(call: Call, command: commands.InferStream) -> Final:
@@ -146,10 +192,13 @@ async def _stream(
     call: Call, command: commands.Generation, prompt: str | list[ipc.Message], template: str | None = None
 ) -> Final:
     def on_progress(event: Progress) -> None:
-        if isinstance(event, ipc.Accepted):
-            call.say(Started())
-        else:
-            call.say(Token(event.text, {} if event.logprobs is None else {"logprobs": event.logprobs}))
+        match event:
+            case ipc.Accepted():
+                call.say(Started())
+            case ipc.Place(_, place, estimate_ms):
+                call.say(Queued(place, estimate_ms))
+            case ipc.Text(_, text, logprobs):
+                call.say(Token(text, {} if logprobs is None else {"logprobs": logprobs}))
 
     name, done = await _generate(call, command, prompt, template, on_progress)
     return Final(done.text, done.finish_reason, _outcome(name, done))
@@ -166,13 +215,23 @@ async def _generate(
     async with call.daemon.pool.use(command.model, _patience(call, command)) as (name, provider):
         done = await provider.ask(request, call.asking, on_progress)
     assert isinstance(done, ipc.Done)
+    call.totals.add(done)
     return name, done
+
+
+async def _generate_all(
+    call: Call, command: commands.Generation, requests: list[ipc.Generate]
+) -> tuple[str, list[ipc.Done]]:
+    async with call.daemon.pool.use(command.model, _patience(call, command)) as (name, provider):
+        dones = await _ask_all(call, provider, requests)
+    for done in dones:
+        call.totals.add(done)
+    return name, dones
 
 
 async def _infer_multi(call: Call, command: commands.InferMulti) -> Ok:
     requests = [_request(call, command, prompt, None, stream=False) for prompt in command.prompts]
-    async with call.daemon.pool.use(command.model, _patience(call, command)) as (name, provider):
-        dones = await _ask_all(call, provider, requests)
+    name, dones = await _generate_all(call, command, requests)
     texts = msgspec.json.encode([done.text for done in dones]).decode()
     return Ok("Multi-inference completed", texts, {"model": name, "results": [_result(done) for done in dones]})
 
@@ -222,6 +281,11 @@ def _request(
         received=call.received,
         deadline=_deadline(call, command),
         template=template,
+        client=call.peer.number,
+        priority=command.priority,
+        deterministic=command.deterministic,
+        queue_events=getattr(command, "queue_events", False),
+        label=call.id,
     )
 
 
@@ -235,7 +299,7 @@ def _deadline(call: Call, command: commands.Generation) -> float | None:
     return None if command.deadline_ms is None else call.received + command.deadline_ms / 1000
 
 
-def _turns(command: commands.Chat) -> list[ipc.Message]:
+def _turns(command: commands.Conversation) -> list[ipc.Message]:
     return [
         ipc.Message(message.role, _content(message), message.name, message.tool_call_id) for message in command.messages
     ]
@@ -269,6 +333,7 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
         _refuse_long(text)
     name, answer = await _ask(call, command.model, ipc.Embed(0, texts, call.received))
     assert isinstance(answer, ipc.Embedded)
+    call.totals.add(answer)
     encode = _as_base64 if command.encoding == "base64" else _as_floats
     vectors = [encode(vector) for vector in answer.vectors]
     extra = {
@@ -326,6 +391,7 @@ INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
 LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final]]] = {
     commands.Load: _load,
     commands.Free: _free,
+    commands.Queue: _queue,
     commands.Show: _show,
     commands.Infer: _infer,
     commands.InferStream: _infer_stream,

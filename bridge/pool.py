@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -106,6 +107,7 @@ class ModelPool:
             "restarts": entry.restarts,
             "n_ctx": provider.info.n_ctx if provider else None,
             "n_parallel": provider.info.n_parallel if provider else None,
+            "usage": msgspec.structs.asdict(entry.totals),
         }
 
     # -- acting ------------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ class ModelPool:
         self._act(self._registry.ended(name, reason, time.monotonic()))
 
     def _make(self, name: str, spec: Spec) -> Provider:
-        limits = self._config.limits
+        limits, cache = self._config.limits, self._config.cache
         given = {key: value for key, value in msgspec.structs.asdict(spec.options).items() if value is not None}
         options = msgspec.structs.replace(
             msgspec.convert(self._config.load, ipc.Options, from_attributes=True), **given
@@ -154,10 +156,11 @@ class ModelPool:
         return LocalProvider(
             name,
             self._config.backend,
-            ipc.Load(spec.path, options),
+            ipc.Load(spec.path, options, os.path.expanduser(cache.dir), cache.bytes),
             queue=limits.queue,
             queue_bytes=limits.queue_bytes,
             load_seconds=limits.load,
+            totals=self._registry.entries[name].totals,
         )
 
     async def _stop(self, entry: Entry) -> None:
@@ -170,8 +173,19 @@ class ModelPool:
             await self._changed.wait()
         if not self._is_there(entry):
             return  # it crashed, or could not be loaded
-        if name in self._providers:
-            self._providers[name].stop()
+        if provider := self._providers.get(name):
+            await self._park(provider)
+            provider.stop()
         else:  # it was resting
             self._registry.stopped(name)
             self._notify()
+
+    async def _park(self, provider: Provider) -> None:
+        with trio.move_on_after(self._config.limits.drain):
+            await provider.park()
+
+    async def park(self) -> None:
+        """Saves what is to outlive the providers; the daemon is about to stop."""
+        async with trio.open_nursery() as nursery:
+            for provider in self._providers.values():
+                nursery.start_soon(self._park, provider)

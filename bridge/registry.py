@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from bridge import ipc
+from bridge.receipts import Totals
 from protocol.errors import BridgeError, ErrorCode
 
 CRASHES_BEFORE_REST = 3
@@ -51,6 +52,7 @@ class Entry:
     holders: set[int] = field(default_factory=set)
     crashes: deque[float] = field(default_factory=lambda: deque(maxlen=CRASHES_BEFORE_REST))
     restarts: int = 0
+    totals: Totals = field(default_factory=Totals)
     why: str = ""  # it rests, or could not be loaded
 
     def check_usable(self) -> None:

@@ -26,6 +26,7 @@ from bridge.server import run
 @click.option("--n-parallel", type=int, help="Sequences computed at once.")
 @click.option("--n-threads", type=int, help="Threads that compute.")
 @click.option("--n-gpu-layers", type=int, help="Layers on the GPU; -1 for all.")
+@click.option("--cache-dir", metavar="DIR", help="Where prompts' states are kept when a model is unloaded.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def serve(path: Path | None, **flags: Any) -> None:
     """Runs the daemon in the foreground until SIGTERM or SIGINT; a second one stops it at once."""
@@ -53,6 +54,7 @@ def _config(path: Path | None, flags: dict[str, Any]) -> Config:
             "backend": flags["backend"],
             "models": [{"path": model} for model in flags["models"]] or None,
             "load": {key: flags[key] for key in ("n_ctx", "n_parallel", "n_threads", "n_gpu_layers")},
+            "cache": {"dir": flags["cache_dir"]},
             "log": {"level": flags["log_level"]},
         },
     )

@@ -61,6 +61,7 @@ class Server:
                         listener.close()
                     await self._drain()
                     clients.cancel_scope.cancel()
+                await pool.park()
                 workers.cancel_scope.cancel()
         finally:
             for listener in listeners:

@@ -21,6 +21,7 @@ from bridge.dispatch import INSTANT, LASTING, Call, Caller
 from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
+from bridge.receipts import Totals
 from protocol import commands
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role, State
 from protocol.errors import BridgeError, ErrorCode
@@ -42,7 +43,7 @@ class Session:
         self._sock = sock
         self._peer = peer
         self._daemon = daemon
-        self._caller = Caller(daemon, peer)
+        self._caller = Caller(daemon, peer, Totals())
         self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
         self._scope = trio.CancelScope()
         self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
@@ -177,7 +178,8 @@ class Session:
         else:
             scope = trio.CancelScope()
             asking = self._asking[exchange] = Asking(scope.cancel)
-            call = Call(self._daemon, self._peer, received, asking, partial(self._reply, exchange))
+            say = partial(self._reply, exchange)
+            call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
             if exchange.id is None:
                 self._answering = exchange
             self._nursery.start_soon(self._answer, exchange, command, call, scope)

@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 
 Id = Annotated[str, Meta(min_length=1, max_length=64)]
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\s/\\]+$")]
+Answers = Annotated[int, Meta(ge=1, le=64)]
 Count = Annotated[int, Meta(ge=1, le=1_048_576)]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -125,6 +126,14 @@ class Models(Command, frozen=True):
     DOC = "MODELS - the models and their states"
 
 
+class Queue(Command, frozen=True):
+    VERB = "QUEUE"
+    TEXT = "model"
+    DOC = "QUEUE [model] - the requests that run and that wait, and how long they will likely take"
+
+    model: Name | None = None
+
+
 class Show(Command, frozen=True):
     VERB = "SHOW"
     TEXT = "model"
@@ -142,7 +151,7 @@ class Generation(Command, frozen=True):
     The defaults of temperature and top_p are the Llambo bridge's, the others llama.cpp's. ``temperature=0`` is
     greedy. ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch these off. ``logprobs=n`` asks for
     the n likeliest tokens at each place beside the picked one. ``ignore_eos`` never lets the model end by itself.
-    ``deadline_ms`` counts from when the line was read.
+    ``deadline_ms`` counts from when the line was read. ``deterministic`` computes the answer apart from all others.
     """
 
     model: Name | None = None
@@ -161,20 +170,31 @@ class Generation(Command, frozen=True):
     ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     deadline_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+    priority: Literal["high", "normal", "low"] = "normal"
+    deterministic: bool = False
 
 
-class Infer(Generation, frozen=True):
-    VERB = "INFER"
+class Completion(Generation, frozen=True):
     TEXT = "prompt"
-    DOC = "INFER [key=value ...] prompt - completes the prompt"
 
     prompt: str = ""
 
 
-class InferStream(Infer, frozen=True):
+class Infer(Completion, frozen=True):
+    VERB = "INFER"
+    DOC = "INFER [key=value ...] prompt - completes the prompt, n times if asked"
+
+    n: Answers = 1
+
+
+class InferStream(Completion, frozen=True):
+    """``queue_events`` asks for a line whenever the request's place in the queue changes."""
+
     VERB = "INFER_STREAM"
     STREAMS = True
     DOC = "INFER_STREAM [key=value ...] prompt - completes the prompt, a line a token"
+
+    queue_events: bool = False
 
 
 class InferMulti(Generation, frozen=True):
@@ -198,21 +218,30 @@ class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
     tool_call_id: str | None = None
 
 
-class Chat(Generation, frozen=True):
+class Conversation(Generation, frozen=True):
     """``template`` names one of llama.cpp's built-in templates; without it the model's own is used."""
 
-    VERB = "CHAT"
     TEXT = "messages"
-    DOC = "CHAT [key=value ...] message - answers a user's message, or in JSON a list of messages"
 
     messages: Annotated[list[Message], Meta(max_length=4096)] = []
     template: Name | None = None
 
 
-class ChatStream(Chat, frozen=True):
+class Chat(Conversation, frozen=True):
+    VERB = "CHAT"
+    DOC = "CHAT [key=value ...] message - answers a user's message, or in JSON a list of messages"
+
+    n: Answers = 1
+
+
+class ChatStream(Conversation, frozen=True):
+    """``queue_events`` is INFER_STREAM's."""
+
     VERB = "CHAT_STREAM"
     STREAMS = True
     DOC = "CHAT_STREAM [key=value ...] message - answers a user's message, a line a token"
+
+    queue_events: bool = False
 
 
 # -- vectors and tokens ----------------------------------------------------------------------------------------
@@ -251,7 +280,7 @@ class Detokenize(Command, frozen=True):
 COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (
-        Ping, Hello, Help, Status, Load, Free, Models, Show, Infer, InferStream, InferMulti,
+        Ping, Hello, Help, Status, Load, Free, Models, Queue, Show, Infer, InferStream, InferMulti,
         Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Quit,
     )
 }  # fmt: skip

@@ -23,7 +23,7 @@ from protocol.commands import Cancel, Command, Request
 from protocol.errors import ErrorCode, LocalProtocolError, ProtocolError, RemoteProtocolError
 from protocol.lines import LineBuffer, LineTooLong
 from protocol.parse import TLS_START, BadCommand, is_json_form, parse_request, wrong_protocol_tls
-from protocol.replies import Failed, Final, Ok, Reply, Started, Token, decode_reply, encode_reply, reply_id
+from protocol.replies import Failed, Final, Ok, Queued, Reply, Started, Token, decode_reply, encode_reply, reply_id
 
 TEXT_LINE_LIMIT = 64 * 1024
 JSON_LINE_LIMIT = 16 * 1024 * 1024
@@ -49,6 +49,7 @@ TRANSITIONS: dict[tuple[State, type[Reply]], State] = {
     (State.REQUESTED, Failed): State.DONE,
     (State.STREAM_REQUESTED, Failed): State.DONE,
     (State.STREAM_REQUESTED, Started): State.STREAMING,
+    (State.STREAMING, Queued): State.STREAMING,
     (State.STREAMING, Token): State.STREAMING,
     (State.STREAMING, Final): State.DONE,
 }

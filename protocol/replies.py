@@ -20,19 +20,28 @@ STREAM_STARTED = "Starting token generation"
 
 
 class Usage(Struct, frozen=True):
-    """Tokens. ``cached_tokens`` is the part of ``prompt_tokens`` that needed no prefill."""
+    """Tokens. ``cached_tokens`` is the part of ``prompt_tokens`` that needed no prefill.
+
+    ``computed_tokens`` went through the model; of them ``discarded_tokens`` for nothing, in steps that were cut short.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    computed_tokens: int = 0
+    discarded_tokens: int = 0
 
 
 class Timings(Struct, frozen=True):
-    """Milliseconds: from the line's arrival to the first batch it is in, to its first token, to its last."""
+    """Milliseconds: from the line's arrival to the first batch it is in, to its first token, to its last.
+
+    ``compute_ms`` is not of the clock but the request's share of its batches' time, by tokens.
+    """
 
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
+    compute_ms: float = 0.0
 
 
 class Ok(Struct, frozen=True):
@@ -64,6 +73,14 @@ class Started(Struct, frozen=True):
     id: str | None = None
 
 
+class Queued(Struct, frozen=True):
+    """Where a stream waits that asked to be told: 1 is the next. ``estimate_ms`` is how long it likely will."""
+
+    place: int
+    estimate_ms: float
+    id: str | None = None
+
+
 class Token(Struct, frozen=True):
     """A piece of text: whole characters, usually one token's."""
 
@@ -81,7 +98,7 @@ class Final(Struct, frozen=True):
     id: str | None = None
 
 
-Reply = Ok | Failed | Started | Token | Final
+Reply = Ok | Failed | Started | Queued | Token | Final
 
 _CODES = frozenset(ErrorCode)
 _encoder = msgspec.json.Encoder()
@@ -106,6 +123,8 @@ def encode_reply(reply: Reply) -> bytes:
             if reply.data is not None:
                 line["data"] = reply.data
             line.update(reply.extra)
+        case Queued():
+            line = {"type": "queue", "place": reply.place, "estimate_ms": reply.estimate_ms}
         case Started():
             line = {"status": "ok", "message": STREAM_STARTED}
         case Failed():
@@ -130,7 +149,10 @@ def decode_reply(line: bytes, *, streams: bool) -> Reply:
         fields = orjson.loads(line)
         request_id = None if fields.get("id") is None else _text(fields, "id")
         fields.pop("id", None)
-        if fields.pop("type", None) == "token":
+        kind = fields.pop("type", None)
+        if kind == "queue":
+            return Queued(int(fields["place"]), float(fields["estimate_ms"]), request_id)
+        if kind == "token":
             text = _text(fields, "token")
             if fields.pop("final", False):
                 return Final(text, _text(fields, "finish_reason", "stop"), fields, request_id)

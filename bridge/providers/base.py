@@ -7,9 +7,9 @@ from typing import Protocol
 
 from bridge import ipc
 
-Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize
-Progress = ipc.Accepted | ipc.Text
-Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized
+Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue | ipc.Park
+Progress = ipc.Accepted | ipc.Place | ipc.Text
+Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized | ipc.QueueListed | ipc.Parked
 
 
 class Asking:
@@ -48,6 +48,10 @@ class Provider(Protocol):
 
     async def run(self) -> str:
         """Serves ``ask`` and returns, when that is over, why."""
+        ...
+
+    async def park(self) -> None:
+        """Saves what is to outlive it, if anything is; for before ``stop``."""
         ...
 
     def stop(self) -> None:

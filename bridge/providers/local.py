@@ -18,10 +18,11 @@ from collections.abc import Callable
 import msgspec
 import trio
 
-from bridge import ipc
+from bridge import ipc, log
 from bridge.models.files import check_model_file
 from bridge.outbox import Outbox
 from bridge.providers.base import Answer, Ask, Asking, Progress
+from bridge.receipts import Totals
 from protocol.errors import BridgeError, ErrorCode
 
 _REAP_SECONDS = 2.0
@@ -45,12 +46,24 @@ class _Pending:
 
 
 class LocalProvider:
-    """``queue`` bounds the requests in the worker, waiting or running, ``queue_bytes`` the length of their prompts."""
+    """``queue`` bounds the requests in the worker, waiting or running, ``queue_bytes`` the length of their prompts.
+
+    What the worker computed is added to ``totals``, also for those that did not wait for their answer.
+    """
 
     def __init__(
-        self, name: str, backend: str, load: ipc.Load, *, queue: int, queue_bytes: int, load_seconds: float
+        self,
+        name: str,
+        backend: str,
+        load: ipc.Load,
+        *,
+        queue: int,
+        queue_bytes: int,
+        load_seconds: float,
+        totals: Totals,
     ) -> None:
         self._name = name
+        self._totals = totals
         self._backend = backend
         self._load = load
         self._queue = queue
@@ -61,6 +74,7 @@ class LocalProvider:
         self._last_rid = 0
         self._seconds_a_request = 1.0  # running average
         self._frames = ipc.FrameBuffer()
+        self._log = log.get().bind(model=name)
 
     info: ipc.ModelInfo
     load_ms: float
@@ -157,6 +171,11 @@ class LocalProvider:
             return f"sent what is no frame: {error}"
         return ""
 
+    async def park(self) -> None:
+        if self._load.cache_dir:
+            with contextlib.suppress(BridgeError):  # it died, and what it held with it
+                await self.ask(ipc.Park(0), Asking(lambda: None))
+
     def stop(self) -> None:
         """The worker ends when its input does."""
         with contextlib.suppress(OSError):  # it is being buried already
@@ -195,7 +214,7 @@ class LocalProvider:
 
     async def ask(self, request: Ask, asking: Asking, on_progress: Callable[[Progress], None] | None = None) -> Answer:
         size = _size(request)
-        self._admit(size)
+        self._admit(request, size)
         self._last_rid = rid = self._last_rid + 1
         pending = self._pending[rid] = _Pending(on_progress, size)
         self._waiting_bytes += size
@@ -216,9 +235,11 @@ class LocalProvider:
         assert pending.event is not None
         return pending.event
 
-    def _admit(self, size: int) -> None:
+    def _admit(self, request: Ask, size: int) -> None:
         if self._outbox.broken or self._home.fileno() < 0:
             raise self._crashed("has just died")
+        if isinstance(request, ipc.ListQueue | ipc.Park):
+            return  # they compute nothing, and a full queue is what one wants to look at
         if size > self._queue_bytes:
             message = f"The prompts have {size} characters; allowed: {self._queue_bytes}, as limits.queue_bytes says"
             raise BridgeError(ErrorCode.BAD_ARGUMENT, message)
@@ -232,11 +253,16 @@ class LocalProvider:
     def _on_frame(self, message: ipc.ToDaemon) -> None:
         assert isinstance(message, ipc.Step)
         for event in message.events:
+            if isinstance(event, ipc.Warning):
+                self._log.warning(event.message)
+                continue
+            if isinstance(event, ipc.Done | ipc.Embedded):
+                self._totals.add(event)
             pending = self._pending.get(event.rid)
             if pending is None:
                 continue  # nobody waits for it any more
             match event:
-                case ipc.Accepted() | ipc.Text():
+                case ipc.Accepted() | ipc.Place() | ipc.Text():
                     if pending.on_progress:
                         pending.on_progress(event)
                 case ipc.Refused():

@@ -16,11 +16,13 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import cast
 
 from bridge import ipc
 from bridge.worker.backend import Backend, LoadError
 from bridge.worker.engine import Engine
+from bridge.worker.store import Store
 
 
 def main() -> None:
@@ -42,7 +44,10 @@ def _serve() -> None:
     except LoadError as error:
         home.sendall(ipc.encode(ipc.LoadFailed(str(error))))
         return
-    engine = Engine(backend, has_mail=lambda: not inbox.empty())
+    store = None
+    if load.cache_dir:
+        store = Store(Path(load.cache_dir), backend.state_key, limit=load.cache_bytes, rewinds=backend.rewinds)
+    engine = Engine(backend, has_mail=lambda: not inbox.empty(), store=store)
     engines.append(engine)
     home.sendall(ipc.encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
     while True:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from bridge import ipc
 from bridge.worker.backend import Aborted, Backend, BackendError, Refusal, Sampled
-from bridge.worker.embedding import EmbedQueue
 from bridge.worker.cells import Cells
+from bridge.worker.embedding import EmbedQueue
 from bridge.worker.overview import Overview
 from bridge.worker.pace import Pace
 from bridge.worker.scheduler import Scheduled, Scheduler

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from bridge.worker.prefix import PrefixTree
 from bridge.worker.sequence import Sequence
 
-
 WORTH = 16  # tokens that a prefix must have for its copy to be quicker than computing it, with some to spare
 
 
