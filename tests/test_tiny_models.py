@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tiny_models import ARCHITECTURES, WINDOW, Architecture, tiny_model
+from tiny_models import ARCHITECTURES, WINDOW, Architecture, some_tokens, tiny_model
 
 from bridge import ipc
-from bridge.worker.backend import Batch, Sampled
+from bridge.worker.backend import Aborted, Batch, Sampled
 
 if TYPE_CHECKING:
     from bridge.worker.llama import LlamaBackend
@@ -88,6 +88,7 @@ def answers(llama: LlamaBackend, *prompts: str, chunk: int = N_BATCH, count: int
             one.append(last)
     for slot in range(len(prompts)):
         llama.close(slot)
+        llama.rewind(slot, 0)
     return sampled
 
 
@@ -133,6 +134,39 @@ def test_a_long_prompt_may_come_in_any_chunks_and_company(llama: LlamaBackend) -
             assert logprobs([another]) == pytest.approx(logprobs([one]), abs=0.05)
             if one.token != another.token:  # about equally likely
                 break
+
+
+def test_a_step_cut_short_harms_nobody_outside_of_it(llama: LlamaBackend, keeps_history: bool) -> None:
+    """A recurrent model's states lie in the order of their first use: here a bystander's between those of the step."""
+    more = some_tokens(5, seed=9)
+
+    def run(*slots: int, position: int, tokens: list[int]) -> list[Sampled]:
+        batch = Batch()
+        for slot in slots:
+            batch.add(slot, position, tokens, output=True)
+        return llama.decode(batch)
+
+    def bystander(*, abort: bool) -> tuple[Sampled, bool]:
+        """Also whether a step without it was cut short."""
+        for slot in (0, 2, 1):  # the order of their states
+            prompt = some_tokens(20, seed=slot)
+            llama.open(slot, GREEDY, prompt)
+            run(slot, position=0, tokens=prompt)
+        if abort:
+            llama.abort()
+        try:
+            run(0, 1, position=20, tokens=more)
+            cut_short = False
+        except Aborted:
+            cut_short = True
+        [sampled] = run(2, position=20, tokens=more)
+        for slot in range(3):
+            llama.close(slot)
+            llama.rewind(slot, 0)
+        return sampled, cut_short
+
+    undisturbed, _ = bystander(abort=False)
+    assert bystander(abort=True) == (undisturbed, keeps_history)
 
 
 def test_a_text_has_the_same_vector_alone_and_in_company(llama: LlamaBackend) -> None:

@@ -87,7 +87,7 @@ class Backend(Protocol):
         ...
 
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
-        """Gives the slot to a sequence, its cells being as they are. ``sampling`` names no token past the vocabulary."""
+        """Gives the slot to a sequence, with the cells it has. ``sampling`` names no token past the vocabulary."""
         ...
 
     def decode(self, batch: Batch) -> list[Sampled]:

@@ -9,6 +9,7 @@ from typing import Any
 import llama_cpp as C
 
 _LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_in_use: list[Any] = []  # llama.cpp has one log, and calls it also when the Log that was set is gone
 
 
 class Log:
@@ -18,6 +19,7 @@ class Log:
         self._errors: deque[str] = deque(maxlen=4)
         self._callback = C.llama_log_callback(self._on_line)
         C.llama_log_set(self._callback, ctypes.c_void_p(0))
+        _in_use.append(self._callback)
 
     def _on_line(self, level: int, text: bytes, _data: ctypes.c_void_p) -> None:
         if level == _LEVEL_ERROR:

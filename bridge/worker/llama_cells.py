@@ -36,8 +36,8 @@ class LlamaCells:
 
     @cached_property
     def _has_cells_only(self) -> bool:
-        """Not so for recurrent and hybrid models. To begin a batch llama.cpp may change the places of their states, also
-        of sequences that are not in it, and a batch that is aborted leaves them exchanged: so none is.
+        """Not so for recurrent and hybrid models. To begin a batch llama.cpp may change the places of their states,
+        also of sequences that are not in it, and a batch that is aborted leaves them exchanged: so none is.
         """
         return not (C.llama_model_is_recurrent(self._model) or C.llama_model_is_hybrid(self._model))
 

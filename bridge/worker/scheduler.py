@@ -6,9 +6,10 @@ The KV cache has ``n_parallel`` slots; a sequence holds one from its first batch
 batch of at most ``n_batch`` tokens, and a batch may mix sequences freely, so a new prompt joins while others decode and
 a finished sequence leaves without anyone waiting for it.
 
-A step has two halves. First ``admit`` lets in those whose turn it is (waiting.py) and says where each is to run and what
-it starts from (slots.py): a prompt whose beginning some slot holds is only computed from there. One whose beginning
-another prompt is just computing waits for that, so that what comes together and begins alike is computed once.
+A step has two halves. First ``admit`` lets in those whose turn it is (waiting.py) and says where each is to run and
+what it starts from (slots.py): a prompt whose beginning some slot holds is only computed from there. One whose
+beginning another prompt is just computing waits for that, so that what comes together and begins alike is computed
+once.
 
 Then ``schedule`` makes the batch. A sequence knows which of its tokens are not in the cache yet (sequence.py); a
 batch takes, in this order:

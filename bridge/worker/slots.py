@@ -1,7 +1,7 @@
 """The slots of the KV cache: who runs in which, what the others still hold, and where a prompt had best begin.
 
-A sequence that ends leaves its cells where they are. A prompt that begins like what a slot holds, running or not, starts
-from that instead of computing it again:
+A sequence that ends leaves its cells where they are. A prompt that begins like what a slot holds, running or not,
+starts from that instead of computing it again:
 
 - in place, where the slot is free and the prompt goes on with most of what is there: a conversation's next turn;
 - from a copy, where others run on it, or go on needing what else the slot holds;
