@@ -17,7 +17,7 @@ from bridge.lazy import LazyGroup
 from client import BridgeError, Client, RemoteProtocolError, Stream
 from client.results import Completion, ModelState
 from protocol.address import Address, Unix, parse_address
-from protocol.commands import Chat, Command, Infer, Load
+from protocol.commands import Chat, ChatStream, Command, Infer, InferStream, Load
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -187,6 +187,25 @@ def _print_models(models: list[ModelState]) -> None:
 @click.argument("model", required=False)
 @json_option
 @talks
+def queue(client: Client, model: str | None, as_json: bool) -> None:
+    """The requests that run and that wait, and how long they will likely take."""
+    requests = client.queue(model)
+    if as_json:
+        return _print_json(requests)
+    _print_table(
+        ("place", "client", "priority", "prompt", "cached", "answer", "waited", "likely"),
+        (
+            (r.place or "runs", f"{r.client}{' *' * r.mine}", r.priority, r.prompt_tokens, r.cached_tokens,
+             f"{r.completion_tokens} of {r.max_tokens}", f"{r.waited_ms / 1000:.1f} s", f"{r.estimate_ms / 1000:.1f} s")
+            for r in requests
+        ),
+    )  # fmt: skip
+
+
+@cli.command()
+@click.argument("model", required=False)
+@json_option
+@talks
 def show(client: Client, model: str | None, as_json: bool) -> None:
     """A model's metadata, options and chat template."""
     info = client.show(model)
@@ -265,10 +284,11 @@ def infer(
     client: Client, prompt: tuple[str, ...], pairs: tuple[str, ...], streamed: bool, as_json: bool, **named: Any
 ) -> None:
     """Complete a prompt; without one, the standard input."""
-    text, parameters = _text(prompt), _parameters(Infer, pairs, **named)
-    if streamed and not as_json:
+    text, streamed = _text(prompt), streamed and not as_json
+    parameters = _parameters(InferStream if streamed else Infer, pairs, **named)
+    if streamed:
         return _print_stream(client.stream(text, **parameters))
-    _print_completion(client.infer(text, **parameters), as_json)
+    _print_completions(client.infer_several(text, parameters.pop("n", 1), **parameters), as_json)
 
 
 @cli.command()
@@ -288,10 +308,11 @@ def chat(
     """Answer a user's message; without one, the standard input."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": _text(message)})
-    parameters = _parameters(Chat, pairs, **named)
-    if streamed and not as_json:
+    streamed = streamed and not as_json
+    parameters = _parameters(ChatStream if streamed else Chat, pairs, **named)
+    if streamed:
         return _print_stream(client.chat_stream(messages, **parameters))
-    _print_completion(client.chat(messages, **parameters), as_json)
+    _print_completions(client.chat_several(messages, parameters.pop("n", 1), **parameters), as_json)
 
 
 def _print_stream(stream: Stream) -> None:
@@ -305,11 +326,12 @@ def _print_stream(stream: Stream) -> None:
     _explain(stream.result)
 
 
-def _print_completion(completion: Completion, as_json: bool) -> None:
+def _print_completions(completions: list[Completion], as_json: bool) -> None:
     if as_json:
-        return _print_json(completion)
-    click.echo(completion.text)
-    _explain(completion)
+        return _print_json(completions if len(completions) > 1 else completions[0])
+    for completion in completions:
+        click.echo(completion.text)
+        _explain(completion)
 
 
 def _explain(completion: Completion | None) -> None:

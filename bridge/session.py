@@ -16,8 +16,9 @@ from functools import partial
 import trio
 
 from bridge import log
+from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
-from bridge.dispatch import INSTANT, LASTING, Call, Caller
+from bridge.dispatch import INSTANT, LASTING
 from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking

@@ -58,6 +58,11 @@ class AsyncStream:
         """None until the end, and after a failure."""
         return self._transcript.result
 
+    def on_place(self, tell: Callable[[int, float], object]) -> AsyncStream:
+        """Has ``tell`` told the place in the queue and the ms it will likely take. For ``queue_events=True``."""
+        self._transcript.on_place = tell
+        return self
+
     def __aiter__(self) -> AsyncStream:
         return self
 
@@ -153,10 +158,13 @@ class AsyncClient:
     load = _asks(calls.load)
     free = _asks(calls.free)
     models = _asks(calls.models)
+    queue = _asks(calls.queue)
     show = _asks(calls.show)
     infer = _asks(calls.infer)
+    infer_several = _asks(calls.infer_several)
     infer_multi = _asks(calls.infer_multi)
     chat = _asks(calls.chat)
+    chat_several = _asks(calls.chat_several)
     embed = _asks(calls.embed)
     tokenize = _asks(calls.tokenize)
     detokenize = _asks(calls.detokenize)

@@ -16,7 +16,18 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from client.results import Completion, Embeddings, Freed, Hello, Loaded, ModelInfo, ModelState, Status, read_as
+from client.results import (
+    Completion,
+    Embeddings,
+    Freed,
+    Hello,
+    Loaded,
+    ModelInfo,
+    ModelState,
+    QueuedRequest,
+    Status,
+    read_as,
+)
 from protocol import commands
 from protocol.commands import Command, Message
 from protocol.errors import RemoteProtocolError
@@ -94,6 +105,11 @@ def models() -> Call[list[ModelState]]:
     return Call(commands.Models(), lambda ok: read_as(list[ModelState], ok.data), repeatable=True)
 
 
+def queue(model: str | None = None) -> Call[list[QueuedRequest]]:
+    """The requests that run in the model, and then those that wait, in the order of their turns."""
+    return Call(commands.Queue(model=model), lambda ok: read_as(list[QueuedRequest], ok.data), repeatable=True)
+
+
 def show(model: str | None = None) -> Call[ModelInfo]:
     """A model's metadata, options and chat template."""
     return Call(commands.Show(model=model), lambda ok: read_as(ModelInfo, ok.data), repeatable=True)
@@ -104,12 +120,17 @@ def show(model: str | None = None) -> Call[ModelInfo]:
 
 def infer(prompt: str, **parameters: Any) -> Call[Completion]:
     """Completes the prompt. ``parameters`` are those of INFER, such as ``max_tokens`` and ``temperature``."""
-    return Call(_build(commands.Infer, prompt=prompt, **parameters), _completion)
+    return Call(_build(commands.Infer, prompt=prompt, **_of_one(parameters)), _completion)
+
+
+def infer_several(prompt: str, n: int, **parameters: Any) -> Call[list[Completion]]:
+    """``n`` completions of the prompt, which is computed once."""
+    return Call(_build(commands.Infer, prompt=prompt, n=n, **parameters), _several)
 
 
 def infer_multi(prompts: Sequence[str], **parameters: Any) -> Call[list[Completion]]:
     """Completes several prompts as one batch, with the same ``parameters``."""
-    return Call(_build(commands.InferMulti, prompts=list(prompts), **parameters), _completions)
+    return Call(_build(commands.InferMulti, prompts=list(prompts), **parameters), _multi)
 
 
 def chat(messages: Messages, **parameters: Any) -> Call[Completion]:
@@ -117,7 +138,12 @@ def chat(messages: Messages, **parameters: Any) -> Call[Completion]:
 
     ``parameters`` are those of INFER, and ``template``.
     """
-    return Call(_build(commands.Chat, messages=_messages(messages), **parameters), _completion)
+    return Call(_build(commands.Chat, messages=_messages(messages), **_of_one(parameters)), _completion)
+
+
+def chat_several(messages: Messages, n: int, **parameters: Any) -> Call[list[Completion]]:
+    """``n`` answers to the conversation, which is computed once."""
+    return Call(_build(commands.Chat, messages=_messages(messages), n=n, **parameters), _several)
 
 
 def stream(prompt: str, **parameters: Any) -> Command:
@@ -174,6 +200,12 @@ def _build(command: type[C], **fields: Any) -> C:
     return command(**fields)
 
 
+def _of_one(parameters: dict[str, Any]) -> dict[str, Any]:
+    if "n" in parameters:
+        raise TypeError("n: for several answers there are infer_several and chat_several")
+    return parameters
+
+
 def _messages(messages: Messages) -> list[Any]:
     return [Message(role="user", content=messages)] if isinstance(messages, str) else list(messages)
 
@@ -182,15 +214,24 @@ def _completion(ok: Ok) -> Completion:
     return read_as(Completion, {**ok.extra, "text": ok.data})
 
 
-def _completions(ok: Ok) -> list[Completion]:
+def _several(ok: Ok) -> list[Completion]:
+    """One alone comes as without n."""
+    return _completions(ok, ok.data) if isinstance(ok.data, list) else [_completion(ok)]
+
+
+def _multi(ok: Ok) -> list[Completion]:
     # The texts are a JSON list inside a string: so the Llambo bridge has it.
     try:
-        texts = read_as(list[str], orjson.loads(ok.data))
+        return _completions(ok, orjson.loads(ok.data))
     except (ValueError, TypeError):
         raise RemoteProtocolError("the answer to INFER_MULTI is not a list of texts") from None
+
+
+def _completions(ok: Ok, data: Any) -> list[Completion]:
+    texts = read_as(list[str], data)
     rest = read_as(list[dict[str, Any]], ok.extra.get("results", [{}] * len(texts)))
     if len(rest) != len(texts):
-        raise RemoteProtocolError(f"the answer to INFER_MULTI has {len(texts)} texts but {len(rest)} results")
+        raise RemoteProtocolError(f"an answer of {len(texts)} texts but {len(rest)} results")
     model = ok.extra.get("model", "")
     return [read_as(Completion, {"model": model, **one, "text": text}) for text, one in zip(texts, rest, strict=True)]
 

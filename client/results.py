@@ -48,6 +48,18 @@ class Embeddings(Struct, frozen=True, kw_only=True):
         return self.vectors[0]
 
 
+class Totals(Struct, frozen=True, kw_only=True):
+    """Sums over requests: tokens, and milliseconds of computing."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    computed_tokens: int = 0
+    discarded_tokens: int = 0
+    compute_ms: float = 0.0
+
+
 class ModelState(Struct, frozen=True, kw_only=True):
     """A model as the daemon sees it now. ``state``: loading, ready, restarting, resting or unloading."""
 
@@ -61,6 +73,24 @@ class ModelState(Struct, frozen=True, kw_only=True):
     restarts: int = 0
     n_ctx: int | None = None  # not known before it is loaded
     n_parallel: int | None = None
+    usage: Totals = Totals()
+
+
+class QueuedRequest(Struct, frozen=True, kw_only=True):
+    """A request that runs, or waits at ``place``. ``estimate_ms``: until it begins, or of one that runs, ends."""
+
+    state: str
+    client: int = 0
+    mine: bool = False
+    request: str | None = None
+    place: int = 0
+    priority: str = "normal"
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    max_tokens: int = 0
+    waited_ms: float = 0.0
+    estimate_ms: float = 0.0
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
@@ -84,7 +114,10 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class Status(Struct, frozen=True, kw_only=True):
-    """``message`` is the line for people; ``default`` the model that answers when none is named."""
+    """``message`` is the line for people; ``default`` the model that answers when none is named.
+
+    ``usage`` has the sums of what this connection was answered.
+    """
 
     message: str
     version: str = ""
@@ -94,6 +127,7 @@ class Status(Struct, frozen=True, kw_only=True):
     draining: bool = False
     default: str | None = None
     models: list[ModelState] = []
+    usage: Totals = Totals()
 
 
 class Hello(Struct, frozen=True, kw_only=True):

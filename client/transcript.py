@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from client.errors import error_of
 from client.results import Completion, read_as
 from protocol.errors import ErrorCode
-from protocol.replies import Failed, Final, Reply, Started, Token
+from protocol.replies import Failed, Final, Queued, Reply, Started, Token
 
 
 class Transcript:
-    """Gathers the replies of one stream. ``result`` is None until its last line has come, and after a failure."""
+    """Gathers the replies of one stream. ``result`` is None until its last line has come, and after a failure.
+
+    ``on_place`` is told the place in the queue, and the ms it will likely take, where ``queue_events`` asked for them.
+    """
 
     def __init__(self) -> None:
         self.result: Completion | None = None
+        self.on_place: Callable[[int, float], object] | None = None
         self._pieces: list[str] = []
         self._logprobs: list[Any] = []
 
@@ -29,6 +34,10 @@ class Transcript:
         """
         match reply:
             case Started():
+                return ""
+            case Queued():
+                if self.on_place:
+                    self.on_place(reply.place, reply.estimate_ms)
                 return ""
             case Token():
                 self._take(reply.text, reply.extra)

@@ -28,8 +28,10 @@ from protocol.commands import (
     InferMulti,
     InferStream,
     Load,
+    Message,
     Models,
     Ping,
+    Queue,
     Quit,
     Show,
     Status,
@@ -217,6 +219,8 @@ def answer(command: Command) -> Reply:
             return Ok("Model loaded: /models/tiny.gguf", None, {"version": "9.9", "models": [MODEL], "default": "tiny"})
         case Models():
             return Ok("1 models", [MODEL])
+        case Queue():
+            return Ok("1 running, 0 waiting", [{"state": "running", "client": 7, "mine": True, "unheard_of": 1}])
         case Show():
             return Ok("tiny", {"name": "tiny", "parameters": 7, "options": {"n_ctx": 512}, "unheard_of": [1]})
         case Load(path=path):
@@ -240,6 +244,9 @@ def _load(path: str) -> Reply:
 def _work(command: Command) -> Reply:
     extra: dict[str, Any] = {"finish_reason": "stop", **END}
     match command:
+        case Infer(prompt=prompt, n=n) | Chat(messages=[Message(content=prompt)], n=n) if n > 1:
+            results = [{"finish_reason": "length", "usage": {"prompt_tokens": 3}}] * n
+            return Ok("Inference completed", [prompt] * n, {"model": "tiny", "results": results})
         case Infer(prompt=prompt):
             return Ok("Inference completed", prompt, extra)
         case Chat(messages=messages):

@@ -337,7 +337,7 @@ class FakeBridge:
     """Answers on a Unix socket, word by word, and fails every request whose number is in ``fails``."""
 
     def __init__(self, *, fails: frozenset[int] = frozenset(), hangs_up: frozenset[int] = frozenset()) -> None:
-        self.asked: list[Infer] = []
+        self.asked: list[Infer | InferStream] = []
         self._fails = fails
         self._hangs_up = hangs_up
 
@@ -359,7 +359,7 @@ class FakeBridge:
                 replies = [Ok("pong", "pong")]
             case Tokenize(text=text):
                 replies = [Ok("Tokenized", list(range(len(text.split()))))]
-            case Infer() as infer:
+            case Infer() | InferStream() as infer:
                 replies = self._infer(infer)
             case other:
                 raise AssertionError(other)
@@ -367,7 +367,7 @@ class FakeBridge:
             yield connection.reply(exchange, reply)
             await trio.lowlevel.checkpoint()
 
-    def _infer(self, infer: Infer) -> list[Reply]:
+    def _infer(self, infer: Infer | InferStream) -> list[Reply]:
         self.asked.append(infer)
         if len(self.asked) in self._hangs_up:
             raise _HangUp

@@ -38,6 +38,7 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "help": lambda c: c.help(),
     "status": lambda c: c.status(),
     "models": lambda c: c.models(),
+    "queue": lambda c: c.queue(),
     "show": lambda c: c.show(),
     "tokenize": lambda c: c.tokenize("x"),
     "detokenize": lambda c: c.detokenize([120]),
@@ -45,14 +46,16 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "load": lambda c: c.load("x"),
     "free": lambda c: c.free(),
     "infer": lambda c: c.infer("x"),
+    "infer_several": lambda c: c.infer_several("x", 2),
     "infer_multi": lambda c: c.infer_multi(["x"]),
     "chat": lambda c: c.chat("x"),
+    "chat_several": lambda c: c.chat_several("x", 2),
     "cancel": lambda c: c.cancel(),
     "quit": lambda c: c.quit(),
     "stream": lambda c: list(c.stream("x")),
     "chat_stream": lambda c: list(c.chat_stream("x")),
 }
-REPEATABLE = ("ping", "hello", "help", "status", "models", "show", "tokenize", "detokenize", "embed")
+REPEATABLE = ("ping", "hello", "help", "status", "models", "queue", "show", "tokenize", "detokenize", "embed")
 
 
 # -- answers ---------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def say(backend: FakeBackend, prompt: str, count: int) -> bytes:
         tokens = [sampled.token]
         said += backend.piece(sampled.token)
     backend.close(0)
+    backend.rewind(0, 0)
     return said
 
 

@@ -46,14 +46,20 @@ REQUESTS: list[ipc.ToWorker] = [
     ipc.Tokenize(4, "text", True, False),
     ipc.Detokenize(5, [0, 49151]),
     ipc.Cancel(6),
+    ipc.ListQueue(7),
+    ipc.Park(8),
 ]
 EVENTS: list[ipc.Event] = [
     ipc.Accepted(1, 3),
+    ipc.Place(1, 2, 150.5),
     ipc.Text(1, " upon", [ENTRY]),
     ipc.Done(1, "", "deadline", ipc.Usage(3, 2, 1), TIMINGS, []),
     ipc.Embedded(3, [b"\x00\xff" * 4], 2, TIMINGS),
     ipc.Tokens(4, [1, 2]),
     ipc.Detokenized(5, "\ufffd"),
+    ipc.QueueListed(7, [ipc.Queued(0, 3, "a", "low", 5, 2, 1, 9, 0.5, 20.0)]),
+    ipc.Parked(8, 2),
+    ipc.Warning(0, "a damaged file"),
     ipc.Refused(2, "context_exceeded", "too long", {"n_prompt": 9, "n_ctx": 8}),
 ]
 ANSWERS: list[ipc.ToDaemon] = [ipc.Loaded(INFO, 12.5), ipc.LoadFailed("why"), ipc.Step(EVENTS)]

@@ -102,10 +102,10 @@ def test_the_engine_is_behind_one_door() -> None:
     assert who_imports("bridge.worker") <= inside("bridge.worker")  # the daemon starts a worker, it does not import one
 
 
-def test_only_dispatch_translates_between_wire_and_worker() -> None:
+def test_only_handlers_translate_between_wire_and_worker() -> None:
     # bridge.server loads the configured models at the start, as a LOAD would.
     both = who_imports("protocol.commands") & who_imports("bridge.ipc")
-    assert both <= {"bridge.dispatch", "bridge.server"}
+    assert both <= {"bridge.dispatch", "bridge.generation", "bridge.server"}
 
 
 @pytest.mark.parametrize("module", ["bridge.registry", "bridge.worker.scheduler"])

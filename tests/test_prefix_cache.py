@@ -183,9 +183,13 @@ def test_alone_means_bit_by_bit(tiny: Backend) -> None:
     def bits(done: ipc.Done) -> list[tuple[int, float]]:
         return [(entry["id"], entry["logprob"]) for entry in done.logprobs or []]
 
-    if not tiny.split:
-        pytest.skip("the unified cache refuses it")
     rig = Rig(tiny)
+    if not tiny.split:
+        rig.engine.handle(ipc.Generate(1, SYSTEM, GREEDY, 8, [], False, 0.0, deterministic=True))
+        [refused] = rig.engine.take_events()
+        assert isinstance(refused, ipc.Refused)
+        assert refused.code == "unsupported"
+        return
     by_itself = alone(rig)
     rig.run()
     crowd = Rig(tiny)

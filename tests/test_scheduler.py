@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import ipc
-from bridge.worker.scheduler import CHUNK, Scheduled, Scheduler
+from bridge.worker.pace import Pace
+from bridge.worker.scheduler import ALONE_CHUNK, CHUNK, Scheduled, Scheduler
 from bridge.worker.sequence import Sequence
+from bridge.worker.slots import Copy, Placement, Slots, Swap
 
 rids = itertools.count()
 
 
-def sequence(n_prompt: int, first: int = 0) -> Sequence:
-    request = ipc.Generate(next(rids), "", ipc.Sampling(), 1, [], False, 0.0)
+def sequence(n_prompt: int, first: int | None = None, **more: Any) -> Sequence:
+    """Its prompt is unlike all others, unless ``first`` says where it begins."""
+    rid = next(rids)
+    first = 1000 * rid if first is None else first
+    request = ipc.Generate(rid, "", ipc.Sampling(), 1, [], False, 0.0, **more)
     return Sequence(request, list(range(first, first + n_prompt)))
 
 
@@ -29,16 +35,30 @@ def advance(scheduled: Scheduled) -> None:
         one.tokens.append(len(one.tokens))
 
 
-def scheduler_with(*sequences: Sequence, n_parallel: int = 4, n_batch: int = 64) -> Scheduler:
-    scheduler = Scheduler(n_parallel, n_batch)
+def scheduler_with(
+    *sequences: Sequence, n_parallel: int = 4, n_batch: int = 64, rewinds: bool = True, pace: Pace | None = None
+) -> Scheduler:
+    if pace is None:  # decoding takes so long that a prompt is never cut for it
+        pace = Pace()
+        pace.step(1, 0, 1.0)
+        pace.step(1, 1, 1.0001)
+    scheduler = Scheduler(Slots(n_parallel, rewinds=rewinds), n_batch, pace)
     for one in sequences:
         scheduler.add(one)
     return scheduler
 
 
+def steps(scheduler: Scheduler) -> list[Scheduled]:
+    for one, placement in scheduler.admit():
+        one.cached = placement.cells
+    batches = scheduler.schedule()
+    for scheduled in batches:
+        advance(scheduled)
+    return batches
+
+
 def step(scheduler: Scheduler) -> Scheduled:
-    scheduled = scheduler.schedule()
-    advance(scheduled)
+    [scheduled] = steps(scheduler)
     return scheduled
 
 
@@ -48,18 +68,18 @@ def shares(scheduled: Scheduled) -> list[tuple[int, int]]:
 
 
 def test_nothing_to_do() -> None:
-    assert len(Scheduler(4, 64).schedule().batch) == 0
+    assert steps(scheduler_with()) == []
 
 
 def test_a_prompt_gives_its_first_token_then_one_a_step() -> None:
-    one = sequence(3)
+    one = sequence(3, 0)
     scheduler = scheduler_with(one)
     prefill = step(scheduler)
     assert (prefill.batch.tokens, prefill.batch.positions, prefill.batch.outputs) == ([0, 1, 2], [0, 1, 2], [2])
-    assert (prefill.admitted, prefill.sampled) == ([one], [one])
+    assert prefill.sampled == [one]
     decode = step(scheduler)
     assert (decode.batch.tokens, decode.batch.positions, decode.batch.outputs) == ([3], [3], [0])
-    assert (decode.admitted, decode.sampled) == ([], [one])
+    assert decode.sampled == [one]
 
 
 def test_a_prompt_of_one_token() -> None:
@@ -67,7 +87,7 @@ def test_a_prompt_of_one_token() -> None:
 
 
 def test_prompts_that_fit_share_a_batch_in_the_order_of_their_slots() -> None:
-    scheduled = step(scheduler_with(sequence(3), sequence(5, 100)))
+    scheduled = step(scheduler_with(sequence(3), sequence(5)))
     assert shares(scheduled) == [(0, 3), (1, 5)]
     assert scheduled.batch.positions == [0, 1, 2, 0, 1, 2, 3, 4]
     assert scheduled.batch.outputs == [2, 7]
@@ -132,30 +152,17 @@ def test_a_freed_slot_is_used_in_the_very_next_step() -> None:
     assert third.slot == 0
 
 
-def test_slots_are_given_out_lowest_first() -> None:
-    old = [sequence(2) for _ in range(4)]
-    scheduler = scheduler_with(*old)
-    step(scheduler)
-    for one in (old[2], old[0], old[3]):
-        scheduler.remove(one)
-    new = [sequence(2), sequence(2)]
-    for one in new:
-        scheduler.add(one)
-    assert shares(step(scheduler)) == [(0, 2), (1, 1), (2, 2)]
-    assert [one.slot for one in new] == [0, 2]
-
-
 def test_who_leaves_the_queue_leaves_no_trace() -> None:
     first, second, third = sequence(2), sequence(2), sequence(2)
     scheduler = scheduler_with(first, second, third, n_parallel=1)
     step(scheduler)
     scheduler.remove(second)
     scheduler.remove(first)
-    assert step(scheduler).admitted == [third]
+    assert step(scheduler).sampled == [third]
 
 
 def test_after_a_rewind_the_lost_tokens_are_computed_again() -> None:
-    one, other = sequence(3), sequence(3)
+    one, other = sequence(3, 0), sequence(3)
     scheduler = scheduler_with(one, other)
     step(scheduler)
     step(scheduler)
@@ -179,37 +186,186 @@ def test_running_streams_never_wait_for_prompts(n_batch: int) -> None:
         assert len(scheduled.batch) <= n_batch
 
 
-@given(st.data(), st.integers(1, 5), st.integers(0, 300))
-def test_any_series_of_requests(data: st.DataObject, n_parallel: int, more: int) -> None:
+# -- how much of a prompt --------------------------------------------------------------------------------------
+
+
+def timed(streams: int, step: float, token: float) -> Pace:
+    pace = Pace()
+    pace.step(streams, 0, step)
+    pace.step(0, 1000, 1000 * token)
+    return pace
+
+
+def test_a_long_prompt_gets_twice_the_time_of_the_streams_step() -> None:
+    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=timed(1, 0.020, 0.001))
+    step(scheduler)
+    scheduler.add(sequence(CHUNK + 60))
+    assert shares(step(scheduler)) == [(0, 1), (1, 40)]
+    assert shares(step(scheduler)) == [(0, 1), (1, 40)]
+    for _ in range(5):
+        assert shares(step(scheduler)) == [(0, 1), (1, 40)]  # also when what is left of it is short
+    assert shares(step(scheduler)) == [(0, 1), (1, CHUNK + 60 - 7 * 40)]
+
+
+def test_a_short_prompt_is_let_in_within_half_a_second() -> None:
+    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=timed(1, 0.020, 0.005))
+    step(scheduler)
+    scheduler.add(sequence(150))
+    assert shares(step(scheduler)) == [(0, 1), (1, 100)]
+    assert shares(step(scheduler)) == [(0, 1), (1, 50)]
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_one() -> None:
+    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=timed(1, 0.020, 0.001))
+    step(scheduler)
+    scheduler.add(sequence(CHUNK + 60))
+    scheduler.add(sequence(30))
+    assert shares(step(scheduler)) == [(0, 1), (1, 40), (2, 30)]
+
+
+def test_where_nobody_reads_a_prompt_gets_all() -> None:
+    scheduler = scheduler_with(sequence(CHUNK + 60), n_batch=2048, pace=timed(1, 0.020, 0.001))
+    assert shares(step(scheduler)) == [(0, CHUNK)]
+
+
+def test_a_step_that_was_never_timed_is_timed_first() -> None:
+    pace = Pace()
+    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=pace)
+    step(scheduler)
+    scheduler.add(sequence(30))
+    assert shares(step(scheduler)) == [(0, 1)]
+    pace.step(1, 0, 0.010)
+    assert shares(step(scheduler)) == [(0, 1), (1, 30)]
+
+
+# -- whose turn it is ------------------------------------------------------------------------------------------
+
+
+def admitted(scheduler: Scheduler) -> list[Sequence]:
+    return [one for one, _ in scheduler.admit()]
+
+
+def test_one_client_with_many_requests_does_not_starve_another() -> None:
+    many = [sequence(10, client=1) for _ in range(6)]
+    one = sequence(10, client=2)
+    scheduler = scheduler_with(*many, one, n_parallel=2)
+    assert admitted(scheduler) == [many[0], one]
+
+
+def test_what_was_computed_for_a_client_counts() -> None:
+    greedy, others = sequence(2, client=1), [sequence(2, client=2), sequence(2, client=1), sequence(2, client=2)]
+    scheduler = scheduler_with(greedy, others[0], n_parallel=1)
+    for _ in range(20):
+        step(scheduler)
+    for one in others[1:]:
+        scheduler.add(one)
+    scheduler.remove(greedy, keep=False)
+    assert list(scheduler.waiting.order()) == [others[0], others[2], others[1]]
+
+
+def test_priorities() -> None:
+    low, normal, high = (sequence(2, priority=name) for name in ("low", "normal", "high"))
+    scheduler = scheduler_with(low, normal, high, n_parallel=1)
+    assert list(scheduler.waiting.order()) == [high, normal, low]
+    assert admitted(scheduler) == [high]
+
+
+# -- prefixes --------------------------------------------------------------------------------------------------
+
+
+def test_what_begins_alike_waits_for_the_first_of_it() -> None:
+    first, second = sequence(100, 0), sequence(90, 0)
+    other = sequence(5)
+    scheduler = scheduler_with(first, second, other, n_batch=64)
+    assert shares(step(scheduler)) == [(0, 64)]
+    assert shares(step(scheduler)) == [(0, 36), (1, 5)]
+    assert second.slot < 0
+    assert [len(batch.batch) for batch in steps(scheduler)] == [1 + 1 + 1]
+    assert (second.cached, second.cells) == (89, 90)
+
+
+def test_a_slot_is_kept_free_for_who_waits_for_a_prompt() -> None:
+    scheduler = scheduler_with(sequence(100, 0), sequence(90, 0), sequence(5), n_batch=200, n_parallel=2)
+    assert shares(step(scheduler)) == [(0, 100)]
+    assert len(scheduler.waiting) == 2
+
+
+def test_who_waited_for_a_prompt_that_was_given_up_computes_it() -> None:
+    first, second = sequence(100, 0), sequence(90, 0)
+    scheduler = scheduler_with(first, second, n_batch=64)
+    step(scheduler)
+    scheduler.remove(first)
+    assert shares(step(scheduler)) == [(second.slot, 26)]
+    assert second.cached == 64
+
+
+def test_models_that_do_not_rewind_do_not_wait() -> None:
+    scheduler = scheduler_with(sequence(50, 0), sequence(40, 0), n_batch=200, rewinds=False)
+    assert shares(step(scheduler)) == [(0, 50), (1, 40)]
+
+
+def test_alone_is_in_batches_of_its_own_cut_at_the_same_places() -> None:
+    together, alone = sequence(30, 0), sequence(ALONE_CHUNK + 10, 0, deterministic=True)
+    scheduler = scheduler_with(together, alone, n_batch=2048)
+    assert [shares(batch) for batch in steps(scheduler)] == [[(0, 30)], [(1, ALONE_CHUNK)]]
+    assert alone.cached == 0
+    assert [shares(batch) for batch in steps(scheduler)] == [[(0, 1)], [(1, 10)]]
+    assert [shares(batch) for batch in steps(scheduler)] == [[(0, 1)], [(1, 1)]]
+
+
+@given(st.data(), st.integers(1, 5), st.integers(0, 300), st.booleans())
+def test_any_series_of_requests(data: st.DataObject, n_parallel: int, more: int, rewinds: bool) -> None:
+    """Every token of every sequence goes into its slot once, after those before it; nobody who can run stands still."""
     n_batch = n_parallel + more
-    scheduler = Scheduler(n_parallel, n_batch)
+    scheduler = scheduler_with(n_parallel=n_parallel, n_batch=n_batch, rewinds=rewinds)
     alive: list[Sequence] = []
-    computed: dict[int, list[int]] = defaultdict(list)  # by rid
-    for action in data.draw(st.lists(st.sampled_from(["add", "step", "step", "remove"]), max_size=40)):
+    cells: dict[int, list[int]] = defaultdict(list)  # by slot
+    for action in data.draw(st.lists(st.sampled_from(["add", "step", "step", "step", "remove"]), max_size=40)):
         if action == "add":
-            alive.append(sequence(data.draw(st.integers(1, 400)), first=len(alive) * 1000))
+            first = data.draw(st.sampled_from([0, 0, 5000, None]))
+            alive.append(
+                sequence(
+                    data.draw(st.integers(1, 400)),
+                    first,
+                    client=data.draw(st.integers(1, 3)),
+                    deterministic=data.draw(st.integers(0, 9)) == 0,
+                )
+            )
             scheduler.add(alive[-1])
         elif action == "remove" and alive:
             one = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
-            scheduler.remove(one)
-            assert computed[one.rid] == one.tokens[: one.cells]
+            slot = one.slot
+            if scheduler.remove(one):
+                cells[slot].clear()
         elif action == "step":
+            for one, placement in scheduler.admit():
+                _settle(cells, placement)
+                one.cached = placement.cells
             running = [one for one in alive if one.slot >= 0]
-            decoding = [one for one in running if one.to_compute == 1]
-            scheduled = scheduler.schedule()
-            batch = scheduled.batch
-            assert len(batch) <= n_batch
-            assert set(decoding) <= set(scheduled.sampled)
-            assert (len(batch) > 0) == bool(alive)
-            assert batch.slots == sorted(batch.slots)
-            holders = {one.slot: one for one in [*running, *scheduled.admitted]}
-            assert len(holders) == len(running) + len(scheduled.admitted) <= n_parallel
-            assert set(holders) <= set(range(n_parallel))
-            for slot, position, token in zip(batch.slots, batch.positions, batch.tokens, strict=True):
-                done = computed[holders[slot].rid]
-                assert position == len(done)
-                done.append(token)
-            advance(scheduled)
-    for one in alive:
-        assert computed[one.rid] == one.tokens[: one.cells]
-    assert list(scheduler) == sorted(alive, key=lambda one: (one.slot < 0, one.rid))
+            assert len({one.slot for one in running}) == len(running) <= n_parallel
+            assert {one.slot for one in running} <= set(range(n_parallel))
+            for one in running:
+                assert cells[one.slot] == one.tokens[: one.cells]
+            batches = scheduler.schedule()
+            assert bool(batches) == bool(alive)
+            computed = {one.rid for scheduled in batches for one in scheduled.sampled}
+            assert computed >= {one.rid for one in running if one.to_compute == 1}
+            for scheduled in batches:
+                batch = scheduled.batch
+                assert 0 < len(batch) <= n_batch
+                assert batch.slots == sorted(batch.slots)
+                for slot, position, token in zip(batch.slots, batch.positions, batch.tokens, strict=True):
+                    assert position == len(cells[slot])
+                    cells[slot].append(token)
+                advance(scheduled)
+
+
+def _settle(cells: dict[int, list[int]], placement: Placement) -> None:
+    for move in placement.moves:
+        match move:
+            case Copy(source, target):
+                cells[target] = list(cells[source])
+            case Swap(one, other):
+                cells[one], cells[other] = cells[other], cells[one]
+    del cells[placement.slot][placement.cells :]
+    assert len(cells[placement.slot]) == placement.cells

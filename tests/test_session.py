@@ -12,10 +12,12 @@ import trio
 import trio.testing
 from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually
 
-from bridge import dispatch, ipc
+from bridge import dispatch, generation, ipc
+from bridge.call import Call
 from bridge.config import Limits
 from bridge.daemon import Peer
 from bridge.providers.base import Asking
+from bridge.receipts import Totals
 from protocol.commands import LoadOptions, Ping, Show
 from protocol.errors import BridgeError, ErrorCode
 
@@ -230,12 +232,12 @@ async def test_cancel_of_several_prompts_before_any_was_asked() -> None:
             raise AssertionError
 
     asking = Asking(lambda: None)
-    call: Any = dispatch.Call(None, Peer(1), 0.0, asking, print)  # type: ignore[arg-type]
+    call: Any = Call(None, Peer(1), Totals(), None, 0.0, asking, print)  # type: ignore[arg-type]
     error: list[BridgeError] = []
 
     async def ask() -> None:
         try:
-            await dispatch._ask_all(call, Never(), [None, None])  # type: ignore[arg-type, list-item]
+            await generation._ask_all(call, Never(), [None, None])  # type: ignore[arg-type, list-item]
         except BridgeError as refused:
             error.append(refused)
 

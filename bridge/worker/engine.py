@@ -90,6 +90,8 @@ class Engine:
     def _add(self, request: ipc.Generate) -> None:
         if "infer" not in self._backend.info.capabilities:
             raise Refusal("unsupported", "This model makes embeddings only")
+        if request.deterministic and not self._backend.split:
+            raise Refusal("unsupported", "deterministic: not in a unified KV cache; LOAD the model without kv_unified")
         prompt = self._prompt(request)
         if len(prompt) >= self._n_ctx:
             raise _context_exceeded(len(prompt), self._n_ctx)

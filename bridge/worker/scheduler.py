@@ -113,12 +113,11 @@ class Scheduler:
     def admit(self) -> list[tuple[Sequence, Placement]]:
         """Those that begin now, with their slots. What they start from is to be made true before ``schedule``."""
         admitted: list[tuple[Sequence, Placement]] = []
-        room = self._room()[0] - sum(sequence.to_compute for sequence in self.running if self._is_prompt(sequence))
         free = self._slots.free
-        if not self.waiting or not free or room <= 0:
+        if not self.waiting or not free:
             return admitted
         for sequence in self.waiting.order():
-            if free <= 0 or room <= 0:
+            if free <= 0 or self._prompt_parts()[1] <= 0:
                 break
             free -= 1  # also for one that waits for another's prompt: its slot must be there when that is computed
             if not sequence.alone and self._is_being_computed(sequence.tokens):
@@ -128,7 +127,6 @@ class Scheduler:
             self.running.append(sequence)
             sequence.cells = placement.cells
             self.waiting.charge(sequence.client, sequence.to_compute)
-            room -= sequence.to_compute
             admitted.append((sequence, placement))
         return admitted
 
@@ -144,15 +142,7 @@ class Scheduler:
         streams = [sequence for sequence, _ in parts if sequence.n_picked]
         for sequence in streams:
             self.waiting.charge(sequence.client, 1)
-        room, for_long = self._room()
-        for sequence in sorted(filter(self._is_prompt, self.running), key=lambda one: one.priority):
-            count = min(room, sequence.to_compute)
-            if sequence.n_prompt - sequence.cached > CHUNK:
-                count = min(count, for_long)
-                for_long -= count
-            if count:
-                parts.append((sequence, count))
-                room -= count
+        parts += self._prompt_parts()[0]
         batches = [Scheduled(parts, streams=len(streams))] if parts else []
         return batches + [self._alone(sequence) for sequence in self.running if sequence.alone]
 
@@ -162,9 +152,20 @@ class Scheduler:
             self.waiting.charge(sequence.client, 1)
         return Scheduled([(sequence, count)], streams=0, alone=True)
 
-    @staticmethod
-    def _is_prompt(sequence: Sequence) -> bool:
-        return sequence.to_compute > 1 and not sequence.alone
+    def _prompt_parts(self) -> tuple[list[tuple[Sequence, int]], int]:
+        """What the next batch takes of the prompts that run, and the room that is left then."""
+        room, for_long = self._room()
+        parts = []
+        prompts = [sequence for sequence in self.running if sequence.to_compute > 1 and not sequence.alone]
+        for sequence in sorted(prompts, key=lambda one: one.priority):
+            count = min(room, sequence.to_compute)
+            if sequence.n_prompt - sequence.cached > CHUNK:
+                count = min(count, for_long)
+                for_long -= count
+            if count:
+                parts.append((sequence, count))
+                room -= count
+        return parts, room
 
     def _room(self) -> tuple[int, int]:
         """Tokens of prompts that the next batch may have, and how many of them of long ones."""
