@@ -125,7 +125,7 @@ class Scheduler:
             placement = self._slots.place(sequence, None if sequence.alone else self._saved(sequence.tokens))
             self.waiting.admit(sequence)
             self.running.append(sequence)
-            sequence.cells = placement.cells
+            sequence.cells = sequence.cached = placement.cells
             self.waiting.charge(sequence.client, sequence.to_compute)
             admitted.append((sequence, placement))
         return admitted
