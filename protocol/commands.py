@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 Id = Annotated[str, Meta(min_length=1, max_length=64)]
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\s/\\]+$")]
@@ -18,6 +18,10 @@ Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+UpTo100 = Annotated[float, Meta(ge=0, le=100)]
+LastN = Annotated[int, Meta(ge=0, le=65_536)]
+Breaker = Annotated[str, Meta(min_length=1, max_length=24)]
+DRY_BREAKERS = ("\n", ":", '"', "*")
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
 
@@ -149,21 +153,36 @@ class Generation(Command, frozen=True):
     """Which model generates, how tokens are picked, and when it ends.
 
     The defaults of temperature and top_p are the Llambo bridge's, the others llama.cpp's. ``temperature=0`` is
-    greedy. ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch these off. ``logprobs=n`` asks for
+    greedy. ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch these off; ``typical_p``,
+    ``top_n_sigma``, XTC, DRY, the dynamic temperature and mirostat are off by default. ``logprobs=n`` asks for
     the n likeliest tokens at each place beside the picked one. ``ignore_eos`` never lets the model end by itself.
     ``deadline_ms`` counts from when the line was read. ``deterministic`` computes the answer apart from all others.
     """
 
     model: Name | None = None
     max_tokens: Count = 256
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.8
+    temperature: UpTo100 = 0.8
+    dynatemp_range: UpTo100 = 0.0
+    dynatemp_exponent: UpTo100 = 1.0
     top_k: Annotated[int, Meta(ge=0, le=1_048_576)] = 40
     top_p: Probability = 0.9
     min_p: Probability = 0.05
+    typical_p: Probability = 1.0
+    top_n_sigma: UpTo100 = 0.0
+    xtc_probability: Probability = 0.0
+    xtc_threshold: Probability = 0.1
     repeat_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
-    repeat_last_n: Annotated[int, Meta(ge=0, le=65_536)] = 64
+    repeat_last_n: LastN = 64
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
+    dry_multiplier: UpTo100 = 0.0
+    dry_base: Annotated[float, Meta(ge=1, le=100)] = 1.75
+    dry_allowed_length: Annotated[int, Meta(ge=0, le=1024)] = 2
+    dry_penalty_last_n: LastN = 64
+    dry_sequence_breakers: Annotated[list[Breaker], Meta(max_length=8)] = field(default_factory=lambda: [*DRY_BREAKERS])
+    mirostat: Literal[0, 1, 2] = 0
+    mirostat_tau: UpTo100 = 5.0
+    mirostat_eta: Probability = 0.1
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=16)] = []
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-1000, le=1000)]], Meta(max_length=1024)] = {}

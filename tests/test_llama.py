@@ -316,6 +316,20 @@ def test_a_bias_bans_a_token_and_forces_another(llama: LlamaBackend) -> None:
     assert done.text == " cat cat cat"
 
 
+def test_the_short_way_of_the_greedy_leads_where_the_long_one_does(llama: LlamaBackend) -> None:
+    """A bias of nothing makes them take llama.cpp's samplers."""
+    short = answers(llama, *PROMPTS)
+    long = answers(llama, *PROMPTS, sampling=ipc.Sampling(temperature=0.0, logprobs=1, logit_bias={5: 0.0}))
+    assert [(one.text, one.logprobs) for one in short] == [(one.text, one.logprobs) for one in long]
+
+
+def test_dry_makes_it_go_on_otherwise(llama: LlamaBackend) -> None:
+    [plain] = answers(llama, CATS, max_tokens=12)
+    [dry] = answers(llama, CATS, sampling=ipc.Sampling(temperature=0.0, dry_multiplier=5.0), max_tokens=12)
+    assert plain.text.startswith(" sat on the mat")
+    assert "sat on the mat" not in dry.text
+
+
 def test_penalties_make_it_repeat_itself_less(llama: LlamaBackend) -> None:
     rig = Rig(llama)
 
@@ -338,6 +352,15 @@ EXTREMES: list[dict[str, Any]] = [
     {"top_p": 0.0, "min_p": 1.0, "top_k": 1_048_576, "logprobs": 20},
     {"logit_bias": dict.fromkeys(range(1024), -1000.0)},
     {"logit_bias": {49_151: 1000.0}, "temperature": 1e-38, "ignore_eos": True, "logprobs": 0},
+    {"dynatemp_range": 100.0, "dynatemp_exponent": 100.0, "temperature": 1e-38, "top_k": 0, "xtc_probability": 1.0},
+    {"dynatemp_range": 1e-45, "dynatemp_exponent": 0.0, "xtc_probability": 1.0, "xtc_threshold": 0.0},
+    {"typical_p": 0.0, "top_n_sigma": 1e-45, "logit_bias": dict.fromkeys(range(1024), -1000.0)},
+    {"dry_multiplier": 100.0, "dry_base": 100.0, "dry_allowed_length": 0, "dry_penalty_last_n": 65_536},
+    {"dry_multiplier": 1e-45, "dry_base": 1.0, "dry_penalty_last_n": 1, "dry_sequence_breakers": ("e" * 24,) * 8},
+    {"mirostat": 1, "mirostat_tau": 0.0, "mirostat_eta": 1.0, "temperature": 1e-45},
+    {"mirostat": 1, "mirostat_tau": 100.0, "mirostat_eta": 1.0, "temperature": 100.0, "ignore_eos": True},
+    {"mirostat": 2, "mirostat_tau": 0.0, "mirostat_eta": 1.0, "temperature": 1e-45, "ignore_eos": True},
+    {"mirostat": 2, "mirostat_tau": 100.0, "mirostat_eta": 0.0, "temperature": 100.0},
 ]
 
 

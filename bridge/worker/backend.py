@@ -86,8 +86,12 @@ class Backend(Protocol):
         """A conversation's prompt, without a BOS that ``tokenize`` adds. Raises Refusal (template_error, not_found)."""
         ...
 
+    def check(self, sampling: ipc.Sampling) -> None:
+        """Whether ``open`` can do that. Raises Refusal."""
+        ...
+
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
-        """Gives the slot to a sequence, with the cells it has. ``sampling`` names no token past the vocabulary."""
+        """Gives the slot to a sequence, with the cells it has. ``sampling`` passed ``check``."""
         ...
 
     def decode(self, batch: Batch) -> list[Sampled]:

@@ -99,6 +99,7 @@ class Engine:
         if past := [token for token in request.sampling.logit_bias if not 0 <= token < n_vocab]:
             message = f"logit_bias: no token {past[0]} in this model; allowed: 0 to {n_vocab - 1}"
             raise Refusal("bad_argument", message)
+        self._backend.check(request.sampling)
         sequence = Sequence(request, prompt)
         self._sequences[sequence.rid] = sequence
         self._scheduler.add(sequence)

@@ -97,6 +97,9 @@ class FakeBackend:
 
     # -- generation --------------------------------------------------------------------------------------------
 
+    def check(self, sampling: ipc.Sampling) -> None:
+        """It may ask for anything: all of it is ignored but logprobs."""
+
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
         assert slot not in self._prompts, f"slot {slot} is in use"
         self._prompts[slot] = list(prompt)

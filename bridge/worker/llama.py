@@ -25,7 +25,7 @@ from bridge.worker.llama_cells import LlamaCells
 from bridge.worker.llama_chat import Chat
 from bridge.worker.llama_embed import Embedder
 from bridge.worker.llama_options import DEFAULT_N_CTX, context_params, model_params, resolve
-from bridge.worker.llama_sampling import Sampler
+from bridge.worker.llama_sampling import Samplers
 from bridge.worker.llama_vocab import Vocab
 
 _MAX_CELLS = 2**31 - 1  # llama.cpp counts them in 32 bits, and takes what wraps around to 0 for "as the model says"
@@ -41,7 +41,7 @@ class LlamaBackend(LlamaCells):
         self._model = self._load_model(load.path)
         self._vocab = Vocab(self._model)
         self._chat = Chat(self._vocab, self._meta("tokenizer.chat_template"))
-        self._samplers: dict[int, Sampler] = {}
+        self._samplers = Samplers(self._vocab)
         self._abort = AbortFlag()
         self._embedder: Embedder | None = None
         self._can_generate = self._meta("attention.causal", architecture=True) != "false"
@@ -149,8 +149,11 @@ class LlamaBackend(LlamaCells):
 
     # -- generation --------------------------------------------------------------------------------------------
 
+    def check(self, sampling: ipc.Sampling) -> None:
+        self._samplers.check(sampling)
+
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
-        self._samplers[slot] = Sampler(self._vocab, sampling, prompt)
+        self._samplers.open(slot, sampling, prompt)
 
     def decode(self, batch: Batch) -> list[Sampled]:
         code = C.llama_decode(
@@ -162,13 +165,13 @@ class LlamaBackend(LlamaCells):
             raise Aborted
         if code != 0:
             raise BackendError(self._log.why(f"llama_decode returned {code}"))
-        return [self._samplers[batch.slots[index]].sample(self._context, index) for index in batch.outputs]
+        return self._samplers.sample_all(self._context, batch)
 
     def abort(self) -> None:
         self._abort.set(True)
 
     def close(self, slot: int) -> None:
-        self._samplers.pop(slot).close()
+        self._samplers.close(slot)
 
     # -- embeddings --------------------------------------------------------------------------------------------
 

@@ -1,80 +1,78 @@
-"""How a sequence's next token is picked, and how likely the model held it."""
+"""How the next tokens are picked, and how likely the model held them.
+
+A sequence that is greedy and nothing else takes the highest of its logits, for which llama.cpp's samplers would copy
+the whole vocabulary; any other has a chain of them (``llama_chain``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp as C
 import numpy as np
 
 from bridge import ipc
-from bridge.worker.backend import Sampled
+from bridge.worker.backend import Batch, Refusal, Sampled
+from bridge.worker.llama_chain import Chains
 from bridge.worker.llama_vocab import Vocab
 
 
-class Sampler:
-    """One sequence's chain of llama.cpp's samplers. ``close`` gives its memory back."""
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """One sequence's. ``chain`` is None for the plain greedy."""
 
-    def __init__(self, vocab: Vocab, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
+    chain: Any | None
+    logprobs: int | None
+
+
+class Samplers:
+    """Those of all sequences, by slot."""
+
+    def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
-        self._logprobs = sampling.logprobs
-        self._chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
-        for sampler in _chain(vocab, sampling):
-            C.llama_sampler_chain_add(self._chain, sampler)
-        if _penalizes(sampling):
-            for token in prompt[-sampling.repeat_last_n :]:
-                C.llama_sampler_accept(self._chain, token)
+        self._chains = Chains(vocab)
+        self._samplers: dict[int, _Sampler] = {}
 
-    def sample(self, context: Any, index: int) -> Sampled:
-        """From the logits of the batch's token at ``index``."""
-        token = C.llama_sampler_sample(self._chain, context, index)
-        if self._logprobs is None:
+    def check(self, sampling: ipc.Sampling) -> None:
+        """Raises Refusal (bad_argument) for what ``open`` could not do."""
+        if any("\0" in breaker for breaker in sampling.dry_sequence_breakers):
+            raise Refusal("bad_argument", "dry_sequence_breakers: one has a NUL; allowed: strings without it")
+
+    def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
+        """Of what ``check`` let pass. The slot has none."""
+        self._samplers[slot] = _Sampler(self._chains.make(sampling, prompt), sampling.logprobs)
+
+    def close(self, slot: int) -> None:
+        sampler = self._samplers.pop(slot)
+        if sampler.chain:
+            C.llama_sampler_free(sampler.chain)
+
+    def sample_all(self, context: Any, batch: Batch) -> list[Sampled]:
+        """A token for each output of the batch just decoded, in their order."""
+        samplers = [self._samplers[batch.slots[index]] for index in batch.outputs]
+        if not samplers:
+            return []
+        logits = _logits(context, len(samplers), self._vocab.n_tokens)
+        return [
+            self._sample(sampler, context, index, row)
+            for sampler, index, row in zip(samplers, batch.outputs, logits, strict=True)
+        ]
+
+    def _sample(self, sampler: _Sampler, context: Any, index: int, logits: Any) -> Sampled:
+        """``logits`` are those of the batch's token at ``index``."""
+        token = C.llama_sampler_sample(sampler.chain, context, index) if sampler.chain else int(logits.argmax())
+        if sampler.logprobs is None:
             return Sampled(token)
-        logits = np.ctypeslib.as_array(C.llama_get_logits_ith(context, index), (self._vocab.n_tokens,))
-        return Sampled(token, _explain(self._vocab, logits, token, self._logprobs))
-
-    def close(self) -> None:
-        C.llama_sampler_free(self._chain)
+        return Sampled(token, _explain(self._vocab, logits, token, sampler.logprobs))
 
 
-def _chain(vocab: Vocab, sampling: ipc.Sampling) -> Iterator[Any]:
-    """llama.cpp's order: what changes the logits, what cuts the candidates, the temperature, the draw."""
-    bias = dict(sampling.logit_bias)
-    if sampling.ignore_eos:
-        bias.update(dict.fromkeys(vocab.end_tokens, float("-inf")))
-    if bias:
-        entries = (C.llama_logit_bias * len(bias))(*bias.items())
-        yield C.llama_sampler_init_logit_bias(vocab.n_tokens, len(bias), entries)
-    if _penalizes(sampling):
-        yield C.llama_sampler_init_penalties(
-            vocab.n_tokens,
-            sampling.repeat_last_n,
-            sampling.repeat_penalty,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
-        )
-    if sampling.temperature == 0:
-        yield C.llama_sampler_init_greedy()
-        return
-    if sampling.top_k:
-        yield C.llama_sampler_init_top_k(sampling.top_k)
-    if sampling.top_p < 1:
-        yield C.llama_sampler_init_top_p(sampling.top_p, 1)
-    if sampling.min_p > 0:
-        yield C.llama_sampler_init_min_p(sampling.min_p, 1)
-    yield C.llama_sampler_init_temp(sampling.temperature)
-    yield C.llama_sampler_init_dist(_seed(sampling.seed))
-
-
-def _seed(seed: int | None) -> int:
-    """llama.cpp takes its highest seed as the wish for a random one; a client that names it wants that one."""
-    return int(C.LLAMA_DEFAULT_SEED) if seed is None else min(seed, C.LLAMA_DEFAULT_SEED - 1)
-
-
-def _penalizes(sampling: ipc.Sampling) -> bool:
-    changed = sampling.repeat_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
-    return changed and sampling.repeat_last_n > 0
+def _logits(context: Any, n_outputs: int, n_tokens: int) -> Any:
+    """A row for each output, in the order of the batch. They are llama.cpp's own, until it decodes again."""
+    address = ctypes.addressof(C.llama_get_logits(context).contents)
+    return np.ctypeslib.as_array((ctypes.c_float * n_tokens * n_outputs).from_address(address))
 
 
 def _explain(vocab: Vocab, logits: Any, token: int, top: int) -> dict[str, Any]:

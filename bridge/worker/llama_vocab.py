@@ -13,18 +13,18 @@ from bridge.worker.backend import BackendError
 
 class Vocab:
     def __init__(self, model: Any) -> None:
-        self._vocab = C.llama_model_get_vocab(model)
+        self.pointer = C.llama_model_get_vocab(model)
         self._pieces: dict[int, bytes] = {}
-        self.n_tokens: int = C.llama_vocab_n_tokens(self._vocab)
-        self.bos: int = C.llama_vocab_bos(self._vocab)  # negative: there is none
-        self.eos: int = C.llama_vocab_eos(self._vocab)
-        self.adds_bos: bool = C.llama_vocab_get_add_bos(self._vocab)
+        self.n_tokens: int = C.llama_vocab_n_tokens(self.pointer)
+        self.bos: int = C.llama_vocab_bos(self.pointer)  # negative: there is none
+        self.eos: int = C.llama_vocab_eos(self.pointer)
+        self.adds_bos: bool = C.llama_vocab_get_add_bos(self.pointer)
 
     def tokenize(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
         data = text.encode()
         room = len(data) + 8
         tokens = (ctypes.c_int32 * room)()
-        count = C.llama_tokenize(self._vocab, data, len(data), tokens, room, special, parse_special)
+        count = C.llama_tokenize(self.pointer, data, len(data), tokens, room, special, parse_special)
         if count < 0:
             raise BackendError(f"llama_tokenize wants room for {-count} tokens of {len(data)} bytes")
         return tokens[:count]
@@ -44,17 +44,24 @@ class Vocab:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = C.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            count = C.llama_token_to_piece(self.pointer, token, buffer, size, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
 
     def is_end(self, token: int) -> bool:
-        return bool(C.llama_vocab_is_eog(self._vocab, token))
+        return bool(C.llama_vocab_is_eog(self.pointer, token))
 
     @cached_property
     def end_tokens(self) -> list[int]:
         return [token for token in range(self.n_tokens) if self.is_end(token)]
+
+    @cached_property
+    def suppressed(self) -> list[int]:
+        """Tokens that the model's file says are never to be picked."""
+        count = ctypes.c_int32()
+        tokens = C.llama_vocab_get_suppress_tokens(self.pointer, ctypes.byref(count))
+        return list(tokens[: count.value]) if count.value else []
 
     @cached_property
     def longest_piece(self) -> int:
