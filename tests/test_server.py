@@ -182,11 +182,22 @@ async def test_who_does_not_end_is_cut_off_after_the_budget() -> None:
             assert await place.exited() == 1
 
 
+async def workers_of(place: Spawned) -> list[int]:
+    """Process ids, as soon as there are any."""
+    children = trio.Path(f"/proc/{place.process.pid}/task/{place.process.pid}/children")
+    workers: list[int] = []
+
+    async def look() -> bool:
+        workers[:] = [int(pid) for pid in (await children.read_text()).split()]
+        return bool(workers)
+
+    await eventually(look)
+    return workers
+
+
 async def test_a_signal_while_a_model_loads() -> None:
     with spawned("--load", "echo?load_ms=60000") as place:
-        children = trio.Path(f"/proc/{place.process.pid}/task/{place.process.pid}/children")
-        workers = [int(pid) for pid in (await children.read_text()).split()]
-        assert len(workers) == 1
+        workers = await workers_of(place)
         place.signal(signal.SIGTERM)
         assert await place.exited() == 0
         await until_gone(*workers)
@@ -198,9 +209,7 @@ async def test_a_signal_while_a_model_loads() -> None:
 )
 async def test_no_worker_survives_a_daemon_that_is_killed(model: str, prompt: str) -> None:
     with spawned("--load", model) as place:
-        children = trio.Path(f"/proc/{place.process.pid}/task/{place.process.pid}/children")
-        workers = [int(pid) for pid in (await children.read_text()).split()]
-        assert len(workers) == 1
+        workers = await workers_of(place)
         if prompt:
             await place.until_ready()
             async with await place.unix() as wire:

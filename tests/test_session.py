@@ -141,10 +141,11 @@ async def test_errors_carry_the_id() -> None:
 
 
 async def test_cancel_by_id() -> None:
-    async with daemon(SLOW) as place, await place.unix() as wire:
+    async with daemon(SLOW) as place, await place.unix() as wire, await place.unix() as watch:
         await wire.send(f"INFER_STREAM id=a {LONG} a")
         await wire.send(f"INFER id=b {LONG} b")
-        await place.until(lambda models: busy(models) == 2)
+        while sum(one["completion_tokens"] > 0 for one in (await watch.ask("QUEUE"))["data"]) < 2:
+            pass
         await wire.send("CANCEL b")
         seen: dict[str, Line] = {}
         while len(seen) < 2:
