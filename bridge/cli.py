@@ -346,11 +346,12 @@ def _explain(completion: Completion | None) -> None:
 @cli.command()
 @click.argument("text", nargs=-1)
 @click.option("-m", "--model", help="Which model; otherwise the default one.")
+@click.option("--dimensions", type=int, help="Only the first so many components, of length 1 again.")
 @json_option
 @talks
-def embed(client: Client, text: tuple[str, ...], model: str | None, as_json: bool) -> None:
+def embed(client: Client, text: tuple[str, ...], model: str | None, dimensions: int | None, as_json: bool) -> None:
     """The vector of a text; without one, of the standard input."""
-    embeddings = client.embed(_text(text), model=model)
+    embeddings = client.embed(_text(text), model=model, dimensions=dimensions)
     _print_json(embeddings) if as_json else click.echo(" ".join(f"{value:.9g}" for value in embeddings.vector))
 
 

@@ -127,7 +127,7 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
     texts = [command.text] if isinstance(command.text, str) else command.text
     for text in texts:
         _refuse_long(text)
-    name, answer = await _ask(call, command.model, ipc.Embed(0, texts, call.received))
+    name, answer = await _ask(call, command.model, ipc.Embed(0, texts, call.received, command.dimensions))
     assert isinstance(answer, ipc.Embedded)
     call.totals.add(answer)
     encode = _as_base64 if command.encoding == "base64" else _as_floats

@@ -111,9 +111,12 @@ class Generate(Struct, frozen=True, array_like=True, tag="generate"):
 
 
 class Embed(Struct, frozen=True, array_like=True, tag="embed"):
+    """``dimensions`` is how many components of each vector are wanted, all if None."""
+
     rid: int
     texts: list[str]
     received: float
+    dimensions: int | None = None
 
 
 class Tokenize(Struct, frozen=True, array_like=True, tag="tokenize"):
@@ -228,7 +231,7 @@ class Done(Struct, frozen=True, array_like=True, tag="done"):
 
 
 class Embedded(Struct, frozen=True, array_like=True, tag="embedded"):
-    """``vectors`` are little-endian float32, L2-normalised, n_embd each."""
+    """``vectors`` are little-endian float32, L2-normalised."""
 
     rid: int
     vectors: list[bytes]

@@ -163,6 +163,7 @@ def embed(text: str | Sequence[str], **parameters: Any) -> Call[Embeddings]:
     """The vector of a text, or those of several.
 
     They travel as base64 unless ``encoding="float"`` is given: a third of the bytes, and the same float32 values.
+    ``dimensions=n`` cuts them to their first n components, of length 1 again.
     """
     texts = text if isinstance(text, str) else list(text)
     command = _build(commands.Embed, text=texts, **{"encoding": "base64", **parameters})

@@ -269,11 +269,12 @@ class ChatStream(Conversation, frozen=True):
 class Embed(Command, frozen=True):
     VERB = "EMBED"
     TEXT = "text"
-    DOC = "EMBED [encoding=base64] text - a text's vector, or in JSON those of a list of texts"
+    DOC = "EMBED [encoding=base64] [dimensions=N] text - a text's vector, or in JSON those of a list of texts"
 
     text: str | Annotated[list[str], Meta(min_length=1, max_length=2048)] = ""
     model: Name | None = None
     encoding: Literal["float", "base64"] = "float"
+    dimensions: Count | None = None  # of the vector, the first ones; otherwise all
 
 
 class Tokenize(Command, frozen=True):

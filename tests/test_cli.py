@@ -92,6 +92,7 @@ def test_json(line: str) -> None:
         ("free --no-drain tiny", Free(model="tiny", drain=False)),
         ("show tiny", Show(model="tiny")),
         ("embed -m tiny x", Embed(text="x", model="tiny", encoding="base64")),
+        ("embed --dimensions 64 x", Embed(text="x", encoding="base64", dimensions=64)),
         ("tokenize --special x", Tokenize(text="x", special=True)),
     ],
 )  # fmt: skip

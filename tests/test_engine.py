@@ -514,17 +514,6 @@ def embedded(rig: Rig, rid: int) -> ipc.Embedded:
     return event
 
 
-def test_texts_become_vectors_in_their_order() -> None:
-    rig = Rig()
-    both = rig.ask(ipc.Embed(1, ["a b", "c"], rig.now - 2))
-    alone = rig.ask(ipc.Embed(2, ["c"], rig.now))
-    rig.run()
-    assert embedded(rig, both).prompt_tokens == 3
-    assert embedded(rig, both).timings == ipc.Timings(2000, 1000, 0)
-    assert embedded(rig, both).vectors[1:] == embedded(rig, alone).vectors
-    assert embedded(rig, both).vectors[0] != embedded(rig, both).vectors[1]
-
-
 def test_texts_are_embedded_between_the_steps_of_streams() -> None:
     rig = Rig(n_ubatch=4)
     rid = rig.generate("a", 4)
@@ -549,21 +538,29 @@ def test_fewer_texts_at_once_while_streams_wait(busy: bool, batches: int) -> Non
 
 def test_a_text_over_the_embedding_context() -> None:
     rig = Rig(n_ubatch=4)
-    refusal = rig.refusal(rig.ask(ipc.Embed(1, ["a", words(5)], rig.now)))
+    embed = rig.ask(ipc.Embed(1, ["a", words(5)], rig.now))
+    rig.run()
+    refusal = rig.refusal(embed)
     assert (refusal.code, refusal.details) == ("context_exceeded", {"n_prompt": 5, "n_ctx": 4})
     assert "text[1]" in refusal.message
     assert rig.engine.idle
 
 
-def test_an_empty_text() -> None:
+def test_what_is_wrong_with_texts_at_a_glance_is_told_at_once() -> None:
     rig = Rig()
     assert "text[1]" in rig.refusal(rig.ask(ipc.Embed(1, ["a", ""], rig.now))).message
+    refusal = rig.refusal(rig.ask(ipc.Embed(2, ["a"], rig.now, fake.N_EMBD + 1)))
+    assert (refusal.code, refusal.message) == (
+        "bad_argument", "dimensions: a vector of this model has 8; allowed: 1 to 8",
+    )  # fmt: skip
+    assert rig.engine.idle
 
 
 def test_cancel_an_embedding() -> None:
     rig = Rig(n_ubatch=4)
-    first, second = rig.ask(ipc.Embed(1, ["a b c"] * 3, rig.now)), rig.ask(ipc.Embed(2, ["a"], rig.now))
+    first = rig.ask(ipc.Embed(1, ["a b c"] * 3, rig.now))
     rig.step()
+    second = rig.ask(ipc.Embed(2, ["a"], rig.now))
     rig.cancel(first)
     assert rig.refusal(first).code == "cancelled"
     rig.run()

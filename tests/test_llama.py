@@ -534,7 +534,11 @@ def test_a_vector_is_the_same_alone_and_in_a_list(llama: LlamaBackend) -> None:
 
 
 def test_a_text_over_the_embedding_context(llama: LlamaBackend) -> None:
-    refusal = refused(llama, ipc.Embed(1, ["ok", "word " * 64], 0.0))
+    rig = Rig(llama)
+    rig.engine.handle(ipc.Embed(1, ["ok", "word " * 64], 0.0))
+    rig.run()
+    refusal = rig.events[1]
+    assert isinstance(refusal, ipc.Refused)
     assert (refusal.code, refusal.details) == ("context_exceeded", {"n_prompt": 65, "n_ctx": 64})
 
 

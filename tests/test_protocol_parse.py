@@ -68,6 +68,7 @@ def refusal(line: bytes | str) -> BadCommand:
         ("INFER_MULTI max_tokens=5 a||b ||  ||c", InferMulti(max_tokens=5, prompts=["a", "b ", "c"])),
         ("CHAT seed=1 hello you", Chat(seed=1, messages=[Message(role="user", content="hello you")])),
         ("EMBED encoding=base64 some text", Embed(encoding="base64", text="some text")),
+        ("EMBED dimensions=1 some text", Embed(dimensions=1, text="some text")),
         ("TOKENIZE special=true a b", Tokenize(special=True, text="a b")),
         ("DETOKENIZE 1 2  3", Detokenize(tokens=[1, 2, 3])),
         ("LOAD n_ctx=64 name=tiny /a model.gguf ", Load(n_ctx=64, name="tiny", path="/a model.gguf")),

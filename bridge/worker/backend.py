@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from bridge import ipc
 
@@ -59,6 +59,18 @@ class Sampled:
 
     token: int
     logprobs: dict[str, Any] | None = None
+
+
+class EmbedLimits(NamedTuple):
+    """What one call of ``embed`` may be given: ``texts``, none longer than ``text`` tokens, of ``tokens`` in all.
+
+    A text of more than ``tokens`` comes alone. ``dimensions`` are those of a vector.
+    """
+
+    text: int
+    tokens: int
+    texts: int
+    dimensions: int
 
 
 class Backend(Protocol):
@@ -140,10 +152,10 @@ class Backend(Protocol):
     # Embeddings.
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
-        """L2-normalised vectors, float32 little-endian. The texts together fit into ``embed_batch`` tokens."""
+        """L2-normalised vectors, float32 little-endian, of texts within ``embed_limits``."""
         ...
 
     @property
-    def embed_batch(self) -> int:
-        """Tokens of one call of ``embed``. Raises Refusal (unsupported)."""
+    def embed_limits(self) -> EmbedLimits:
+        """Raises Refusal (unsupported)."""
         ...

@@ -1,7 +1,22 @@
-"""Texts that wait to become vectors, in batches between the steps of generation."""
+"""Texts that wait to become vectors, in batches between the steps of generation.
+
+Requests share the batches. A batch is filled in rounds, one text of each request in turn, and the next batch goes on
+where that one stopped: many requests of one text make as full a batch as one of many, and a request waits for at most
+one text of every other before its own next, however many theirs are. Between two steps of running streams a batch is
+small.
+
+Before that all texts of a request become tokens, in such rounds as well and some characters a step, since a long list
+would take seconds in which nobody's stream went on. So a text that is too long shows before its list is computed, and
+a short request overtakes a list that came at the same time.
+
+A batch that fails may be the fault of one text. Its requests are tried again, each by itself, and those whose own
+batch fails are refused; an error disturbs nobody else.
+"""
 
 from __future__ import annotations
 
+import math
+import struct
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,78 +25,156 @@ from bridge import ipc
 from bridge.worker.backend import Backend, BackendError, Refusal
 
 WHILE_GENERATING = 256  # tokens of texts between two steps of running streams
+TOKENIZED = 4_096  # characters of texts a step, and at least one text: two or three milliseconds
 
 
 class _Job:
-    def __init__(self, request: ipc.Embed, texts: list[list[int]]) -> None:
+    """A request; ``texts[: len(tokens)]`` are tokenized, ``tokens[: len(vectors)]`` computed."""
+
+    def __init__(self, request: ipc.Embed) -> None:
         self.rid = request.rid
         self.received = request.received
+        self.dimensions = request.dimensions
         self.started: float | None = None
-        self.texts = texts
+        self.texts = request.texts
+        self.tokens: list[list[int]] = []
+        self.taken = 0  # of the tokens; more than the vectors while a batch is computed
         self.vectors: list[bytes] = []
-
-    @property
-    def left(self) -> list[list[int]]:
-        return self.texts[len(self.vectors) :]
+        self.alone = False  # a batch that it shared has failed
 
 
 class EmbedQueue:
     def __init__(self, backend: Backend, clock: Callable[[], float] = time.monotonic) -> None:
         self._backend = backend
         self._clock = clock
-        self._jobs: deque[_Job] = deque()
+        self._raw: deque[_Job] = deque()  # to be tokenized; whose turn it is comes first
+        self._jobs: deque[_Job] = deque()  # to be computed; the same
 
     def __bool__(self) -> bool:
-        return bool(self._jobs)
+        return bool(self._raw or self._jobs)
 
     def add(self, request: ipc.Embed) -> None:
-        """Raises Refusal: the model can't, or a text is longer than it can take at once."""
-        limit = self._backend.embed_batch
-        texts = []
+        """Raises Refusal for what is seen at a glance: the model can't, a text is empty or hopelessly long."""
+        limits = self._backend.embed_limits
+        if request.dimensions is not None and request.dimensions > limits.dimensions:
+            message = f"dimensions: a vector of this model has {limits.dimensions}; allowed: 1 to {limits.dimensions}"
+            raise Refusal("bad_argument", message)
         for number, text in enumerate(request.texts):
             if not text:
                 raise Refusal("bad_argument", f"text[{number}]: it is empty")
-            count = self._backend.fewest_tokens(text)
-            if count <= limit:
-                texts.append(self._backend.tokenize(text, special=True, parse_special=False))
-                count = len(texts[-1])
-            if count > limit:
-                message = f"text[{number}] has {count} tokens, the embedding context {limit}"
-                raise Refusal("context_exceeded", message, n_prompt=count, n_ctx=limit)
-        self._jobs.append(_Job(request, texts))
+            self._check(number, self._backend.fewest_tokens(text), "at least ")
+        self._raw.append(_Job(request))
 
     def cancel(self, rid: int) -> bool:
-        for job in self._jobs:
-            if job.rid == rid:
-                self._jobs.remove(job)
-                return True
+        for jobs in (self._raw, self._jobs):
+            for job in jobs:
+                if job.rid == rid:
+                    jobs.remove(job)
+                    return True
         return False
 
     def step(self, *, busy: bool) -> list[ipc.Event]:
-        """Embeds one batch of the oldest job's texts; ``busy`` keeps it small for the streams that wait meanwhile."""
-        if not self._jobs:
-            return []
-        job = self._jobs[0]
-        if job.started is None:
-            job.started = self._clock()
-        try:
-            job.vectors += self._backend.embed(self._next_texts(job, busy))
-        except BackendError as error:
-            self._jobs.popleft()
-            return [ipc.Refused(job.rid, "internal", str(error))]
-        if job.left:
-            return []
-        self._jobs.popleft()
-        now = self._clock()
-        timings = ipc.Timings(round((job.started - job.received) * 1000, 3), round((now - job.started) * 1000, 3), 0.0)
-        return [ipc.Embedded(job.rid, job.vectors, sum(map(len, job.texts)), timings)]
+        """Tokenizes some texts and embeds one batch; ``busy`` keeps it small for the streams that wait meanwhile."""
+        events = self._tokenize()
+        if self._jobs:
+            events += self._embed(busy)
+        return events
 
-    def _next_texts(self, job: _Job, busy: bool) -> list[list[int]]:
-        room = min(WHILE_GENERATING, self._backend.embed_batch) if busy else self._backend.embed_batch
-        texts: list[list[int]] = []
-        for text in job.left:
-            if texts and len(text) > room:
+    # -- texts to tokens ---------------------------------------------------------------------------------------
+
+    def _tokenize(self) -> list[ipc.Event]:
+        events: list[ipc.Event] = []
+        left = TOKENIZED
+        while self._raw and left > 0:
+            job = self._raw.popleft()
+            left -= len(job.texts[len(job.tokens)])
+            try:
+                self._tokenize_next(job)
+            except Refusal as refusal:
+                events.append(ipc.Refused(job.rid, refusal.code, refusal.message, refusal.details))
+            except BackendError as error:
+                events.append(ipc.Refused(job.rid, "internal", str(error)))
+            else:
+                (self._raw if len(job.tokens) < len(job.texts) else self._jobs).append(job)
+        return events
+
+    def _tokenize_next(self, job: _Job) -> None:
+        number = len(job.tokens)
+        tokens = self._backend.tokenize(job.texts[number], special=True, parse_special=False)
+        if not tokens:
+            raise Refusal("bad_argument", f"text[{number}]: it has no tokens")
+        self._check(number, len(tokens))
+        job.tokens.append(tokens)
+
+    def _check(self, number: int, count: int, how: str = "") -> None:
+        limit = self._backend.embed_limits.text
+        if count > limit:
+            message = f"text[{number}] has {how}{count} tokens, the embedding context {limit}"
+            raise Refusal("context_exceeded", message, n_prompt=count, n_ctx=limit)
+
+    # -- tokens to vectors -------------------------------------------------------------------------------------
+
+    def _embed(self, busy: bool) -> list[ipc.Event]:
+        batch = self._next_batch(busy)
+        now = self._clock()
+        for job, _ in batch:
+            if job.started is None:
+                job.started = now
+        try:
+            vectors = self._backend.embed([tokens for _, tokens in batch])
+        except BackendError as error:
+            return self._fail(batch, error)
+        for (job, _), vector in zip(batch, vectors, strict=True):
+            job.vectors.append(vector if job.dimensions is None else _cut(vector, job.dimensions))
+        return self._finish(batch)
+
+    def _next_batch(self, busy: bool) -> list[tuple[_Job, list[int]]]:
+        limits = self._backend.embed_limits
+        room = min(WHILE_GENERATING, limits.tokens) if busy else limits.tokens
+        batch: list[tuple[_Job, list[int]]] = []
+        while self._jobs and len(batch) < limits.texts:
+            job = self._jobs[0]
+            tokens = job.tokens[job.taken]
+            if batch and (len(tokens) > room or (job is not batch[0][0] and (job.alone or batch[0][0].alone))):
                 break
-            texts.append(text)
-            room -= len(text)
-        return texts
+            batch.append((job, tokens))
+            room -= len(tokens)
+            job.taken += 1
+            self._jobs.popleft()
+            if job.taken < len(job.tokens):
+                self._jobs.appendleft(job) if job.alone else self._jobs.append(job)
+        return batch
+
+    def _fail(self, batch: list[tuple[_Job, list[int]]], error: BackendError) -> list[ipc.Event]:
+        jobs = list(dict.fromkeys(job for job, _ in batch))
+        for job in jobs:
+            if job in self._jobs:
+                self._jobs.remove(job)
+        if len(jobs) == 1:
+            return [ipc.Refused(jobs[0].rid, "internal", str(error))]
+        for job in jobs:
+            job.alone = True
+            job.taken = len(job.vectors)
+        self._jobs.extendleft(reversed(jobs))
+        return []
+
+    def _finish(self, batch: list[tuple[_Job, list[int]]]) -> list[ipc.Event]:
+        now = self._clock()
+        events: list[ipc.Event] = []
+        for job in dict.fromkeys(job for job, _ in batch):
+            if len(job.vectors) == len(job.texts):
+                assert job.started is not None
+                timings = ipc.Timings(_ms(job.started - job.received), _ms(now - job.started), 0.0)
+                events.append(ipc.Embedded(job.rid, job.vectors, sum(map(len, job.tokens)), timings))
+        return events
+
+
+def _cut(vector: bytes, dimensions: int) -> bytes:
+    """The first components, of length 1 again: what a model trained for that (Matryoshka) means by a shorter vector."""
+    values = struct.unpack(f"<{dimensions}f", vector[: 4 * dimensions])
+    norm = math.hypot(*values) or 1.0
+    return struct.pack(f"<{dimensions}f", *(value / norm for value in values))
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

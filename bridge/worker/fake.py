@@ -27,11 +27,12 @@ from typing import NoReturn
 from urllib.parse import parse_qsl
 
 from bridge import ipc
-from bridge.worker.backend import Aborted, BackendError, Batch, LoadError, Refusal, Sampled
+from bridge.worker.backend import Aborted, BackendError, Batch, EmbedLimits, LoadError, Refusal, Sampled
 from bridge.worker.chat import ChatTemplate
 
 N_VOCAB = 1 << 20
 N_EMBD = 8
+MAX_TEXTS = 64  # of one call of embed
 _EOS, _EMOJI_HEAD, _EMOJI_TAIL = 0, 1, 2
 _FIXED = [b"", "🦙".encode()[:2], "🦙".encode()[2:]]
 _WORD = re.compile(r"\s*\S+|\s+")
@@ -177,8 +178,9 @@ class FakeBackend:
     # -- embeddings --------------------------------------------------------------------------------------------
 
     @property
-    def embed_batch(self) -> int:
-        return self.info.options.n_ubatch or 1
+    def embed_limits(self) -> EmbedLimits:
+        tokens = self.info.options.n_ubatch or 1
+        return EmbedLimits(text=tokens, tokens=tokens, texts=MAX_TEXTS, dimensions=N_EMBD)
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
         """A direction that depends on the words alone."""

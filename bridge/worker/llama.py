@@ -18,7 +18,7 @@ from typing import Any
 import llama_cpp as C
 
 from bridge import ipc
-from bridge.worker.backend import Aborted, BackendError, Batch, LoadError, Sampled
+from bridge.worker.backend import Aborted, BackendError, Batch, EmbedLimits, LoadError, Sampled
 from bridge.worker.llama_batch import CBatch
 from bridge.worker.llama_callbacks import AbortFlag, Log
 from bridge.worker.llama_cells import LlamaCells
@@ -43,8 +43,8 @@ class LlamaBackend(LlamaCells):
         self._chat = Chat(self._vocab, self._meta("tokenizer.chat_template"))
         self._samplers = Samplers(self._vocab)
         self._abort = AbortFlag()
-        self._embedder: Embedder | None = None
         self._can_generate = self._meta("attention.causal", architecture=True) != "false"
+        self._embedder = self._init_embedder()
         self._context = self._init_context() if self._can_generate else None
         self.info = self._describe()
         self.n_batch: int = self._options["n_batch"]
@@ -54,6 +54,8 @@ class LlamaBackend(LlamaCells):
             if self._has_cells_only:
                 self._abort.attach(self._context)
             self._warm_up()
+        elif self._embedder.able:
+            self._warm_up_embedder()
         self._log.forget()
 
     # -- loading -----------------------------------------------------------------------------------------------
@@ -97,6 +99,23 @@ class LlamaBackend(LlamaCells):
         self.close(0)
         self.rewind(0, 0)
 
+    def _init_embedder(self) -> Embedder:
+        pooling = self._meta("pooling_type", architecture=True)
+        dense = self._meta("dense_2_feat_out", architecture=True) is not None  # more layers, after the outputs
+        return Embedder(
+            self._model,
+            self._options,
+            pooling=None if pooling is None else int(pooling),
+            head=self._can_generate and not dense,
+        )
+
+    def _warm_up_embedder(self) -> None:
+        """The context of a model that only embeds is made while it loads, so that what fails is LOAD."""
+        try:
+            self.embed([[max(0, self._vocab.bos)] * 2])
+        except BackendError as error:
+            raise LoadError(self._log.why(str(error))) from error
+
     def _describe(self) -> ipc.ModelInfo:
         ftype = C.llama_ftype_name(C.llama_model_ftype(self._model))
         return ipc.ModelInfo(
@@ -109,7 +128,7 @@ class LlamaBackend(LlamaCells):
             n_layer=C.llama_model_n_layer(self._model),
             n_vocab=self._vocab.n_tokens,
             chat_template=self._meta("tokenizer.chat_template"),
-            capabilities=["infer", "chat", "embed"] if self._can_generate else ["embed"],
+            capabilities=["infer", "chat"] * self._can_generate + ["embed"] * self._embedder.able,
             options=ipc.Options(**self._options),
             n_ctx=self._options["n_ctx"],
             n_parallel=self._options["n_parallel"],
@@ -176,11 +195,8 @@ class LlamaBackend(LlamaCells):
     # -- embeddings --------------------------------------------------------------------------------------------
 
     @property
-    def embed_batch(self) -> int:
-        return int(self._options["n_ubatch"])
+    def embed_limits(self) -> EmbedLimits:
+        return self._embedder.limits
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
-        if self._embedder is None:
-            pooling = self._meta("pooling_type", architecture=True) is not None
-            self._embedder = Embedder(self._model, context_params(self._options), pooling=pooling)
         return self._embedder.embed(texts)

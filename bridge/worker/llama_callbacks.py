@@ -52,3 +52,14 @@ class AbortFlag:
 
     def set(self, on: bool) -> None:
         self._string[0] = b"x" if on else b"\x00"
+
+
+def stop_after(name: str) -> Any:
+    """An eval callback with which a graph's computing ends after the first tensor of that name. Keep it alive.
+
+    ggml asks of each node before it computes any whether we want to see it, some 1,000 calls and 2 ms a graph, and
+    stops where we then say no to going on. What comes later in the graph keeps whatever was in its memory.
+    """
+    wanted = name.encode()
+    get_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_get_name", C.llama_cpp._lib))
+    return C.llama_cpp.ggml_backend_sched_eval_callback(lambda tensor, ask, _data: ask and get_name(tensor) == wanted)

@@ -1,63 +1,105 @@
-"""Texts as vectors, in a context of their own on the same weights."""
+"""Texts as vectors, in a context of their own on the same weights.
+
+llama.cpp gives the output of each token here, and the pooling is ours. Its own comes after a generation model's head,
+whose logits of each token over the whole vocabulary nobody asked for: measured, a tenth of the time for SmolLM2-135M.
+On a CPU computing therefore ends with the outputs. (On a GPU that costs more, in synchronising, than it saves.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp as C
 import numpy as np
 
-from bridge.worker.backend import BackendError, Batch
+from bridge.worker.backend import BackendError, Batch, EmbedLimits, Refusal
 from bridge.worker.llama_batch import CBatch
+from bridge.worker.llama_callbacks import stop_after
+from bridge.worker.llama_options import context_params
 
 _SEQUENCES = 64  # of one batch
+_CPU_BATCH = 256  # tokens; each attends to the cells of all, so more of them at once are slower, not faster
 _PLAIN_ATTENTION = 1024  # tokens; the memory that it takes grows with their square
 
 
 class Embedder:
-    """Pooling needs all of a text in one micro-batch, so the context has that size.
+    """``pooling`` is llama.cpp's number for what the model names, None if it names nothing: then the mean is taken.
 
-    ``params`` become its own. ``pooling`` says whether the model names a way of pooling; the mean is for those
-    that don't.
+    ``head`` says whether the model's graph goes on after the outputs of its tokens. The context is made when first
+    needed: many generation models never embed anything.
     """
 
-    def __init__(self, model: Any, params: Any, *, pooling: bool) -> None:
-        self._n_embd = C.llama_model_n_embd_out(model)
-        size = -(-params.n_ubatch // _SEQUENCES) * _SEQUENCES  # for any other size llama.cpp aborts
-        params.n_ctx = params.n_batch = params.n_ubatch = size
-        params.n_seq_max = _SEQUENCES
-        params.kv_unified = True
-        if size <= _PLAIN_ATTENTION:  # flash attention is no faster here, and a text's vector varies with its company
-            params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.type_k = params.type_v = C.GGML_TYPE_F16
-        params.embeddings = True
-        params.pooling_type = C.LLAMA_POOLING_TYPE_UNSPECIFIED if pooling else C.LLAMA_POOLING_TYPE_MEAN
-        self._context = C.llama_init_from_model(model, params)
-        if not self._context:
-            raise BackendError("llama.cpp could not make a context for embeddings")
-        self._batch = CBatch(size)
+    def __init__(self, model: Any, options: dict[str, Any], *, pooling: int | None, head: bool) -> None:
+        self._model = model
+        self._options = options
+        self._pooling = pooling
+        self._stop = stop_after("result_embd_pooled") if head and not options["n_gpu_layers"] else None
+        self._context: Any = None
+        longest = min(options["n_ubatch"], C.llama_model_n_ctx_train(model))
+        self._limits = EmbedLimits(
+            text=longest,
+            tokens=options["n_ubatch"] if options["n_gpu_layers"] else min(options["n_ubatch"], _CPU_BATCH),
+            texts=_SEQUENCES,
+            dimensions=C.llama_model_n_embd_out(model),
+        )
+
+    @property
+    def able(self) -> bool:
+        """A reranker is not: what it puts out is a score."""
+        return bool(self._pooling != C.LLAMA_POOLING_TYPE_RANK)
+
+    @property
+    def limits(self) -> EmbedLimits:
+        """Raises Refusal (unsupported)."""
+        if not self.able:
+            raise Refusal("unsupported", "This model makes scores for reranking, no embeddings")
+        return self._limits
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
-        vectors: list[bytes] = []
-        for start in range(0, len(texts), _SEQUENCES):
-            vectors += self._embed_some(texts[start : start + _SEQUENCES])
-        return vectors
-
-    def _embed_some(self, texts: Sequence[Sequence[int]]) -> Iterator[bytes]:
+        if self._context is None:
+            self._open()
         batch = Batch()
         for slot, tokens in enumerate(texts):
             batch.add(slot, 0, tokens, output=False)
         if memory := C.llama_get_memory(self._context):
             C.llama_memory_clear(memory, True)
-        everything = range(len(batch))  # each token's output goes into the pool
+        everything = range(len(batch))
         code = C.llama_decode(self._context, self._batch.fill(batch.tokens, batch.positions, batch.slots, everything))
         if code != 0:
             raise BackendError(f"llama_decode returned {code} for embeddings")
-        for slot in range(len(texts)):
-            pooled = C.llama_get_embeddings_seq(self._context, slot)
-            if not pooled:
-                raise BackendError("the model gives no pooled embedding")
-            vector = np.ctypeslib.as_array(pooled, (self._n_embd,)).astype("<f4")
-            norm = float(np.linalg.norm(vector))
-            yield (vector / norm if norm else vector).astype("<f4").tobytes()
+        outputs = np.ctypeslib.as_array(C.llama_get_embeddings(self._context), (len(batch), self._limits.dimensions))
+        vectors = self._pool(outputs, [len(tokens) for tokens in texts])
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = np.divide(vectors, norms, where=norms > 0, out=np.zeros_like(vectors))
+        return [vector.tobytes() for vector in vectors.astype("<f4")]
+
+    def _open(self) -> None:
+        params = context_params(self._options)
+        size = -(-params.n_ubatch // _SEQUENCES) * _SEQUENCES  # for any other size llama.cpp aborts
+        params.n_ctx = params.n_batch = params.n_ubatch = size
+        params.n_seq_max = _SEQUENCES
+        params.kv_unified = True  # a split one computes texts of different lengths in a pass for each
+        if size <= _PLAIN_ATTENTION:  # flash attention is no faster here, and a text's vector varies with its company
+            params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.type_k = params.type_v = C.GGML_TYPE_F16
+        params.embeddings = True
+        params.pooling_type = C.LLAMA_POOLING_TYPE_NONE
+        if self._stop:
+            params.cb_eval = self._stop
+        self._context = C.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise BackendError("llama.cpp could not make a context for embeddings")
+        self._batch = CBatch(size)
+
+    def _pool(self, outputs: Any, lengths: list[int]) -> Any:
+        """``outputs`` (tokens, dimensions) of texts one after the other -> (texts, dimensions)."""
+        ends = np.cumsum(lengths, dtype=np.intp)
+        starts = ends - lengths
+        match self._pooling:
+            case C.LLAMA_POOLING_TYPE_CLS:
+                return outputs[starts]
+            case C.LLAMA_POOLING_TYPE_LAST:
+                return outputs[ends - 1]
+            case _:
+                return np.add.reduceat(outputs, starts) / np.array(lengths)[:, np.newaxis]

@@ -1,0 +1,106 @@
+"""The embedding context of the real model, beside what llama.cpp itself makes of the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bridge import ipc
+from bridge.worker.backend import Refusal
+
+if TYPE_CHECKING:
+    from bridge.worker.llama import LlamaBackend
+    from bridge.worker.llama_embed import Embedder
+
+pytestmark = pytest.mark.model
+
+MEAN, CLS, LAST, RANK = 1, 2, 3, 4  # enum llama_pooling_type
+TEXTS = ["A cat sleeps on the sofa.", "x", "The stock market fell sharply today, and nobody knows why."]
+OPTIONS = ipc.Options(n_ctx=256, n_parallel=1, n_batch=64, n_ubatch=64, n_threads=1, n_gpu_layers=0, repack=False)
+
+
+@pytest.fixture(scope="module")
+def llama(default_model: Path) -> LlamaBackend:
+    from bridge.worker.llama import LlamaBackend
+
+    return LlamaBackend(ipc.Load(str(default_model), OPTIONS))
+
+
+def embedder(llama: LlamaBackend, **fields: Any) -> Embedder:
+    from bridge.worker.llama_embed import Embedder
+
+    return Embedder(llama._model, llama._options, **{"pooling": None, "head": True} | fields)
+
+
+def tokens(llama: LlamaBackend) -> list[list[int]]:
+    return [llama.tokenize(text, special=True, parse_special=False) for text in TEXTS]
+
+
+def arrays(vectors: Sequence[bytes]) -> Any:
+    import numpy as np
+
+    return np.array([np.frombuffer(vector, "<f4") for vector in vectors])
+
+
+def logits(one: Embedder) -> list[float]:
+    import llama_cpp
+
+    numbers: list[float] = llama_cpp.llama_get_logits_ith(one._context, 0)[:1000]
+    return numbers
+
+
+def pooled_by_llama_cpp(llama: LlamaBackend, pooling: int) -> Iterator[Any]:
+    """A vector a text, normalised, out of a context of its own."""
+    import llama_cpp as C
+    import numpy as np
+
+    from bridge.worker.llama_options import context_params
+
+    params = context_params(llama._options)
+    params.n_ctx = params.n_batch = params.n_ubatch = 64
+    params.embeddings, params.pooling_type = True, pooling
+    params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = C.llama_init_from_model(llama._model, params)
+    try:
+        for text in tokens(llama):
+            C.llama_memory_clear(C.llama_get_memory(context), True)
+            assert C.llama_decode(context, C.llama_batch_get_one((C.llama_token * len(text))(*text), len(text))) == 0
+            vector = np.array(C.llama_get_embeddings_seq(context, 0)[: llama.info.n_embd])
+            yield vector / np.linalg.norm(vector)
+    finally:
+        C.llama_free(context)
+
+
+@pytest.mark.parametrize("pooling", [None, MEAN, CLS, LAST])
+def test_pooling_is_llama_cpps(pooling: int | None, llama: LlamaBackend) -> None:
+    ours = arrays(embedder(llama, pooling=pooling).embed(tokens(llama)))
+    theirs = list(pooled_by_llama_cpp(llama, pooling or MEAN))
+    assert abs(ours - theirs).max() < 2e-3
+
+
+def test_the_head_is_not_computed_and_the_vectors_are_the_same(llama: LlamaBackend) -> None:
+    stopped, whole = embedder(llama), embedder(llama, head=False)
+    assert stopped.embed(tokens(llama)) == whole.embed(tokens(llama))
+    assert logits(stopped) != logits(whole)
+
+
+def test_a_reranker_embeds_nothing(llama: LlamaBackend) -> None:
+    reranker = embedder(llama, pooling=RANK)
+    assert not reranker.able
+    with pytest.raises(Refusal) as caught:
+        _ = reranker.limits
+    assert caught.value.code == "unsupported"
+
+
+def test_what_one_call_takes(llama: LlamaBackend) -> None:
+    assert llama.embed_limits == (64, 64, 64, 576)
+    assert embedder(llama).limits == llama.embed_limits
+    longest = llama._options | {"n_ubatch": 65_536}
+    from bridge.worker.llama_embed import Embedder
+
+    assert Embedder(llama._model, longest, pooling=None, head=True).limits.text == llama.info.n_ctx_train
+    assert Embedder(llama._model, longest, pooling=None, head=True).limits.tokens < 512
+    assert Embedder(llama._model, longest | {"n_gpu_layers": -1}, pooling=None, head=True).limits.tokens == 65_536
