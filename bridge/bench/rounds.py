@@ -51,19 +51,7 @@ async def measure(plan: Plan, targets: Sequence[Target], progress: Callable[[str
     """
     per_word = [await calibrate(target.count_tokens) for target in targets]  # of all, to see that they are there
     prompts = Prompts(plan.prompt_tokens, common_prefix=plan.common_prefix, tokens_per_word=per_word[0])
-    runs = []
-    for clients in plan.clients:
-        for target in targets:
-            progress(f"{clients} clients, warming up: {target.name}")
-            await _warm_up(plan, target, prompts, clients)
-
-        async def one_round(target: Target, number: int, clients: int = clients) -> Round:
-            progress(f"{clients} clients, round {number + 1} of {plan.rounds}: {target.name}")
-            work = _requests(plan, target, prompts, clients, number)
-            return summarise(await run_clients(target, work, timeout=plan.timeout), plan.sampling.max_tokens)
-
-        runs.append(Run(clients, await take_turns(plan.rounds, targets, one_round)))
-    return runs
+    return [await _measure(plan, targets, prompts, clients, progress) for clients in plan.clients]
 
 
 async def take_turns(
@@ -77,6 +65,20 @@ async def take_turns(
             await trio.sleep(_SETTLE)
             results[side.name].append(await one_round(side, number))
     return results
+
+
+async def _measure(
+    plan: Plan, targets: Sequence[Target], prompts: Prompts, clients: int, progress: Callable[[str], None]
+) -> Run:
+    async def one_round(target: Target, number: int) -> Round:
+        progress(f"{clients} clients, round {number + 1} of {plan.rounds}: {target.name}")
+        work = _requests(plan, target, prompts, clients, number)
+        return summarise(await run_clients(target, work, timeout=plan.timeout), plan.sampling.max_tokens)
+
+    for target in targets:
+        progress(f"{clients} clients, warming up: {target.name}")
+        await _warm_up(plan, target, prompts, clients)
+    return Run(clients, await take_turns(plan.rounds, targets, one_round))
 
 
 def _requests(plan: Plan, target: Target, prompts: Prompts, clients: int, number: int) -> list[list[bytes]]:

@@ -117,18 +117,19 @@ def gaps(samples: Iterable[Sample], start: float = -math.inf, end: float = math.
     ]
 
 
-def decode_rate(samples: Sequence[Sample]) -> float:
+def decode_rate(samples: Sequence[Sample], *, lines: int | None = None) -> float:
     """Tokens a second of all streams together while all of them decode: from the last one's first line to the first
     one's last.
 
     Each stream is timed by its own lines, since a step's lines reach the clients one after the other, and a common
-    window would cut through a step. Raises ValueError if there is no such time.
+    window would cut through a step. ``lines`` is how many of each count at most, so that what counts are contexts of
+    a known length. Raises ValueError if there is no such time.
     """
     start = max(sample.arrivals[0] for sample in samples)
     end = min(sample.arrivals[-1] for sample in samples)
     rate = 0.0
     for sample in samples:
-        inside = [arrival for arrival in sample.arrivals if start <= arrival <= end]
+        inside = [arrival for arrival in sample.arrivals if start <= arrival <= end][:lines]
         if not inside or inside[0] == inside[-1]:
             raise ValueError("the streams have no time in common")
         tokens_per_line = sample.completion_tokens / len(sample.arrivals)

@@ -54,7 +54,7 @@ GROUPS = {
     "prefix": Group(prefix.rows, "llama_server"),
     "conversation": Group(conversation.rows, "llama_server"),
     "restart": Group(restart.rows),
-    "decode": Group(decode.rows, "batched_bench"),
+    "decode": Group(decode.rows, "llama_batched_bench"),
     "python": Group(python_share.rows),
     "embeddings": Group(embeddings.rows, "llama_server"),
     "stall": Group(stall.rows, "llama_server"),
@@ -77,7 +77,7 @@ class Measured:
 @click.command()
 @click.option("--model", type=_FILE, required=True)
 @click.option("--llama-server", type=_FILE, help="Without it, what is compared with it is left out.")
-@click.option("--llama-batched-bench", "batched_bench", type=_FILE, help="The same.")
+@click.option("--llama-batched-bench", type=_FILE, help="The same.")
 @click.option("--only", metavar="NAME[,NAME...]", help=f"Of {', '.join(GROUPS)}.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The median of them counts.")
 @click.option("--quick", is_flag=True, help="One small round of each: shows that it works, and measures nothing.")
@@ -109,7 +109,7 @@ def _chosen(only: str | None, settings: Settings) -> list[str]:
         if needs is None or getattr(settings, needs) is not None:
             found.append(name)
         elif only is not None:
-            raise click.UsageError(f"--only {name} needs --llama-{needs.removeprefix('llama_').replace('_', '-')}")
+            raise click.UsageError(f"--only {name} needs --{needs.replace('_', '-')}")
     return found
 
 

@@ -19,6 +19,7 @@ from bridge.bench.targets import Bridge, Sampling
 
 _SHAPE = Shape(32, 256)
 _PROMPT_TOKENS = 64
+_LONGER = 2  # of the bridge's answers, since its streams begin one after the other, and all have to decode
 
 Rates = dict[int, float]  # tokens a second, by how many streams
 
@@ -56,7 +57,7 @@ def rows(settings: Settings) -> list[Row]:
     counts, max_tokens = settings.pick((1, 8, 32), (1, 4)), settings.pick(64, 16)
     with bridge(settings, _SHAPE) as (address, options):
         sides = [Bridge(address), *_batched_benches(settings, options, counts, max_tokens)]
-        results = trio.run(_measure, sides, settings.rounds, counts, Sampling(max_tokens=max_tokens))
+        results = trio.run(_measure, sides, settings.rounds, counts, max_tokens)
     return [
         compare(
             f"tokens/s while {count} stream{'s' * (count > 1)} decode{'s' * (count == 1)}",
@@ -72,18 +73,19 @@ def rows(settings: Settings) -> list[Row]:
 def _batched_benches(
     settings: Settings, options: dict[str, Any], counts: Sequence[int], max_tokens: int
 ) -> list[BatchedBench]:
-    assert settings.batched_bench is not None, "compare.py does not measure this without it"
+    assert settings.llama_batched_bench is not None, "compare.py does not measure this without it"
     flags = model_flags(settings.model, options)
     flags += ["-npp", str(_PROMPT_TOKENS), "-ntg", str(max_tokens), "-npl", ",".join(map(str, counts))]
     flags += ["--output-format", "jsonl"]
-    return [BatchedBench(settings.batched_bench, [*flags, switch], name) for name, switch in LAYOUTS.items()]
+    return [BatchedBench(settings.llama_batched_bench, [*flags, switch], name) for name, switch in LAYOUTS.items()]
 
 
 async def _measure(
-    sides: Sequence[Bridge | BatchedBench], rounds: int, counts: Sequence[int], sampling: Sampling
+    sides: Sequence[Bridge | BatchedBench], rounds: int, counts: Sequence[int], max_tokens: int
 ) -> dict[str, list[Rates]]:
     target = sides[0]
     assert isinstance(target, Bridge)
+    sampling = Sampling(max_tokens=_LONGER * max_tokens)
     prompts = Prompts(_PROMPT_TOKENS, tokens_per_word=await calibrate(target.count_tokens))
 
     async def one_round(side: Bridge | BatchedBench, number: int) -> Rates:
@@ -93,7 +95,11 @@ async def _measure(
         rates = {}
         for count in counts:
             names = [f"{count} streams, round {number}, stream {n}" for n in range(count)]
-            rates[count] = decode_rate(await ask(side, [[side.encode(prompts(name), sampling)] for name in names]))
+            samples = await ask(side, [[side.encode(prompts(name), sampling)] for name in names])
+            try:
+                rates[count] = decode_rate(samples, lines=max_tokens)
+            except ValueError as error:
+                raise RequestFailed(f"{count} streams: {error}") from None
         return rates
 
     await warm_up([target], max(counts))

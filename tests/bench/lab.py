@@ -39,7 +39,7 @@ class RequestFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How all of them are loaded: slots, and tokens of one sequence, of which llama.cpp wants multiples of 256."""
+    """How all of them are loaded: slots, and tokens of one sequence, which llama.cpp rounds up to a multiple of 256."""
 
     n_parallel: int
     n_ctx: int
@@ -52,7 +52,7 @@ class Settings:
     model: Path
     folder: Path
     llama_server: Path | None = None
-    batched_bench: Path | None = None
+    llama_batched_bench: Path | None = None
     n_threads: int | None = None
     rounds: int = 3
     quick: bool = False
