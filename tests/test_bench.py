@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import socket
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-import orjson
 import pytest
 import trio
+from bench_servers import FakeBridge, FakeLlamaServer, bridge_at, chunked, listen, llama_server, plain, serving
 from click.testing import CliRunner
 from rich.console import Console
 
 from bridge.bench import bench, http, report
-from bridge.bench.answers import Answer, BridgeAnswer, BrokenAnswer, LlamaServerAnswer
+from bridge.bench.answers import Answer, BridgeAnswer, BrokenAnswer, LlamaServerAnswer, LlamaServerEmbeddings
+from bridge.bench.load import run_clients, run_disturbed
 from bridge.bench.ping import measure_pings
 from bridge.bench.prompts import Prompts, calibrate
-from bridge.bench.rounds import Plan, Run
-from bridge.bench.stats import Round, Sample, medians, percentile, percentiles, ratios, summarise
-from bridge.bench.targets import Bridge, LlamaServer, Sampling
+from bridge.bench.rounds import Plan, Run, take_turns
+from bridge.bench.stats import (
+    Round,
+    Sample,
+    decode_rate,
+    gaps,
+    medians,
+    percentile,
+    percentiles,
+    ratios,
+    summarise,
+    wall,
+)
+from bridge.bench.targets import Bridge, BridgeEmbedder, Embedder, LlamaServer, LlamaServerEmbedder, Sampling
 from protocol.address import Tcp, Unix
-from protocol.commands import Infer, InferStream, Ping, Tokenize
-from protocol.connection import Connection, Exchange, Requested, Role
-from protocol.errors import ErrorCode
+from protocol.commands import Embed, InferStream
 from protocol.parse import parse_request
-from protocol.replies import Failed, Final, Ok, Reply, Started, Token
 
 # -- arithmetic ------------------------------------------------------------------------------------------------
 
@@ -102,6 +107,69 @@ def test_ratios_to_nothing_are_left_out() -> None:
     assert ratios([_round(a=1.0, b=2.0, c=3.0)], [_round(a=0.0, b=1.0)]) == {"b": 2.0}
 
 
+def _stream(*arrivals: float, tokens: int | None = None) -> Sample:
+    count = len(arrivals) if tokens is None else tokens
+    return Sample(sent=0.0, done=arrivals[-1], arrivals=list(arrivals), completion_tokens=count)
+
+
+def test_wall_is_from_the_first_request_to_the_last_answer() -> None:
+    assert wall([Sample(sent=2.0, done=9.0), Sample(sent=1.0, done=5.0)]) == 8.0
+
+
+def test_gaps_are_those_that_lie_partly_in_the_window() -> None:
+    stream = _stream(1.0, 2.0, 4.0, 7.0, 11.0)
+    assert gaps([stream, _stream(1.0, 1.5)]) == [1.0, 2.0, 3.0, 4.0, 0.5]
+    assert gaps([stream], 4.0, 7.0) == [3.0]
+    assert gaps([stream], 3.0, 7.5) == [2.0, 3.0, 4.0]
+    assert gaps([stream], 20.0) == []
+
+
+def test_decode_rate_is_of_the_time_when_all_streams_decode() -> None:
+    # The first decodes alone until 2.0, the second from 4.0 on; between, a token every 0.5 s from each.
+    early = _stream(0.0, 0.1, 0.2, 2.0, 2.5, 3.0, 3.5, 4.0)
+    late = _stream(2.0, 2.5, 3.0, 3.5, 4.0, 4.1, 4.2)
+    assert decode_rate([early, late]) == pytest.approx(4.0)
+    # Lines of one step that come one after the other do not cut a step off.
+    assert decode_rate([_stream(0.0, 1.0, 2.0), _stream(0.25, 1.25, 2.25)]) == pytest.approx(2.0)
+
+
+def test_decode_rate_of_the_first_lines() -> None:
+    slower = _stream(0.0, 1.0, 2.0, 4.0, 8.0)
+    assert decode_rate([slower], lines=3) == pytest.approx(1.0)
+    assert decode_rate([slower]) == pytest.approx(0.5)
+
+
+def test_decode_rate_counts_tokens_not_lines() -> None:
+    assert decode_rate([_stream(0.0, 1.0, 2.0, 3.0, tokens=8)]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "streams",
+    [
+        [_stream(0.0, 1.0), _stream(2.0, 3.0)],
+        [_stream(0.0, 1.0), _stream(1.0, 2.0)],
+        [_stream(0.0)],
+        [_stream(1.0, 1.0)],
+    ],
+)
+def test_decode_rate_without_common_time(streams: list[Sample]) -> None:
+    with pytest.raises(ValueError, match="no time in common"):
+        decode_rate(streams)
+
+
+async def test_nobody_always_goes_last(autojump_clock: trio.testing.MockClock) -> None:
+    order = []
+
+    async def one_round(side: Bridge, number: int) -> str:
+        order.append(side.name)
+        return f"{side.name}{number}"
+
+    sides = [Bridge(Unix("/x"), name=name) for name in "abc"]
+    results = await take_turns(3, sides, one_round)
+    assert "".join(order) == "abccbaabc"
+    assert results == {name: [f"{name}{number}" for number in range(3)] for name in "abc"}
+
+
 # -- prompts ---------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +189,7 @@ def test_prompts_have_the_common_prefix_and_no_more() -> None:
 
 def test_a_prompt_may_be_all_prefix() -> None:
     prompts = Prompts(8, common_prefix=8)
+    assert Prompts(8, common_prefix=8, prefix="another")("a") != prompts("a")
     assert prompts("a") == prompts("b")
     with pytest.raises(ValueError, match="common prefix"):
         Prompts(8, common_prefix=9)
@@ -147,22 +216,13 @@ _BRIDGE_WHOLE = ('{"status":"ok","message":"Inference completed","data":"one two
 _LAST_EVENT = '{"content":"","stop":true,"tokens_predicted":3,"tokens_evaluated":7,"timings":{"cache_n":3}}'
 
 
-def _chunked(*events: str, head: str = "200 OK") -> bytes:
-    chunks = "".join(f"{len(event.encode()):x}\r\n{event}\r\n" for event in (f"{one}\n\n" for one in events))
-    return f"HTTP/1.1 {head}\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}0\r\n\r\n".encode()
-
-
-def _plain(body: str, head: str = "200 OK") -> bytes:
-    return f"HTTP/1.1 {head}\r\nServer: x\r\nContent-Length: {len(body.encode())}\r\n\r\n{body}".encode()
-
-
-_LLAMA_STREAM = _chunked(
+_LLAMA_STREAM = chunked(
     'data: {"content":"one","stop":false}',
     'data: {"content":" \\"stop\\":true","stop":false}',
     'data: {"content":"three","stop":false}',
     f"data: {_LAST_EVENT}",
 )
-_LLAMA_WHOLE = _plain(_LAST_EVENT)
+_LLAMA_WHOLE = plain(_LAST_EVENT)
 _ANSWERS: list[tuple[bytes, Callable[[Sample], Answer], int]] = [
     (_BRIDGE_STREAM, lambda sample: BridgeAnswer(sample, streams=True), 3),
     (_BRIDGE_WHOLE, lambda sample: BridgeAnswer(sample, streams=False), 0),
@@ -194,6 +254,36 @@ def _check_sample(sample: Sample, tokens: int) -> None:
     assert len(sample.arrivals) == tokens
     assert (sample.prompt_tokens, sample.cached_tokens, sample.completion_tokens) == (7, 3, 3)
     assert sample.done >= max(sample.arrivals, default=0.0) > -1
+
+
+_VECTORS = (
+    '{"object":"list","data":[{"embedding":"AAAA","index":0},{"embedding":"AACA","index":1}],'
+    '"model":"x","usage":{"prompt_tokens":7,"total_tokens":7}}'
+)
+
+
+def test_what_answers_say_that_are_no_streams() -> None:
+    embedded = b'{"status":"ok","message":"x","data":["AAAA","AACA"],"usage":{"prompt_tokens":7}}\n'
+    for answer, data, said in (
+        (BridgeAnswer(Sample(0.0), streams=False), _BRIDGE_WHOLE, "one two"),
+        (BridgeAnswer(Sample(0.0), streams=False), embedded, ["AAAA", "AACA"]),
+        (LlamaServerAnswer(Sample(0.0), streams=False), plain(_LAST_EVENT.replace('""', '"one two"')), "one two"),
+        (LlamaServerEmbeddings(Sample(0.0)), plain(_VECTORS), ["AAAA", "AACA"]),
+    ):
+        assert answer.feed(data, 1.0)
+        assert (answer.sample.error, answer.sample.data, answer.sample.prompt_tokens) == (None, said, 7)
+
+
+def test_llama_servers_vectors_that_are_none() -> None:
+    for body, error in (
+        ('{"error":{"code":501,"message":"no embeddings"}}', "no embeddings [501]"),
+        ('{"data":[{"embedding":[0.5]}],"usage":{}}', "HTTP 200: "),
+        ('{"data":[]}', "HTTP 200: "),
+    ):
+        answer = LlamaServerEmbeddings(Sample(0.0))
+        assert answer.feed(plain(body), 1.0)
+        assert answer.sample.error is not None
+        assert answer.sample.error.startswith(error)
 
 
 def test_an_empty_final_token_is_no_token() -> None:
@@ -231,12 +321,12 @@ def test_error_lines(line: str, streams: bool, error: str) -> None:
 @pytest.mark.parametrize(
     ("data", "streams", "error"),
     [
-        (_plain('{"error":{"code":503,"message":"Loading model"}}', "503 Busy"), True, "Loading model [503]"),
-        (_plain('{"error":{"code":503,"message":"Loading model"}}', "503 Busy"), False, "Loading model [503]"),
-        (_chunked('data: {"error":{"code":500,"message":"no slot"}}'), True, "no slot [500]"),
-        (_chunked('error: {"code":500,"message":"no slot"}'), True, "HTTP 200: "),
-        (_plain("<h1>Not here</h1>", "404 Not Found"), True, "HTTP 404: b'<h1>Not here</h1>'"),
-        (_plain('{"ok":1}'), False, "HTTP 200: "),
+        (plain('{"error":{"code":503,"message":"Loading model"}}', "503 Busy"), True, "Loading model [503]"),
+        (plain('{"error":{"code":503,"message":"Loading model"}}', "503 Busy"), False, "Loading model [503]"),
+        (chunked('data: {"error":{"code":500,"message":"no slot"}}'), True, "no slot [500]"),
+        (chunked('error: {"code":500,"message":"no slot"}'), True, "HTTP 200: "),
+        (plain("<h1>Not here</h1>", "404 Not Found"), True, "HTTP 404: b'<h1>Not here</h1>'"),
+        (plain('{"ok":1}'), False, "HTTP 200: "),
     ],
 )
 def test_http_errors(data: bytes, streams: bool, error: str) -> None:
@@ -255,8 +345,8 @@ def test_http_errors(data: bytes, streams: bool, error: str) -> None:
         (BridgeAnswer(Sample(0.0), streams=False), b'{"status":"ok","message":"x","usage":{"prompt_tokens":"many"}}\n'),
         (LlamaServerAnswer(Sample(0.0), streams=True), b"SSH-2.0-x\r\n"),
         (LlamaServerAnswer(Sample(0.0), streams=True), b"HTTP/1.1 abc\r\n\r\n"),
-        (LlamaServerAnswer(Sample(0.0), streams=True), _chunked('data: {"content":"a","stop":false}')),
-        (LlamaServerAnswer(Sample(0.0), streams=False), _plain("")),
+        (LlamaServerAnswer(Sample(0.0), streams=True), chunked('data: {"content":"a","stop":false}')),
+        (LlamaServerAnswer(Sample(0.0), streams=False), plain("")),
         (LlamaServerAnswer(Sample(0.0), streams=False), _LLAMA_WHOLE + b"x"),
     ],
 )
@@ -324,153 +414,23 @@ def test_both_targets_ask_the_same() -> None:
     }  # fmt: skip
 
 
+def test_both_embedders_ask_the_same() -> None:
+    texts = ["one", "two\nlines"]
+    request = parse_request(BridgeEmbedder(Unix("/x")).encode_texts(texts).rstrip(b"\n"))
+    head, _, body = LlamaServerEmbedder("http://h:1").encode_texts(texts).partition(b"\r\n\r\n")
+    assert request is not None
+    assert request.command == Embed(text=texts, encoding="base64")
+    assert head.startswith(b"POST /v1/embeddings HTTP/1.1\r\n")
+    assert json.loads(body) == {"input": texts, "encoding_format": "base64"}
+
+
 @pytest.mark.parametrize("url", ["https://x", "127.0.0.1:8080", "http://", "http://x/?a=b"])
 def test_bad_urls(url: str) -> None:
     with pytest.raises(ValueError, match="bad URL"):
         LlamaServer(url)
 
 
-# -- scripted servers ------------------------------------------------------------------------------------------
-
-
-class FakeBridge:
-    """Answers on a Unix socket, word by word, and fails every request whose number is in ``fails``."""
-
-    def __init__(self, *, fails: frozenset[int] = frozenset(), hangs_up: frozenset[int] = frozenset()) -> None:
-        self.asked: list[Infer | InferStream] = []
-        self._fails = fails
-        self._hangs_up = hangs_up
-
-    async def serve(self, stream: trio.abc.Stream) -> None:
-        connection = Connection(Role.SERVER)
-        with suppress(trio.BrokenResourceError, _HangUp):
-            async with stream:
-                async for data in stream:
-                    for event in list(connection.receive(bytes(data))):
-                        assert isinstance(event, Requested)
-                        async for line in self._answer(connection, event):
-                            await stream.send_all(line)
-
-    async def _answer(self, connection: Connection, event: Requested) -> AsyncIterator[bytes]:
-        exchange: Exchange = event.exchange
-        replies: list[Reply]
-        match event.command:
-            case Ping():
-                replies = [Ok("pong", "pong")]
-            case Tokenize(text=text):
-                replies = [Ok("Tokenized", list(range(len(text.split()))))]
-            case Infer() | InferStream() as infer:
-                replies = self._infer(infer)
-            case other:
-                raise AssertionError(other)
-        for reply in replies:
-            yield connection.reply(exchange, reply)
-            await trio.lowlevel.checkpoint()
-
-    def _infer(self, infer: Infer | InferStream) -> list[Reply]:
-        self.asked.append(infer)
-        if len(self.asked) in self._hangs_up:
-            raise _HangUp
-        if len(self.asked) in self._fails:
-            return [Failed(ErrorCode.OVERLOADED, "The queue is full")]
-        usage = {"prompt_tokens": len(infer.prompt.split()), "cached_tokens": 0, "completion_tokens": infer.max_tokens}
-        if not isinstance(infer, InferStream):
-            return [Ok("Inference completed", "w" * infer.max_tokens, {"usage": usage})]
-        tokens = [Token("w") for _ in range(infer.max_tokens - 1)]
-        return [Started(), *tokens, Final("w", "length", {"usage": usage})]
-
-
-class _HangUp(Exception):
-    pass
-
-
-class FakeLlamaServer:
-    """Answers on a loopback port, and hangs up after every stream, as the real one does."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, object]] = []
-
-    async def serve(self, stream: trio.abc.Stream) -> None:
-        received = b""
-        with suppress(trio.BrokenResourceError):
-            async with stream:
-                async for data in stream:
-                    received += data
-                    head, found, body = received.partition(b"\r\n\r\n")
-                    length = int(head.partition(b"Content-Length: ")[2]) if found else math.inf
-                    if len(body) < length:
-                        continue
-                    received = b""
-                    fields = orjson.loads(body)
-                    await stream.send_all(self._answer(head, fields))
-                    if fields.get("stream"):
-                        return
-
-    def _answer(self, head: bytes, fields: dict[str, object]) -> bytes:
-        if head.startswith(b"POST /tokenize "):
-            return _plain(json.dumps({"tokens": list(range(len(str(fields["content"]).split())))}))
-        self.asked.append(fields)
-        count = fields["n_predict"]
-        assert isinstance(count, int)
-        last = json.dumps(
-            {
-                "content": "",
-                "stop": True,
-                "tokens_predicted": count,
-                "tokens_evaluated": len(str(fields["prompt"]).split()),
-            },
-            separators=(",", ":"),
-        )
-        if not fields["stream"]:
-            return _plain(last)
-        return _chunked(*['data: {"content":"w","stop":false}'] * count, f"data: {last}")
-
-
-@contextmanager
-def serving(serve: Callable[[trio.SocketStream], Awaitable[object]], listener: socket.socket) -> Iterator[None]:
-    """Runs a server in a thread of its own: the command under test has an event loop to itself."""
-    token: list[trio.lowlevel.TrioToken] = []
-    scope = trio.CancelScope()
-    started = threading.Event()
-
-    async def main() -> None:
-        token.append(trio.lowlevel.current_trio_token())
-        listen = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-        with scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(trio.serve_listeners, serve, [listen]))
-                started.set()
-
-    thread = threading.Thread(target=trio.run, args=(main,))
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield
-    finally:
-        token[0].run_sync_soon(scope.cancel)
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-def _listen(family: socket.AddressFamily, address: str | tuple[str, int]) -> socket.socket:
-    sock = socket.socket(family)
-    sock.bind(address)
-    sock.listen(64)
-    return sock
-
-
-@contextmanager
-def bridge_at(path: Path, fake: FakeBridge) -> Iterator[None]:
-    with serving(fake.serve, _listen(socket.AF_UNIX, str(path))):
-        yield
-
-
-@contextmanager
-def llama_server(fake: FakeLlamaServer) -> Iterator[str]:
-    listener = _listen(socket.AF_INET, ("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    with serving(fake.serve, listener):
-        yield url
+# -- whole runs ------------------------------------------------------------------------------------------------
 
 
 _SMALL = ["--clients", "1,3", "--requests", "2", "--rounds", "2", "--max-tokens", "5", "--prompt-tokens", "8"]
@@ -507,6 +467,39 @@ def test_side_by_side(tmp_path: Path, stream: bool) -> None:
     assert len(set(prompts)) == len(prompts) == (1 + 3) * (2 * 2 + 1)  # two rounds of two, and the warm-up
     assert all(infer.ignore_eos for infer in bridge.asked)
     assert all(fields["ignore_eos"] for fields in server.asked)
+
+
+async def test_vectors_of_both(tmp_path: Path) -> None:
+    bridge, server = FakeBridge(), FakeLlamaServer()
+    with bridge_at(tmp_path / "s", bridge), llama_server(server) as url:
+        embedders: list[Embedder] = [BridgeEmbedder(Unix(str(tmp_path / "s"))), LlamaServerEmbedder(url)]
+        for embedder in embedders:
+            work = [[embedder.encode_texts(["a", "b"]), embedder.encode_texts(["c"])]]
+            samples = await run_clients(embedder, work)
+            assert [(sample.error, len(sample.data)) for sample in samples] == [(None, 2), (None, 1)]
+    assert bridge.embedded == server.embedded == [["a", "b"], ["c"]]
+
+
+async def test_streams_are_disturbed_when_all_of_them_flow(tmp_path: Path) -> None:
+    fake = FakeBridge()
+    with bridge_at(tmp_path / "s", fake):
+        target = Bridge(Unix(str(tmp_path / "s")))
+        endless = [target.encode(f"stream {n}", Sampling(max_tokens=10_000)) for n in range(3)]
+        samples, late = await run_disturbed(target, endless, 20, target.encode("late", Sampling(max_tokens=2)))
+    assert fake.asked[-1].prompt == "late"
+    assert (late.error, late.completion_tokens, len(late.arrivals)) == (None, 2, 2)
+    for sample in samples:
+        assert (sample.error, sample.done) == (None, 0.0)  # the client hung up
+        assert sum(arrival < late.sent for arrival in sample.arrivals) >= 20
+
+
+async def test_a_stream_that_fails_keeps_nobody_waiting(tmp_path: Path) -> None:
+    with bridge_at(tmp_path / "s", FakeBridge(fails=frozenset({1}))):
+        target = Bridge(Unix(str(tmp_path / "s")))
+        short = target.encode("x", Sampling(max_tokens=2))
+        samples, late = await run_disturbed(target, [short], 20, short)
+    assert samples[0].error == "The queue is full [overloaded]"
+    assert late.error is None
 
 
 def test_failures_are_counted_and_shown(tmp_path: Path) -> None:
@@ -556,7 +549,7 @@ def test_bad_flags(flags: list[str]) -> None:
 
 
 def test_pings_over_tcp() -> None:
-    listener = _listen(socket.AF_INET, ("127.0.0.1", 0))
+    listener = listen(socket.AF_INET, ("127.0.0.1", 0))
     with serving(FakeBridge().serve, listener):
         found = measure_pings(Tcp(*listener.getsockname()), 5)
     assert 0 < found["ping_us_p50"] <= found["ping_us_p99"]
@@ -568,7 +561,7 @@ def test_a_ping_that_is_answered_with_something_else() -> None:
             await stream.receive_some()
             await stream.send_all(b"220 smtp\n")
 
-    listener = _listen(socket.AF_INET, ("127.0.0.1", 0))
+    listener = listen(socket.AF_INET, ("127.0.0.1", 0))
     with serving(other, listener), pytest.raises(OSError, match="220 smtp"):
         measure_pings(Tcp(*listener.getsockname()), 5)
 

@@ -57,7 +57,7 @@ class Lines:
 
 
 class BridgeAnswer(Answer):
-    """INFER or INFER_STREAM of a bridge."""
+    """INFER or INFER_STREAM of a bridge, or EMBED, which is no stream."""
 
     def __init__(self, sample: Sample, *, streams: bool) -> None:
         super().__init__(sample)
@@ -84,7 +84,8 @@ class BridgeAnswer(Answer):
                     if text:
                         self.sample.arrivals.append(now)
                     self._count(extra)
-                case Ok(extra=extra):
+                case Ok(data=data, extra=extra):
+                    self.sample.data = data
                     self._count(extra)
                 case Final(finish_reason=reason, extra=extra):
                     self.sample.error = f"{extra.get('reason', 'the answer ended early')} [{extra.get('code', reason)}]"
@@ -161,15 +162,31 @@ class LlamaServerAnswer(Answer):
                 known = error if isinstance(error, dict) else {}
                 self.sample.error = f"{known.get('message', error)} [{known.get('code', self._response.status)}]"
                 return
-            last = msgspec.convert(fields, _LastEvent)
+            self._take_result(fields, now)
         except (ValueError, AttributeError, msgspec.ValidationError):
             self.sample.error = f"HTTP {self._response.status}: {text[:200]!r}"
-            return
-        if self._streams and last.content:
+
+    def _take_result(self, fields: dict[str, Any], now: float) -> None:
+        last = msgspec.convert(fields, _LastEvent)
+        if not self._streams:
+            self.sample.data = last.content
+        elif last.content:
             self.sample.arrivals.append(now)
         self.sample.prompt_tokens = last.tokens_evaluated
         self.sample.completion_tokens = last.tokens_predicted
         self.sample.cached_tokens = last.timings.cache_n
+
+
+class LlamaServerEmbeddings(LlamaServerAnswer):
+    """POST /v1/embeddings of a llama-server."""
+
+    def __init__(self, sample: Sample) -> None:
+        super().__init__(sample, streams=False)
+
+    def _take_result(self, fields: dict[str, Any], now: float) -> None:
+        result = msgspec.convert(fields, _Embeddings)
+        self.sample.data = [one.embedding for one in result.data]
+        self.sample.prompt_tokens = result.usage.prompt_tokens
 
 
 class _Timings(msgspec.Struct):
@@ -181,3 +198,12 @@ class _LastEvent(msgspec.Struct):
     tokens_predicted: int
     tokens_evaluated: int
     timings: _Timings = msgspec.field(default_factory=_Timings)
+
+
+class _Embedding(msgspec.Struct):
+    embedding: str  # base64, as asked for
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[_Embedding]
+    usage: Usage

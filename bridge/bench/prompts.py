@@ -22,12 +22,17 @@ _SAMPLE_WORDS = 400
 
 
 class Prompts:
-    """``tokens_per_word`` comes from calibrate()."""
+    """``common_prefix`` is in tokens, and which words it is made of follows from its name, ``prefix``.
 
-    def __init__(self, tokens: int, *, common_prefix: int = 0, tokens_per_word: float = 1.0) -> None:
+    ``tokens_per_word`` comes from calibrate().
+    """
+
+    def __init__(
+        self, tokens: int, *, common_prefix: int = 0, prefix: str = "prefix", tokens_per_word: float = 1.0
+    ) -> None:
         if common_prefix > tokens:
             raise ValueError("a common prefix cannot be longer than the prompt")
-        self._prefix = _words("prefix", common_prefix / tokens_per_word) if common_prefix else []
+        self._prefix = _words(prefix, common_prefix / tokens_per_word) if common_prefix else []
         self._own = (tokens - common_prefix) / tokens_per_word
 
     def __call__(self, key: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -13,6 +14,15 @@ from bridge.bench.stats import Round, summarise
 from bridge.bench.targets import Sampling, Target
 
 _SETTLE = 0.2  # seconds for a server's threads to stop spinning before the other one is measured
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Side = TypeVar("Side", bound=Named)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,22 +51,34 @@ async def measure(plan: Plan, targets: Sequence[Target], progress: Callable[[str
     """
     per_word = [await calibrate(target.count_tokens) for target in targets]  # of all, to see that they are there
     prompts = Prompts(plan.prompt_tokens, common_prefix=plan.common_prefix, tokens_per_word=per_word[0])
-    runs = []
-    for clients in plan.clients:
-        run = Run(clients, {target.name: [] for target in targets})
-        for target in targets:
-            progress(f"{clients} clients, warming up: {target.name}")
-            await _warm_up(plan, target, prompts, clients)
-        for number in range(plan.rounds):
-            # A B, B A, A B ...: neither side is always the one that comes after the other.
-            for target in targets if number % 2 == 0 else targets[::-1]:
-                progress(f"{clients} clients, round {number + 1} of {plan.rounds}: {target.name}")
-                work = _requests(plan, target, prompts, clients, number)
-                await trio.sleep(_SETTLE)
-                samples = await run_clients(target, work, timeout=plan.timeout)
-                run.rounds[target.name].append(summarise(samples, plan.sampling.max_tokens))
-        runs.append(run)
-    return runs
+    return [await _measure(plan, targets, prompts, clients, progress) for clients in plan.clients]
+
+
+async def take_turns(
+    rounds: int, sides: Sequence[Side], one_round: Callable[[Side, int], Awaitable[Result]]
+) -> dict[str, list[Result]]:
+    """What ``one_round(side, number)`` came to: for each side, by name, in the order of the rounds."""
+    results: dict[str, list[Result]] = {side.name: [] for side in sides}
+    for number in range(rounds):
+        # A B, B A, A B ...: neither side is always the one that comes after the other.
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            await trio.sleep(_SETTLE)
+            results[side.name].append(await one_round(side, number))
+    return results
+
+
+async def _measure(
+    plan: Plan, targets: Sequence[Target], prompts: Prompts, clients: int, progress: Callable[[str], None]
+) -> Run:
+    async def one_round(target: Target, number: int) -> Round:
+        progress(f"{clients} clients, round {number + 1} of {plan.rounds}: {target.name}")
+        work = _requests(plan, target, prompts, clients, number)
+        return summarise(await run_clients(target, work, timeout=plan.timeout), plan.sampling.max_tokens)
+
+    for target in targets:
+        progress(f"{clients} clients, warming up: {target.name}")
+        await _warm_up(plan, target, prompts, clients)
+    return Run(clients, await take_turns(plan.rounds, targets, one_round))
 
 
 def _requests(plan: Plan, target: Target, prompts: Prompts, clients: int, number: int) -> list[list[bytes]]:

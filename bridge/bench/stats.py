@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 PERCENTILES = (50, 95, 99)
 
@@ -15,6 +17,7 @@ class Sample:
     """One request and its answer. Times are in seconds of one clock; ``arrivals`` has one for each token's line.
 
     Token counts are the server's own. Lines are not tokens: a piece of a character waits for the rest of it.
+    ``data`` is what an answer that is no stream says: a text, or a list of vectors.
     """
 
     sent: float
@@ -23,6 +26,7 @@ class Sample:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    data: Any = None
     error: str | None = None
 
 
@@ -63,10 +67,10 @@ def summarise(samples: Sequence[Sample], max_tokens: int) -> Round:
     tokens = sum(sample.completion_tokens for sample in good)
     metrics: dict[str, float] = {}
     if good:
-        wall = max(sample.done for sample in good) - min(sample.sent for sample in good)
-        metrics["tokens_per_s"] = tokens / wall if wall > 0 else 0.0
+        took = wall(good)
+        metrics["tokens_per_s"] = tokens / took if took > 0 else 0.0
         metrics |= percentiles("ttft_ms", [sample.arrivals[0] - sample.sent for sample in good if sample.arrivals])
-        metrics |= percentiles("between_ms", [gap for sample in good for gap in _gaps(sample.arrivals)])
+        metrics |= percentiles("between_ms", gaps(good))
         metrics |= percentiles("latency_ms", [sample.done - sample.sent for sample in good])
     return Round(
         requests=len(samples),
@@ -98,5 +102,36 @@ def ratios(ours: Sequence[Round], theirs: Sequence[Round]) -> dict[str, float]:
     )
 
 
-def _gaps(arrivals: Sequence[float]) -> list[float]:
-    return [later - earlier for earlier, later in pairwise(arrivals)]
+def wall(samples: Sequence[Sample]) -> float:
+    """Seconds from the first request sent to the last answer's end."""
+    return max(sample.done for sample in samples) - min(sample.sent for sample in samples)
+
+
+def gaps(samples: Iterable[Sample], start: float = -math.inf, end: float = math.inf) -> list[float]:
+    """Seconds between two tokens of a stream, of all streams: where any of that time lies from start to end."""
+    return [
+        later - earlier
+        for sample in samples
+        for earlier, later in pairwise(sample.arrivals)
+        if later > start and earlier < end
+    ]
+
+
+def decode_rate(samples: Sequence[Sample], *, lines: int | None = None) -> float:
+    """Tokens a second of all streams together while all of them decode: from the last one's first line to the first
+    one's last.
+
+    Each stream is timed by its own lines, since a step's lines reach the clients one after the other, and a common
+    window would cut through a step. ``lines`` is how many of each count at most, so that what counts are contexts of
+    a known length. Raises ValueError if there is no such time.
+    """
+    start = max(sample.arrivals[0] for sample in samples)
+    end = min(sample.arrivals[-1] for sample in samples)
+    rate = 0.0
+    for sample in samples:
+        inside = [arrival for arrival in sample.arrivals if start <= arrival <= end][:lines]
+        if not inside or inside[0] == inside[-1]:
+            raise ValueError("the streams have no time in common")
+        tokens_per_line = sample.completion_tokens / len(sample.arrivals)
+        rate += tokens_per_line * (len(inside) - 1) / (inside[-1] - inside[0])
+    return rate

@@ -1,7 +1,8 @@
-"""How a bridge and a llama-server are asked for the same answer."""
+"""How a bridge and a llama-server are asked for the same answer, or for the same vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -10,10 +11,10 @@ import orjson
 import trio
 
 from bridge.bench import http
-from bridge.bench.answers import Answer, BridgeAnswer, LlamaServerAnswer
+from bridge.bench.answers import Answer, BridgeAnswer, LlamaServerAnswer, LlamaServerEmbeddings
 from bridge.bench.stats import Sample
 from protocol.address import Address, Unix
-from protocol.commands import Infer, InferStream, Request, Tokenize
+from protocol.commands import Embed, Infer, InferStream, Request, Tokenize
 from protocol.connection import encode_request
 from protocol.errors import RemoteProtocolError
 from protocol.replies import Ok, decode_reply
@@ -38,22 +39,33 @@ class Sampling:
     seed: int = 1
 
 
-class Target(Protocol):
-    """A server under load."""
+class Server(Protocol):
+    """A server under load, whatever it is asked."""
 
     @property
     def name(self) -> str: ...
 
     async def connect(self) -> trio.SocketStream: ...
 
-    def encode(self, prompt: str, sampling: Sampling) -> bytes:
-        """The bytes that ask for an answer."""
-
     def answer(self, sample: Sample) -> Answer:
         """A reader for the next answer."""
 
+
+class Target(Server, Protocol):
+    """A server that completes prompts."""
+
+    def encode(self, prompt: str, sampling: Sampling) -> bytes:
+        """The bytes that ask for an answer."""
+
     async def count_tokens(self, text: str) -> int:
         """Raises TargetError, also if the server cannot be reached: this is what is asked first."""
+
+
+class Embedder(Server, Protocol):
+    """A server that makes vectors."""
+
+    def encode_texts(self, texts: Sequence[str]) -> bytes:
+        """The bytes that ask for the vectors of these texts, in base64: else both sides would mostly print numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +112,14 @@ class Bridge:
         if not isinstance(reply, Ok) or not isinstance(reply.data, list):
             raise TargetError(f"the bridge at {self.address} does not count tokens: {bytes(received[:200])!r}")
         return len(reply.data)
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeEmbedder(Bridge):
+    stream: bool = False
+
+    def encode_texts(self, texts: Sequence[str]) -> bytes:
+        return encode_request(Request(Embed(text=list(texts), model=self.model, encoding="base64")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,3 +176,16 @@ class LlamaServer:
     def _post(self, path: str, fields: dict[str, object]) -> bytes:
         parts = urlsplit(self.url)
         return http.post(parts.netloc, parts.path.rstrip("/") + path, orjson.dumps(fields))
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaServerEmbedder(LlamaServer):
+    """Of a llama-server that was started with --embeddings."""
+
+    stream: bool = False
+
+    def encode_texts(self, texts: Sequence[str]) -> bytes:
+        return self._post("/v1/embeddings", {"input": list(texts), "encoding_format": "base64"})
+
+    def answer(self, sample: Sample) -> Answer:
+        return LlamaServerEmbeddings(sample)

@@ -16,21 +16,55 @@ from typing import Any
 
 import msgspec
 import psutil
+from lab import Settings, say
 from processes import daemon
+from rows import Row
 
+from bridge.bench.ping import measure_pings
 from client import Client
+from protocol.address import Unix
 
 CONNECTIONS = 1000
 WATCHED = 10.0  # seconds
 _SETTLE = 1.0
+_PINGS = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
     resident: int  # bytes, of the daemon without a model
     per_connection: float  # bytes
-    cpu_alone: float  # seconds of CPU in WATCHED seconds
+    cpu_alone: float  # seconds of CPU in the seconds watched
     cpu_connected: float
+    ping_p50: float  # microseconds
+
+
+def rows(settings: Settings) -> list[Row]:
+    say("costs")
+    started = start_to_listening(settings.folder, settings.pick(5, 1))
+    seen = idle(settings.folder, settings.pick(WATCHED, 1.0))
+    config = {"load_n_parallel": 32, "load_n_ctx": 256, "load_n_threads": settings.n_threads}
+    load, own = load_times(settings.folder, settings.model, config, settings.pick(5, 1))
+    allowed = 1.3 * own + 500
+    alone = f"{seen.cpu_alone:.2f} s without"
+    return [
+        Row("PING over the Unix socket, p50, idle", "at most 100 us", f"{seen.ping_p50:.0f} us", seen.ping_p50 <= 100),
+        Row("idle daemon, no model", "at most 60 MB", f"{seen.resident / 1e6:.1f} MB", seen.resident <= 60e6),
+        Row("an idle connection", "at most 30 kB", f"{seen.per_connection / 1e3:.1f} kB", seen.per_connection <= 30e3),
+        Row(
+            f"CPU of {CONNECTIONS:,} idle connections in {settings.pick(WATCHED, 1.0):.0f} s",
+            "none",
+            f"{seen.cpu_connected:.2f} s ({alone})",
+            seen.cpu_connected - seen.cpu_alone < 0.02,  # two ticks of the clock that CPU times are counted in
+        ),
+        Row("start to listening", "at most 0.5 s", f"{started:.2f} s", started <= 0.5),
+        Row(
+            "LOAD",
+            "at most 1.3 of llama_cpp's own load + 500 ms",
+            f"{load:.0f} ms (llama_cpp {own:.0f} ms, so {allowed:.0f} ms)",
+            load <= allowed,
+        ),
+    ]
 
 
 def start_to_listening(folder: Path, times: int = 5) -> float:
@@ -43,20 +77,21 @@ def start_to_listening(folder: Path, times: int = 5) -> float:
     return median(took)
 
 
-def idle(folder: Path) -> Idle:
+def idle(folder: Path, seconds: float = WATCHED) -> Idle:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with daemon(folder, {"limits_clients": CONNECTIONS + 24}) as (process, path):
         watched = psutil.Process(process.pid)
         time.sleep(_SETTLE)
         resident = watched.memory_info().rss
-        cpu_alone = _cpu_while_idle(watched)
+        cpu_alone = _cpu_while_idle(watched, seconds)
+        ping = measure_pings(Unix(path), _PINGS)["ping_us_p50"]
         before = watched.memory_info().rss
         with _connections(path):
             time.sleep(_SETTLE)
             per_connection = (watched.memory_info().rss - before) / CONNECTIONS
-            cpu_connected = _cpu_while_idle(watched)
-    return Idle(resident, per_connection, cpu_alone, cpu_connected)
+            cpu_connected = _cpu_while_idle(watched, seconds)
+    return Idle(resident, per_connection, cpu_alone, cpu_connected, ping)
 
 
 @contextmanager
@@ -77,9 +112,9 @@ def _connections(path: str) -> Iterator[None]:
             sock.close()
 
 
-def _cpu_while_idle(process: psutil.Process) -> float:
+def _cpu_while_idle(process: psutil.Process, seconds: float) -> float:
     before = process.cpu_times()
-    time.sleep(WATCHED)
+    time.sleep(seconds)
     after = process.cpu_times()
     return float((after.user + after.system) - (before.user + before.system))
 

@@ -45,15 +45,15 @@ def daemon(
 
 
 @contextmanager
-def llama_server(folder: Path, binary: Path, arguments: Sequence[str]) -> Iterator[str]:
+def llama_server(log: Path, binary: Path, arguments: Sequence[str]) -> Iterator[str]:
     """A llama-server that is ready to answer; its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(binary), "--host", "127.0.0.1", "--port", str(port), *arguments]
-    with _running(command, folder / "llama-server.log", os.environ) as process:
+    with _running(command, log, os.environ) as process:
         url = f"http://127.0.0.1:{port}"
-        _wait(process, lambda: _healthy(url), folder / "llama-server.log")
+        _wait(process, lambda: _healthy(url), log)
         yield url
 
 
@@ -69,11 +69,14 @@ class Others:
 
 
 def _busy_with_others() -> float:
-    """CPU seconds of the whole machine, with what its host took, less those of this process and its children."""
+    """CPU seconds of the whole machine, with what its host took, less those of this process and its children.
+
+    Children that ended are in their parent's times.
+    """
     times = psutil.cpu_times()
     everything = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
     this = psutil.Process()
-    ours = sum(sum(process.cpu_times()[:2]) for process in (this, *this.children(recursive=True)))
+    ours = sum(sum(process.cpu_times()[:4]) for process in (this, *this.children(recursive=True)))
     return float(everything - ours)
 
 
