@@ -16,6 +16,7 @@ from bridge.worker.scheduler import ALONE_CHUNK, CHUNK, Scheduled, Scheduler
 from bridge.worker.sequence import Sequence
 from bridge.worker.slots import Copy, Placement, Slots, Swap
 
+WORTH_A_PASS = 64
 rids = itertools.count()
 
 
@@ -38,11 +39,8 @@ def advance(scheduled: Scheduled) -> None:
 def scheduler_with(
     *sequences: Sequence, n_parallel: int = 4, n_batch: int = 64, rewinds: bool = True, pace: Pace | None = None
 ) -> Scheduler:
-    if pace is None:  # decoding takes so long that a prompt is never cut for it
-        pace = Pace()
-        pace.step(1, 0, 1.0)
-        pace.step(1, 1, 1.0001)
-    scheduler = Scheduler(Slots(n_parallel, rewinds=rewinds), n_batch, pace)
+    # Where nothing is known of how long things take, a prompt is not cut for it.
+    scheduler = Scheduler(Slots(n_parallel, rewinds=rewinds), n_batch, pace or Pace(), WORTH_A_PASS)
     for one in sequences:
         scheduler.add(one)
     return scheduler
@@ -60,6 +58,10 @@ def steps(scheduler: Scheduler) -> list[Scheduled]:
 def step(scheduler: Scheduler) -> Scheduled:
     [scheduled] = steps(scheduler)
     return scheduled
+
+
+def round_of(scheduler: Scheduler) -> list[list[tuple[int, int]]]:
+    return [shares(scheduled) for scheduled in steps(scheduler)]
 
 
 def shares(scheduled: Scheduled) -> list[tuple[int, int]]:
@@ -97,7 +99,8 @@ def test_a_prompt_joins_while_others_decode() -> None:
     scheduler = scheduler_with(sequence(3), sequence(3))
     step(scheduler)
     scheduler.add(sequence(10))
-    assert shares(step(scheduler)) == [(0, 1), (1, 1), (2, 10)]
+    assert round_of(scheduler) == [[(0, 1), (1, 1)], [(2, 10)]]
+    assert round_of(scheduler) == [[(0, 1), (1, 1), (2, 1)]]
 
 
 def test_a_long_prompt_alone_fills_the_batch() -> None:
@@ -107,30 +110,24 @@ def test_a_long_prompt_alone_fills_the_batch() -> None:
     assert (shares(second), second.batch.outputs) == ([(0, 36)], [35])
 
 
-def test_a_long_prompt_is_cut_smaller_while_others_decode() -> None:
-    scheduler = scheduler_with(sequence(2), n_batch=2048)
-    step(scheduler)
-    scheduler.add(sequence(CHUNK + 7))
-    assert shares(step(scheduler)) == [(0, 1), (1, CHUNK)]
-    assert shares(step(scheduler)) == [(0, 1), (1, 7)]
-    assert shares(step(scheduler)) == [(0, 1), (1, 1)]
+def test_prompts_together_stay_under_the_bound() -> None:
+    scheduler = scheduler_with(sequence(CHUNK - 6), sequence(100), n_batch=2048)
+    assert round_of(scheduler) == [[(0, CHUNK - 6)], [(1, 6)]]
 
 
-def test_prompts_together_stay_under_the_bound_while_others_decode() -> None:
-    scheduler = scheduler_with(sequence(2), n_batch=2048)
-    step(scheduler)
-    scheduler.add(sequence(CHUNK - 6))
-    scheduler.add(sequence(100))
-    assert shares(step(scheduler)) == [(0, 1), (1, CHUNK - 6), (2, 6)]
+def test_prompts_worth_a_pass_have_batches_of_their_own_and_others_share_one() -> None:
+    lengths = [WORTH_A_PASS, 20, 30, 40, 5]
+    scheduler = scheduler_with(*map(sequence, lengths), n_batch=2048, n_parallel=8)
+    assert round_of(scheduler) == [[(0, WORTH_A_PASS)], [(1, 20), (2, 30), (3, 40)], [(4, 5)]]
 
 
 def test_the_oldest_prompt_is_finished_first() -> None:
     scheduler = scheduler_with(sequence(100), sequence(100), n_batch=64)
-    assert [shares(step(scheduler)) for _ in range(4)] == [
-        [(0, 64)],
-        [(0, 36), (1, 28)],
-        [(0, 1), (1, 63)],
-        [(0, 1), (1, 9)],
+    assert [round_of(scheduler) for _ in range(4)] == [
+        [[(0, 64)]],
+        [[(0, 36), (1, 28)]],
+        [[(0, 1)], [(1, 64)]],
+        [[(0, 1)], [(1, 8)]],
     ]
 
 
@@ -148,7 +145,7 @@ def test_a_freed_slot_is_used_in_the_very_next_step() -> None:
     scheduler = scheduler_with(first, second, third, n_parallel=2)
     step(scheduler)
     scheduler.remove(first)
-    assert shares(step(scheduler)) == [(0, 3), (1, 1)]
+    assert round_of(scheduler) == [[(1, 1)], [(0, 3)]]
     assert third.slot == 0
 
 
@@ -167,10 +164,10 @@ def test_after_a_rewind_the_lost_tokens_are_computed_again() -> None:
     step(scheduler)
     step(scheduler)
     one.cells = 0  # as when a model keeps no history
-    scheduled = step(scheduler)
-    assert shares(scheduled) == [(0, 5), (1, 1)]
-    assert scheduled.batch.tokens[:5] == [0, 1, 2, 3, 4]
-    assert scheduled.sampled == [one, other]
+    decode, again = steps(scheduler)
+    assert (shares(decode), shares(again)) == ([(1, 1)], [(0, 5)])
+    assert again.batch.tokens == [0, 1, 2, 3, 4]
+    assert (decode.sampled, again.sampled) == ([other], [one])
 
 
 @pytest.mark.parametrize("n_batch", [4, 5])
@@ -181,9 +178,9 @@ def test_running_streams_never_wait_for_prompts(n_batch: int) -> None:
     step(scheduler)
     scheduler.add(sequence(9))
     for _ in range(5):
-        scheduled = step(scheduler)
-        assert set(streams) <= set(scheduled.sampled)
-        assert len(scheduled.batch) <= n_batch
+        batches = steps(scheduler)
+        assert set(streams) <= set(batches[0].sampled)
+        assert max(len(scheduled.batch) for scheduled in batches) <= n_batch
 
 
 # -- how much of a prompt --------------------------------------------------------------------------------------
@@ -191,51 +188,48 @@ def test_running_streams_never_wait_for_prompts(n_batch: int) -> None:
 
 def timed(streams: int, step: float, token: float) -> Pace:
     pace = Pace()
-    pace.step(streams, 0, step)
-    pace.step(0, 1000, 1000 * token)
+    pace.batch(streams, streams, step)
+    pace.batch(1, 1000, 1000 * token)
     return pace
 
 
-def test_a_long_prompt_gets_twice_the_time_of_the_streams_step() -> None:
-    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=timed(1, 0.020, 0.001))
+def with_a_stream(pace: Pace) -> Scheduler:
+    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=pace)
     step(scheduler)
+    return scheduler
+
+
+def test_a_long_prompt_gets_twice_the_time_of_the_streams_batch() -> None:
+    scheduler = with_a_stream(timed(1, 0.020, 0.001))
     scheduler.add(sequence(CHUNK + 60))
-    assert shares(step(scheduler)) == [(0, 1), (1, 40)]
-    assert shares(step(scheduler)) == [(0, 1), (1, 40)]
-    for _ in range(5):
-        assert shares(step(scheduler)) == [(0, 1), (1, 40)]  # also when what is left of it is short
-    assert shares(step(scheduler)) == [(0, 1), (1, CHUNK + 60 - 7 * 40)]
+    for _ in range(7):
+        assert round_of(scheduler) == [[(0, 1)], [(1, 40)]]  # also when what is left of it is short
+    assert round_of(scheduler) == [[(0, 1)], [(1, CHUNK + 60 - 7 * 40)]]
 
 
 def test_a_short_prompt_is_let_in_within_half_a_second() -> None:
-    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=timed(1, 0.020, 0.005))
-    step(scheduler)
+    scheduler = with_a_stream(timed(1, 0.020, 0.005))
     scheduler.add(sequence(150))
-    assert shares(step(scheduler)) == [(0, 1), (1, 100)]
-    assert shares(step(scheduler)) == [(0, 1), (1, 50)]
+    assert round_of(scheduler) == [[(0, 1)], [(1, 100)]]
+    assert round_of(scheduler) == [[(0, 1)], [(1, 50)]]
 
 
 def test_a_short_prompt_need_not_wait_for_a_long_one() -> None:
-    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=timed(1, 0.020, 0.001))
-    step(scheduler)
+    scheduler = with_a_stream(timed(1, 0.020, 0.001))
     scheduler.add(sequence(CHUNK + 60))
     scheduler.add(sequence(30))
-    assert shares(step(scheduler)) == [(0, 1), (1, 40), (2, 30)]
+    assert round_of(scheduler) == [[(0, 1)], [(1, 40), (2, 30)]]
 
 
 def test_where_nobody_reads_a_prompt_gets_all() -> None:
     scheduler = scheduler_with(sequence(CHUNK + 60), n_batch=2048, pace=timed(1, 0.020, 0.001))
-    assert shares(step(scheduler)) == [(0, CHUNK)]
+    assert round_of(scheduler) == [[(0, CHUNK)]]
 
 
-def test_a_step_that_was_never_timed_is_timed_first() -> None:
-    pace = Pace()
-    scheduler = scheduler_with(sequence(1), n_batch=2048, pace=pace)
-    step(scheduler)
-    scheduler.add(sequence(30))
-    assert shares(step(scheduler)) == [(0, 1)]
-    pace.step(1, 0, 0.010)
-    assert shares(step(scheduler)) == [(0, 1), (1, 30)]
+def test_a_prompt_goes_on_however_slow_everything_is() -> None:
+    scheduler = with_a_stream(timed(1, 0.001, 100.0))
+    scheduler.add(sequence(CHUNK + 60))
+    assert round_of(scheduler) == [[(0, 1)], [(1, 1)]]
 
 
 # -- whose turn it is ------------------------------------------------------------------------------------------
@@ -256,7 +250,7 @@ def test_what_was_computed_for_a_client_counts() -> None:
     greedy, others = sequence(2, client=1), [sequence(2, client=2), sequence(2, client=1), sequence(2, client=2)]
     scheduler = scheduler_with(greedy, others[0], n_parallel=1)
     for _ in range(20):
-        step(scheduler)
+        steps(scheduler)
     for one in others[1:]:
         scheduler.add(one)
     scheduler.remove(greedy, keep=False)
@@ -278,7 +272,7 @@ def test_what_begins_alike_waits_for_the_first_of_it() -> None:
     other = sequence(5)
     scheduler = scheduler_with(first, second, other, n_batch=64)
     assert shares(step(scheduler)) == [(0, 64)]
-    assert shares(step(scheduler)) == [(0, 36), (1, 5)]
+    assert round_of(scheduler) == [[(0, 36), (1, 5)]]
     assert second.slot < 0
     assert [len(batch.batch) for batch in steps(scheduler)] == [1 + 1 + 1]
     assert (second.cached, second.cells) == (89, 90)
@@ -301,7 +295,7 @@ def test_who_waited_for_a_prompt_that_was_given_up_computes_it() -> None:
 
 def test_models_that_do_not_rewind_do_not_wait() -> None:
     scheduler = scheduler_with(sequence(50, 0), sequence(40, 0), n_batch=200, rewinds=False)
-    assert shares(step(scheduler)) == [(0, 50), (1, 40)]
+    assert round_of(scheduler) == [[(0, 50), (1, 40)]]
 
 
 def test_alone_is_in_batches_of_its_own_cut_at_the_same_places() -> None:

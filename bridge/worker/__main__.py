@@ -47,14 +47,15 @@ def _serve() -> None:
     store = None
     if load.cache_dir:
         store = Store(Path(load.cache_dir), backend.state_key, limit=load.cache_bytes, rewinds=backend.rewinds)
-    engine = Engine(backend, has_mail=lambda: not inbox.empty(), store=store)
+    engine = Engine(backend, store=store)
     engines.append(engine)
     home.sendall(ipc.encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
     while True:
         if engine.idle or not inbox.empty():
             _take_requests(engine, inbox)
         _tell(engine, home)
-        engine.step()
+        for _ in engine.round():
+            _tell(engine, home)
         _tell(engine, home)
 
 

@@ -145,6 +145,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def worth_a_pass(self) -> int:
+        """Tokens of a batch from which on more of them make a token no cheaper."""
+        ...
+
+    @property
     def split(self) -> bool:
         """Whether each slot has cells of its own, and slots that run are computed fastest as neighbours."""
         ...

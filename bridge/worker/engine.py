@@ -7,7 +7,7 @@ computes it. One thread runs it. Only ``cancelled_in_flight`` may be called from
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from bridge import ipc
 from bridge.worker.backend import Aborted, Backend, BackendError, Refusal, Sampled
@@ -26,25 +26,24 @@ class Engine:
         self,
         backend: Backend,
         clock: Callable[[], float] = time.monotonic,
-        has_mail: Callable[[], bool] = lambda: False,
         store: Store | None = None,
     ) -> None:
-        """``has_mail`` says whether there are requests to ``handle``; ``store`` has the states that outlive us."""
+        """``store`` has the states that outlive us."""
         self._backend = backend
         self._clock = clock
-        self._has_mail = has_mail
         self._n_ctx = backend.info.n_ctx
         self._pace = Pace()
         slots = Slots(backend.info.n_parallel, rewinds=backend.rewinds, split=backend.split)
         self._cells = Cells(backend, slots, store)
-        self._scheduler = Scheduler(slots, backend.n_batch, self._pace, self._cells.saved)
+        self._scheduler = Scheduler(slots, backend.n_batch, self._pace, backend.worth_a_pass, self._cells.saved)
         self._overview = Overview(self._scheduler, self._pace, backend.info.n_parallel)
         self._sequences: dict[int, Sequence] = {}
         self._watched = 0  # of them, those that want to know their place
         self._embeds = EmbedQueue(backend, clock)
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
-        self._cut_short = False  # the last step was
+        self._unwanted: set[int] = set()  # rids whose Cancel is on its way to ``handle``
+        self._cut_short = False  # the last batch was
 
     @property
     def idle(self) -> bool:
@@ -79,11 +78,11 @@ class Engine:
             self._refuse(request.rid, Refusal("internal", str(error)))
 
     def cancelled_in_flight(self, rid: int) -> None:
-        """Cuts short the step being computed if this request's prompt is in it. ``handle`` gets the Cancel as well.
+        """Cuts short the batch being computed if this request's prompt is in it. ``handle`` gets the Cancel as well.
 
-        That should be in the mail before this is called: a step that begins between the two looks there. Of two steps
-        in a row that others have a part in, only one is cut short.
+        Of two batches in a row that others have a part in, only one is cut short.
         """
+        self._unwanted.add(rid)  # first, for a batch that begins just now looks here after it was named below
         if rid in self._prefilling:
             self._backend.abort()
 
@@ -123,6 +122,7 @@ class Engine:
             self._finish(sequence, "cancelled")
         elif self._embeds.cancel(rid):
             self._refuse(rid, Refusal("cancelled", "Cancelled"))
+        self._unwanted.discard(rid)
 
     def _detokenize(self, tokens: list[int]) -> str:
         n_vocab = self._backend.info.n_vocab
@@ -138,7 +138,12 @@ class Engine:
         return events
 
     def step(self) -> None:
-        """Computes what is next, if there is anything to compute."""
+        """A round, of all its batches."""
+        for _ in self.round():
+            pass
+
+    def round(self) -> Iterator[None]:
+        """Computes what is next, if there is anything to compute, a batch at a time: there may be events after each."""
         self._expire()
         for sequence, placement in self._scheduler.admit():
             sequence.cells = sequence.cached = self._cells.settle(placement)
@@ -146,6 +151,7 @@ class Engine:
         self._tell_places()
         for scheduled in self._scheduler.schedule():
             self._commit(scheduled, self._decode(scheduled))
+            yield
         self._events += self._cells.warnings()
         self._events += self._embeds.step(busy=bool(self._sequences))
 
@@ -170,7 +176,7 @@ class Engine:
             if sequence.started is None:
                 sequence.started = started
         try:
-            if self._prefilling and self._has_mail():  # maybe a Cancel, from before this prompt was named above
+            if self._prefilling & self._unwanted:
                 return None
             result = self._backend.decode(scheduled.batch)
         except Aborted:
@@ -185,7 +191,7 @@ class Engine:
         else:
             seconds = self._clock() - started
             self._charge(scheduled, seconds)
-            self._pace.step(scheduled.streams, len(scheduled.batch) - scheduled.streams, seconds)
+            self._pace.batch(len(scheduled.advanced), len(scheduled.batch), seconds)
             return result
         finally:
             self._prefilling = frozenset()

@@ -161,6 +161,7 @@ class FakeBackend:
     state_key = "fake"
     rewinds = True
     split = True
+    worth_a_pass = 64
 
     def rewind(self, slot: int, cells: int) -> int:
         del self._cells[slot][cells:]

@@ -2,27 +2,27 @@
 
 Theory of operation
 -------------------
-The KV cache has ``n_parallel`` slots; a sequence holds one from its first batch to its end. Every step computes one
-batch of at most ``n_batch`` tokens, and a batch may mix sequences freely, so a new prompt joins while others decode and
-a finished sequence leaves without anyone waiting for it.
+The KV cache has ``n_parallel`` slots; a sequence holds one from its first batch to its end. A batch, which is one call
+of llama_decode, may mix sequences freely, so a new prompt joins while others decode and a finished sequence leaves
+without anyone waiting for it. What is computed is decided in rounds, of two halves.
 
-A step has two halves. First ``admit`` lets in those whose turn it is (waiting.py) and says where each is to run and
-what it starts from (slots.py): a prompt whose beginning some slot holds is only computed from there. One whose
-beginning another prompt is just computing waits for that, so that what comes together and begins alike is computed
-once.
+First ``admit`` lets in those whose turn it is (waiting.py) and says where each is to run and what it starts from
+(slots.py): a prompt whose beginning some slot holds is only computed from there. One whose beginning another prompt is
+just computing waits for that, so that what comes together and begins alike is computed once.
 
-Then ``schedule`` makes the batch. A sequence knows which of its tokens are not in the cache yet (sequence.py); a
-batch takes, in this order:
+Then ``schedule`` makes the batches. A sequence knows which of its tokens are not in the cache yet (sequence.py).
 
-1. one token of every sequence that has just one to compute. These are the running streams: each gets its next
-   token from this batch, whatever else is going on;
-2. of the sequences that have more to compute (prompts, and what a rewind took back), by priority and age, as much as
-   there is room for.
+1. The first batch has one token of every sequence that has just one to compute. These are the running streams: each
+   gets its next token in every round, whatever else is going on.
+2. Further batches have what there is room for of sequences with more to compute (prompts, and what a rewind took
+   back), by priority and age. Only prompts too short to be worth a pass over the weights share one: llama.cpp's split
+   cache computes as many tokens of each sequence at a time, so what unequal prompts have over the shortest costs
+   passes of its own. And the first of several prompts need not wait for the last.
 
 The room is what running streams can be asked to wait. Where there are none it is ``CHUNK`` tokens, so that the first in
 the queue need not wait for all others. Where there are some, a long prompt gets what is computed in twice the time
-of the streams' own step, and a short one, of at most CHUNK tokens, is let in within ``SHORT_WAIT``, for nobody reads so
-fast. Steps are timed for that (pace.py).
+of the streams' own batch, and a short one, of at most CHUNK tokens, is let in within ``SHORT_WAIT``, for nobody reads
+so fast. Batches are timed for that (pace.py).
 
 A sequence that asked to be computed ``alone`` (deterministic) gets batches of its own, cut at multiples of
 ``ALONE_CHUNK``, so that what it computes never depends on who else is there.
@@ -42,7 +42,7 @@ from bridge.worker.waiting import WaitingRoom
 
 CHUNK = 256  # tokens; measured: tests/bench/RESULTS.md
 ALONE_CHUNK = 64
-LONG_WAIT = 2.0  # of the time of a step without prompts
+LONG_WAIT = 2.0  # of the time of a batch of the streams
 SHORT_WAIT = 0.5  # seconds
 
 
@@ -50,17 +50,15 @@ class Scheduled:
     """A batch and what it does for whom.
 
     ``advanced`` are the sequences in it with the count of cells they will have; ``sampled`` those that get a token, in
-    the order of the batch's outputs. ``streams`` of the batch's tokens are running streams', the others prompts'.
+    the order of the batch's outputs.
     """
 
-    __slots__ = ("advanced", "alone", "batch", "sampled", "streams")
+    __slots__ = ("advanced", "batch", "sampled")
 
-    def __init__(self, parts: list[tuple[Sequence, int]], *, streams: int, alone: bool = False) -> None:
+    def __init__(self, parts: list[tuple[Sequence, int]]) -> None:
         self.batch = Batch()
         self.advanced: list[tuple[Sequence, int]] = []
         self.sampled: list[Sequence] = []
-        self.streams = streams
-        self.alone = alone
         for sequence, count in sorted(parts, key=lambda part: part[0].slot):
             cells = sequence.cells + count
             output = cells == len(sequence.tokens)
@@ -73,7 +71,8 @@ class Scheduled:
 class Scheduler:
     """``n_batch`` is at least the number of slots, so that every running stream has its place in every step.
 
-    ``saved`` finds what the disk has of a prompt.
+    ``worth_a_pass`` is the number of tokens from which on more in a batch makes a token no cheaper. ``saved`` finds
+    what the disk has of a prompt.
     """
 
     def __init__(
@@ -81,11 +80,13 @@ class Scheduler:
         slots: Slots,
         n_batch: int,
         pace: Pace,
+        worth_a_pass: int,
         saved: Callable[[list[int]], Saved | None] = lambda prompt: None,
     ) -> None:
         self._slots = slots
         self._n_batch = n_batch
         self._pace = pace
+        self._worth_a_pass = worth_a_pass
         self._saved = saved
         self.waiting = WaitingRoom()
         self.running: list[Sequence] = []  # oldest first
@@ -138,19 +139,24 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next batches, one after the other; none when there is nothing to do."""
-        parts = [(sequence, 1) for sequence in self.running if sequence.to_compute == 1 and not sequence.alone]
-        streams = [sequence for sequence, _ in parts if sequence.n_picked]
-        for sequence in streams:
-            self.waiting.charge(sequence.client, 1)
-        parts += self._prompt_parts()[0]
-        batches = [Scheduled(parts, streams=len(streams))] if parts else []
+        streams = [sequence for sequence in self.running if sequence.to_compute == 1 and not sequence.alone]
+        for sequence in self.running:
+            if sequence.to_compute == 1 and sequence.n_picked:
+                self.waiting.charge(sequence.client, 1)
+        batches = [Scheduled([(sequence, 1) for sequence in streams])] if streams else []
+        parts: list[tuple[Sequence, int]] = []
+        for part in self._prompt_parts()[0]:
+            parts.append(part)
+            if sum(count for _, count in parts) >= self._worth_a_pass:
+                batches.append(Scheduled(parts))
+                parts = []
+        if parts:
+            batches.append(Scheduled(parts))
         return batches + [self._alone(sequence) for sequence in self.running if sequence.alone]
 
     def _alone(self, sequence: Sequence) -> Scheduled:
         count = min(sequence.to_compute, ALONE_CHUNK - sequence.cells % ALONE_CHUNK, self._n_batch)
-        if sequence.n_picked:
-            self.waiting.charge(sequence.client, 1)
-        return Scheduled([(sequence, count)], streams=0, alone=True)
+        return Scheduled([(sequence, count)])
 
     def _prompt_parts(self) -> tuple[list[tuple[Sequence, int]], int]:
         """What the next batch takes of the prompts that run, and the room that is left then."""
@@ -168,19 +174,13 @@ class Scheduler:
         return parts, room
 
     def _room(self) -> tuple[int, int]:
-        """Tokens of prompts that the next batch may have, and how many of them of long ones."""
-        decoding = [sequence for sequence in self.running if sequence.to_compute == 1 and sequence.n_picked]
-        alone = sum(sequence.alone for sequence in decoding)
-        streams = len(decoding) - alone
-        most = min(self._n_batch - streams, CHUNK)
-        if not streams and not alone:
+        """Tokens of prompts that the next round may have, and how many of them of long ones."""
+        streams = [sequence for sequence in self.running if sequence.to_compute == 1 and sequence.n_picked]
+        most = min(self._n_batch, CHUNK)
+        if not streams:
             return most, most
-        decode = self._pace.decode(streams)
-        if decode is None or (streams and self._pace.unsure):
-            return 0, 0  # the step will be timed
-        wait = LONG_WAIT * (decode + alone * (self._pace.decode(1) or 0.0))
+        alone = sum(sequence.alone for sequence in streams)
+        wait = LONG_WAIT * (self._pace.decode(len(streams) - alone) + alone * self._pace.decode(1))
         for_long = self._pace.prompt_tokens(wait)
         for_short = self._pace.prompt_tokens(max(wait, SHORT_WAIT))
-        if for_long is None or for_short is None:
-            return most, most
-        return min(most, max(1, for_short)), min(most, max(1, for_long))
+        return min(most, for_short), min(most, for_long)
