@@ -355,7 +355,8 @@ def test_a_cancel_in_the_middle_of_a_prompt_cuts_the_step_short_and_harms_nobody
     assert [len(rig.texts(other)) for other in others] == [3, 0]
     rig.cancel(long)
     done = rig.done(long)
-    assert (done.finish_reason, done.usage) == ("cancelled", ipc.Usage(50, 0, 0, 50, 50))
+    assert done.finish_reason == "cancelled"
+    assert done.usage.computed_tokens == done.usage.discarded_tokens > 0
     rig.run()
     assert "".join(rig.texts(others[0])) + rig.done(others[0]).text == "a b c a b c"
     assert rig.done(others[1]).text == "d e d e d e"
