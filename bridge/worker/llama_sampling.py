@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from bridge import ipc
 from bridge.worker.backend import Batch, Refusal, Sampled
 from bridge.worker.llama_chain import Chains
+from bridge.worker.llama_grammar import Grammar, watched
 from bridge.worker.llama_vocab import Vocab
 
 
@@ -25,6 +27,7 @@ class _Sampler:
     """One sequence's. ``chain`` is None for the plain greedy."""
 
     chain: Any | None
+    grammar: Grammar | None
     logprobs: int | None
 
 
@@ -40,15 +43,24 @@ class Samplers:
         """Raises Refusal (bad_argument) for what ``open`` could not do."""
         if any("\0" in breaker for breaker in sampling.dry_sequence_breakers):
             raise Refusal("bad_argument", "dry_sequence_breakers: one has a NUL; allowed: strings without it")
+        if sampling.grammar is not None:
+            if sampling.ignore_eos:
+                raise Refusal(
+                    "bad_argument", "ignore_eos: with a grammar, which says itself where to end; allowed: false"
+                )
+            Grammar(self._vocab, sampling.grammar).close()
 
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
         """Of what ``check`` let pass. The slot has none."""
-        self._samplers[slot] = _Sampler(self._chains.make(sampling, prompt), sampling.logprobs)
+        grammar = None if sampling.grammar is None else Grammar(self._vocab, sampling.grammar)
+        self._samplers[slot] = _Sampler(self._chains.make(sampling, prompt), grammar, sampling.logprobs)
 
     def close(self, slot: int) -> None:
         sampler = self._samplers.pop(slot)
         if sampler.chain:
             C.llama_sampler_free(sampler.chain)
+        if sampler.grammar:
+            sampler.grammar.close()
 
     def sample_all(self, context: Any, batch: Batch) -> list[Sampled]:
         """A token for each output of the batch just decoded, in their order."""
@@ -56,17 +68,30 @@ class Samplers:
         if not samplers:
             return []
         logits = _logits(context, len(samplers), self._vocab.n_tokens)
-        return [
-            self._sample(sampler, context, index, row)
-            for sampler, index, row in zip(samplers, batch.outputs, logits, strict=True)
-        ]
+        with watched() if any(sampler.grammar for sampler in samplers) else nullcontext():
+            return [
+                self._sample(sampler, context, index, row)
+                for sampler, index, row in zip(samplers, batch.outputs, logits, strict=True)
+            ]
 
     def _sample(self, sampler: _Sampler, context: Any, index: int, logits: Any) -> Sampled:
         """``logits`` are those of the batch's token at ``index``."""
-        token = C.llama_sampler_sample(sampler.chain, context, index) if sampler.chain else int(logits.argmax())
+        try:
+            token = _pick(sampler, context, index, logits)
+        except Refusal as refusal:
+            return Sampled(-1, refusal=refusal)
         if sampler.logprobs is None:
             return Sampled(token)
         return Sampled(token, _explain(self._vocab, logits, token, sampler.logprobs))
+
+
+def _pick(sampler: _Sampler, context: Any, index: int, logits: Any) -> int:
+    """Raises Refusal."""
+    if sampler.grammar:
+        return sampler.grammar.pick(sampler.chain, logits)
+    if sampler.chain:
+        return int(C.llama_sampler_sample(sampler.chain, context, index))
+    return int(logits.argmax())
 
 
 def _logits(context: Any, n_outputs: int, n_tokens: int) -> Any:
