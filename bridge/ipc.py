@@ -64,6 +64,7 @@ class Sampling(Struct, frozen=True, array_like=True):
     mirostat: int = 0
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
+    grammar: str | None = None
 
 
 class Load(Struct, frozen=True, array_like=True, tag="load"):

@@ -154,9 +154,10 @@ class Generation(Command, frozen=True):
 
     The defaults of temperature and top_p are the Llambo bridge's, the others llama.cpp's. ``temperature=0`` is
     greedy. ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repeat_penalty=1`` switch these off; ``typical_p``,
-    ``top_n_sigma``, XTC, DRY, the dynamic temperature and mirostat are off by default. ``logprobs=n`` asks for
-    the n likeliest tokens at each place beside the picked one. ``ignore_eos`` never lets the model end by itself.
-    ``deadline_ms`` counts from when the line was read. ``deterministic`` computes the answer apart from all others.
+    ``top_n_sigma``, XTC, DRY, the dynamic temperature and mirostat are off by default. ``grammar`` is llama.cpp's GBNF.
+    ``logprobs=n`` asks for the n likeliest tokens at each place beside the picked one. ``ignore_eos`` never lets the
+    model end by itself. ``deadline_ms`` counts from when the line was read. ``deterministic`` computes the answer apart
+    from all others.
     """
 
     model: Name | None = None
@@ -183,6 +184,7 @@ class Generation(Command, frozen=True):
     mirostat: Literal[0, 1, 2] = 0
     mirostat_tau: UpTo100 = 5.0
     mirostat_eta: Probability = 0.1
+    grammar: Annotated[str, Meta(min_length=1, max_length=65_536)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=16)] = []
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-1000, le=1000)]], Meta(max_length=1024)] = {}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bridge import ipc
 from bridge.worker import fake
-from bridge.worker.backend import BackendError, Batch, Sampled
+from bridge.worker.backend import BackendError, Batch, Refusal, Sampled
 from bridge.worker.engine import Engine
 from bridge.worker.fake import FakeBackend
 from protocol.errors import ErrorCode
@@ -247,6 +247,28 @@ def test_a_bias_for_a_token_past_the_vocabulary(token: int) -> None:
     refusal = rig.refusal(rig.generate("a", sampling=ipc.Sampling(logit_bias={1: 1.0, token: 1.0})))
     assert refusal.code == "bad_argument"
     assert f"logit_bias: no token {token} in this model; allowed: 0 to {fake.N_VOCAB - 1}" in refusal.message
+
+
+def test_what_the_backend_does_not_sample() -> None:
+    rig = Rig()
+    refusal = rig.refusal(rig.generate("a", sampling=ipc.Sampling(grammar='root ::= "a"')))
+    assert (refusal.code, refusal.message) == ("unsupported", "grammar: the fake knows none")
+    assert rig.engine.idle
+
+
+def test_a_sequence_that_cannot_go_on_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    stuck, beside = rig.generate("a b", stream=True), rig.generate("c d")
+    rig.step(2)
+    sample = rig.backend._sample
+    none = Sampled(-1, refusal=Refusal("bad_argument", "grammar: a dead end"))
+    monkeypatch.setattr(rig.backend, "_sample", lambda slot: none if slot == 0 else sample(slot))
+    rig.run()
+    assert rig.texts(stuck) == ["a", " b"]
+    assert rig.refusal(stuck).message == "grammar: a dead end"
+    assert rig.done(beside).text == "c d c d"
+    monkeypatch.undo()
+    assert rig.answer("e").finish_reason == "length"  # the slot is free again
 
 
 def test_an_unknown_template() -> None:

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from workers import generate, worker
 
 from bridge import ipc
+from bridge.worker import parallel
 from bridge.worker.backend import Batch, LoadError, Refusal, Sampled
 from bridge.worker.engine import Engine
+from bridge.worker.parallel import Parallel
 
 if TYPE_CHECKING:
     from bridge.worker.llama import LlamaBackend
@@ -343,6 +345,24 @@ def test_penalties_make_it_repeat_itself_less(llama: LlamaBackend) -> None:
     rig.run()
     words = {rid: len(set(rig.done(rid).text.split())) for rid in (plain, off, *penalized)}
     assert words[plain] == words[off] < min(words[rid] for rid in penalized)
+
+
+def test_in_threads_as_alone(llama: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side the samplers ask the same context for their logits."""
+    kinds = [{}, {"dry_multiplier": 2.0}, {"mirostat": 2}, {"temperature": 0.0, "logprobs": 2}]
+    samplings = [ipc.Sampling(**kind, seed=number) for number, kind in enumerate(kinds * 2)]
+
+    def said() -> list[tuple[str, list[dict[str, Any]] | None]]:
+        rig = Rig(llama)
+        rids = [rig.ask(PROMPTS[0], sampling, 12) for sampling in samplings]
+        rig.run()
+        return [(rig.done(rid).text, rig.done(rid).logprobs) for rid in rids]
+
+    alone = said()
+    monkeypatch.setattr(llama._samplers, "_parallel", Parallel(4))
+    monkeypatch.setattr(parallel, "SHARE", -1.0)
+    assert said() == alone
+    assert llama._samplers._parallel._pool
 
 
 EXTREMES: list[dict[str, Any]] = [

@@ -306,9 +306,9 @@ def test_more_kinds_of_dry_than_are_kept(chains: Chains) -> None:
 def test_a_breaker_with_a_nul(vocab: Vocab) -> None:
     from bridge.worker.llama_sampling import Samplers
 
-    Samplers(vocab).check(ipc.Sampling())
+    Samplers(vocab, 1).check(ipc.Sampling())
     with pytest.raises(Refusal, match=r"^dry_sequence_breakers: ") as caught:
-        Samplers(vocab).check(ipc.Sampling(dry_sequence_breakers=("\n", "a\0b")))
+        Samplers(vocab, 1).check(ipc.Sampling(dry_sequence_breakers=("\n", "a\0b")))
     assert caught.value.code == "bad_argument"
 
 

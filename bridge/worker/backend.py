@@ -55,10 +55,14 @@ class Batch:
 
 @dataclass(slots=True)
 class Sampled:
-    """A picked token. ``logprobs`` is OpenAI's entry for it, where the sequence asked for that."""
+    """A picked token. ``logprobs`` is OpenAI's entry for it, where the sequence asked for that.
+
+    With a ``refusal`` there is no token: this sequence, and no other, can't go on.
+    """
 
     token: int
     logprobs: dict[str, Any] | None = None
+    refusal: Refusal | None = None
 
 
 class EmbedLimits(NamedTuple):

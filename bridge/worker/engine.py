@@ -231,6 +231,10 @@ class Engine:
                     self._events.append(ipc.Place(sequence.rid, place, estimate))
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> None:
+        if sampled.refusal is not None:
+            self._drop(sequence)
+            self._refuse(sequence.rid, sampled.refusal)
+            return
         if self._backend.is_end(sampled.token) and not sequence.sampling.ignore_eos:
             self._finish(sequence, "stop")
             return

@@ -99,7 +99,9 @@ class FakeBackend:
     # -- generation --------------------------------------------------------------------------------------------
 
     def check(self, sampling: ipc.Sampling) -> None:
-        """It may ask for anything: all of it is ignored but logprobs."""
+        """Of the rest all but logprobs is ignored."""
+        if sampling.grammar is not None:
+            raise Refusal("unsupported", "grammar: the fake knows none")
 
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
         assert slot not in self._prompts, f"slot {slot} is in use"

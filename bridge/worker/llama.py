@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class LlamaBackend(LlamaCells):
         self._model = self._load_model(load.path)
         self._vocab = Vocab(self._model)
         self._chat = Chat(self._vocab, self._meta("tokenizer.chat_template"))
-        self._samplers = Samplers(self._vocab)
+        self._samplers = Samplers(self._vocab, self._options["n_threads"])
         self._abort = AbortFlag()
         self._can_generate = self._meta("attention.causal", architecture=True) != "false"
         self._embedder = self._init_embedder()
@@ -175,6 +176,7 @@ class LlamaBackend(LlamaCells):
         self._samplers.open(slot, sampling, prompt)
 
     def decode(self, batch: Batch) -> list[Sampled]:
+        began = time.monotonic()
         code = C.llama_decode(
             self._context, self._batch.fill(batch.tokens, batch.positions, batch.slots, batch.outputs)
         )
@@ -184,7 +186,7 @@ class LlamaBackend(LlamaCells):
             raise Aborted
         if code != 0:
             raise BackendError(self._log.why(f"llama_decode returned {code}"))
-        return self._samplers.sample_all(self._context, batch)
+        return self._samplers.sample_all(self._context, batch, began)
 
     def abort(self) -> None:
         self._abort.set(True)

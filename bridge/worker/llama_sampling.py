@@ -7,8 +7,10 @@ the whole vocabulary; any other has a chain of them (``llama_chain``).
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import llama_cpp as C
@@ -17,80 +19,93 @@ import numpy as np
 from bridge import ipc
 from bridge.worker.backend import Batch, Refusal, Sampled
 from bridge.worker.llama_chain import Chains
+from bridge.worker.llama_grammar import Grammar, watched
+from bridge.worker.llama_logprobs import explain
 from bridge.worker.llama_vocab import Vocab
+from bridge.worker.parallel import Parallel
 
 
-@dataclass(frozen=True, slots=True)
 class _Sampler:
-    """One sequence's. ``chain`` is None for the plain greedy."""
+    """One sequence's. ``chain`` is None for the plain greedy. Samplers may sample side by side."""
 
-    chain: Any | None
-    logprobs: int | None
+    def __init__(self, vocab: Vocab, chain: Any | None, grammar: Grammar | None, logprobs: int | None) -> None:
+        self._vocab = vocab
+        self._chain = chain
+        self.grammar = grammar
+        self._logprobs = logprobs
+
+    def sample(self, context: Any, index: int, logits: Any) -> Sampled:
+        """``logits`` are those of the batch's token at ``index``."""
+        try:
+            token = self._pick(context, index, logits)
+        except Refusal as refusal:
+            return Sampled(-1, refusal=refusal)
+        if self._logprobs is None:
+            return Sampled(token)
+        return Sampled(token, explain(self._vocab, logits, token, self._logprobs))
+
+    def _pick(self, context: Any, index: int, logits: Any) -> int:
+        if self.grammar:
+            return self.grammar.pick(self._chain, logits)
+        if self._chain:
+            return int(C.llama_sampler_sample(self._chain, context, index))
+        return int(logits.argmax())
+
+    def close(self) -> None:
+        if self._chain:
+            C.llama_sampler_free(self._chain)
+        if self.grammar:
+            self.grammar.close()
 
 
 class Samplers:
     """Those of all sequences, by slot."""
 
-    def __init__(self, vocab: Vocab) -> None:
+    def __init__(self, vocab: Vocab, n_threads: int) -> None:
         self._vocab = vocab
         self._chains = Chains(vocab)
+        self._parallel = Parallel(n_threads)
         self._samplers: dict[int, _Sampler] = {}
 
     def check(self, sampling: ipc.Sampling) -> None:
         """Raises Refusal (bad_argument) for what ``open`` could not do."""
         if any("\0" in breaker for breaker in sampling.dry_sequence_breakers):
             raise Refusal("bad_argument", "dry_sequence_breakers: one has a NUL; allowed: strings without it")
+        if sampling.grammar is not None:
+            if sampling.ignore_eos:
+                raise Refusal(
+                    "bad_argument", "ignore_eos: with a grammar, which says itself where to end; allowed: false"
+                )
+            Grammar(self._vocab, sampling.grammar).close()
 
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
         """Of what ``check`` let pass. The slot has none."""
-        self._samplers[slot] = _Sampler(self._chains.make(sampling, prompt), sampling.logprobs)
+        grammar = None if sampling.grammar is None else Grammar(self._vocab, sampling.grammar)
+        chain = self._chains.make(sampling, prompt)
+        self._samplers[slot] = _Sampler(self._vocab, chain, grammar, sampling.logprobs)
 
     def close(self, slot: int) -> None:
-        sampler = self._samplers.pop(slot)
-        if sampler.chain:
-            C.llama_sampler_free(sampler.chain)
+        self._samplers.pop(slot).close()
 
-    def sample_all(self, context: Any, batch: Batch) -> list[Sampled]:
-        """A token for each output of the batch just decoded, in their order."""
+    def sample_all(self, context: Any, batch: Batch, began: float) -> list[Sampled]:
+        """A token for each output of the batch that llama.cpp was given at ``began``, in their order."""
         samplers = [self._samplers[batch.slots[index]] for index in batch.outputs]
         if not samplers:
             return []
         logits = _logits(context, len(samplers), self._vocab.n_tokens)
-        return [
-            self._sample(sampler, context, index, row)
+        decoding = time.monotonic() - began
+        jobs = [
+            partial(sampler.sample, context, index, row)
             for sampler, index, row in zip(samplers, batch.outputs, logits, strict=True)
         ]
-
-    def _sample(self, sampler: _Sampler, context: Any, index: int, logits: Any) -> Sampled:
-        """``logits`` are those of the batch's token at ``index``."""
-        token = C.llama_sampler_sample(sampler.chain, context, index) if sampler.chain else int(logits.argmax())
-        if sampler.logprobs is None:
-            return Sampled(token)
-        return Sampled(token, _explain(self._vocab, logits, token, sampler.logprobs))
+        with watched() if any(sampler.grammar for sampler in samplers) else nullcontext():
+            return self._parallel.run(jobs, decoding)
 
 
 def _logits(context: Any, n_outputs: int, n_tokens: int) -> Any:
-    """A row for each output, in the order of the batch. They are llama.cpp's own, until it decodes again."""
+    """A row for each output, in the order of the batch. They are llama.cpp's own, until it decodes again.
+
+    This waits for the end of the computation, and puts the rows in order: nobody else may ask for them before.
+    """
     address = ctypes.addressof(C.llama_get_logits(context).contents)
     return np.ctypeslib.as_array((ctypes.c_float * n_tokens * n_outputs).from_address(address))
-
-
-def _explain(vocab: Vocab, logits: Any, token: int, top: int) -> dict[str, Any]:
-    """OpenAI's entry: natural logarithms of the model's probabilities, before bias, penalties and temperature."""
-    peak = logits.max()
-    logprobs = logits - (peak + np.log(np.exp(logits - peak).sum()))
-    best: list[int] = np.argpartition(logprobs, -top)[-top:].tolist() if top else []
-    best.sort(key=lambda one: -float(logprobs[one]))
-    entry = _logprob(vocab, token, logprobs)
-    entry["top_logprobs"] = [_logprob(vocab, one, logprobs) for one in best]
-    return entry
-
-
-def _logprob(vocab: Vocab, token: int, logprobs: Any) -> dict[str, Any]:
-    spelling = vocab.spelling(token)
-    return {
-        "token": spelling.decode(errors="replace"),
-        "logprob": round(float(logprobs[token]), 5),
-        "bytes": list(spelling),
-        "id": token,
-    }

@@ -7,8 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import llama_cpp as C
+import numpy as np
 
 from bridge.worker.backend import BackendError
+
+_HIDDEN = C.LLAMA_TOKEN_ATTR_UNKNOWN | C.LLAMA_TOKEN_ATTR_CONTROL
 
 
 class Vocab:
@@ -55,6 +58,21 @@ class Vocab:
     @cached_property
     def end_tokens(self) -> list[int]:
         return [token for token in range(self.n_tokens) if self.is_end(token)]
+
+    @cached_property
+    def lengths(self) -> Any:
+        """In bytes, of what each token says: 1 for what ends the answer, 0 for what only its spelling shows."""
+        return np.array([self._length(token) for token in range(self.n_tokens)])
+
+    def _length(self, token: int) -> int:
+        if self.is_end(token):
+            return 1
+        return 0 if C.llama_vocab_get_attr(self.pointer, token) & _HIDDEN else len(self.spelling(token))
+
+    @cached_property
+    def by_length(self) -> list[Any]:
+        """At each length an array of the tokens that have it."""
+        return [np.flatnonzero(self.lengths == length) for length in range(self.lengths.max() + 1)]
 
     @cached_property
     def suppressed(self) -> list[int]:
