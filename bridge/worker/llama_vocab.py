@@ -22,6 +22,8 @@ class Vocab:
         self.bos: int = C.llama_vocab_bos(self.pointer)  # negative: there is none
         self.eos: int = C.llama_vocab_eos(self.pointer)
         self.adds_bos: bool = C.llama_vocab_get_add_bos(self.pointer)
+        self.drops_text: bool = C.llama_vocab_type(self.pointer) in (C.LLAMA_VOCAB_TYPE_WPM, C.LLAMA_VOCAB_TYPE_UGM)
+        """Blanks, and whole words unknown to it, so that a text's length says nothing of its tokens."""
 
     def tokenize(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
         data = text.encode()
