@@ -111,12 +111,13 @@ class Scheduler:
 
     # -- who begins --------------------------------------------------------------------------------------------
 
-    def admit(self) -> list[tuple[Sequence, Placement]]:
-        """Those that begin now, with their slots. What they start from is to be made true before ``schedule``."""
-        admitted: list[tuple[Sequence, Placement]] = []
+    def admit(self) -> Iterator[tuple[Sequence, Placement]]:
+        """Those that begin now, with their slots. What each starts from is to be made true before the next is asked
+        for, which may start from that, and ``cells`` and ``cached`` set to what there is: it can be less.
+        """
+        if not self.waiting or not self._slots.free:
+            return
         free = self._slots.free
-        if not self.waiting or not free:
-            return admitted
         for sequence in self.waiting.order():
             if free <= 0 or self._prompt_parts()[1] <= 0:
                 break
@@ -127,9 +128,8 @@ class Scheduler:
             self.waiting.admit(sequence)
             self.running.append(sequence)
             sequence.cells = sequence.cached = placement.cells
+            yield sequence, placement
             self.waiting.charge(sequence.client, sequence.to_compute)
-            admitted.append((sequence, placement))
-        return admitted
 
     def _is_being_computed(self, prompt: list[int]) -> bool:
         """A good part of it, by others."""

@@ -50,7 +50,8 @@ class Store:
         self._lengths: dict[str, int] = {}
         self._warnings: list[str] = []
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, exist_ok=True)
             for path in self._folder.glob(f"*{_SUFFIX}"):
                 self._index(path)
         except OSError as error:
@@ -64,9 +65,14 @@ class Store:
     def _index(self, path: Path) -> None:
         try:
             with path.open("rb") as file:
-                tokens, _ = self._head(file.read(_HEAD.size), path.stat().st_size, file.read)
+                size = os.fstat(file.fileno()).st_size
+                tokens, _ = self._head(path.name, file.read(_HEAD.size), size, file.read)
         except DamagedState as error:
             self._lose(path.name, error)
+        except FileNotFoundError:
+            pass  # another process has just removed it
+        except OSError as error:
+            self._warnings.append(f"a state of the KV cache could not be read: {error}")
         else:
             self._know(path.name, tokens)
 
@@ -85,7 +91,7 @@ class Store:
         self._warnings.append(f"{self._folder / name} is damaged and was removed: {error}")
         self.forget(name)
 
-    def _head(self, head: bytes, size: int, read: Callable[[int], bytes]) -> tuple[list[int], int]:
+    def _head(self, name: str, head: bytes, size: int, read: Callable[[int], bytes]) -> tuple[list[int], int]:
         """The tokens, and how long the state is."""
         if len(head) < _HEAD.size:
             raise DamagedState("it is too short")
@@ -94,9 +100,10 @@ class Store:
             raise DamagedState("it does not begin as it should")
         if size != _HEAD.size + 4 * n_tokens + n_state:
             raise DamagedState(f"it has {size} bytes, not those that it says")
-        tokens = array("i")
-        tokens.frombytes(read(4 * n_tokens))
-        return tokens.tolist(), n_state
+        packed = read(4 * n_tokens)
+        if name != _name(packed):
+            raise DamagedState("it has other tokens than its name says")
+        return array("i", packed).tolist(), n_state
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -115,15 +122,18 @@ class Store:
         """The state. Raises DamagedState, OSError; the file is then forgotten."""
         path = self._folder / name
         try:
-            data = bytearray(path.stat().st_size)
             with path.open("rb") as file:
+                data = bytearray(os.fstat(file.fileno()).st_size)
                 file.readinto(data)
             view = memoryview(data)
             at = _HEAD.size
-            tokens, n_state = self._head(bytes(data[:at]), len(data), lambda count: view[at : at + count].tobytes())
+            tokens, n_state = self._head(
+                name, bytes(data[:at]), len(data), lambda count: view[at : at + count].tobytes()
+            )
             if _digest(view[len(_MAGIC) + _DIGEST :]) != data[len(_MAGIC) : len(_MAGIC) + _DIGEST]:
                 raise DamagedState("its digest differs")
-            os.utime(path)
+            with contextlib.suppress(OSError):  # a folder may be there to be read only
+                os.utime(path)
         except DamagedState as error:
             self._lose(name, error)
             raise
@@ -145,7 +155,7 @@ class Store:
         if size > self._limit:
             return False
         rest = _HEAD.pack(b"", b"", self._key, len(tokens), len(state))[len(_MAGIC) + _DIGEST :]
-        name = _digest(packed).hex()[:32] + _SUFFIX
+        name = _name(packed)
         partial = self._folder / f".{name}.{os.getpid()}"
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -157,19 +167,20 @@ class Store:
             raise
         if self._rewinds:
             for older, length in shared.items():
-                if length == self._lengths[older]:  # this one begins with all of that one
+                if older != name and length == self._lengths[older]:  # this one begins with all of that one
                     self.forget(older)
         self._know(name, tokens)
         self._prune()
         return True
 
     def _covers(self, name: str, shared: int, wanted: int) -> bool:
-        return shared == wanted and (self._rewinds or self._lengths[name] == wanted)
+        fits = shared == wanted and (self._rewinds or self._lengths[name] == wanted)
+        return fits and (self._folder / name).exists()  # else another process has removed it
 
     def _prune(self) -> None:
-        """All models' files count."""
+        """All models' files count, and what those left who died while they wrote."""
         files = []
-        for path in self._root.glob(f"*/*{_SUFFIX}"):
+        for path in (*self._root.glob(f"*/*{_SUFFIX}"), *self._root.glob(f"*/.*{_SUFFIX}.*")):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))
@@ -181,7 +192,13 @@ class Store:
             if path.parent == self._folder:
                 self.forget(path.name)
             else:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def _name(packed: bytes) -> str:
+    """Of a state of these tokens."""
+    return _digest(packed).hex()[:32] + _SUFFIX
 
 
 def _digest(*parts: bytes | bytearray | memoryview) -> bytes:

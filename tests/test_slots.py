@@ -1,0 +1,385 @@
+"""Where a prompt begins: in place, from a copy, from disk or from nothing; and what becomes of what was there."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridge import ipc
+from bridge.worker.sequence import Sequence
+from bridge.worker.slots import WORTH, Copy, Move, Placement, Restore, Saved, Slots, Swap
+
+rids = itertools.count()
+
+
+def sequence(tokens: list[int], **more: Any) -> Sequence:
+    return Sequence(ipc.Generate(next(rids), "", ipc.Sampling(), 1, [], False, 0.0, **more), list(tokens))
+
+
+def run(first: int, count: int) -> list[int]:
+    """Tokens unlike those of any other ``first``."""
+    return list(range(1000 * first, 1000 * first + count))
+
+
+A, B, C, D = (run(first, 40) for first in range(4))
+
+
+class Table:
+    """Slots, and what they make of the cells when all that they say is done."""
+
+    def __init__(self, count: int = 4, **how: bool) -> None:
+        self.slots = Slots(count, **how)
+        self.cells: defaultdict[int, list[int]] = defaultdict(list)
+        self.running: list[Sequence] = []
+        self.disk: dict[str, list[int]] = {}
+
+    def place(self, one: Sequence | list[int], saved: Saved | None = None) -> Placement:
+        if isinstance(one, list):
+            one = sequence(one)
+        placement = self.slots.place(one, saved)
+        for move in placement.moves:
+            self._do(move)
+        del self.cells[placement.slot][placement.cells :]
+        one.cells = placement.cells
+        self.running.append(one)
+        return placement
+
+    def _do(self, move: Move) -> None:
+        assert not {one.slot for one in self.running} & set(changed(move)), "somebody runs there"
+        match move:
+            case Copy(source, target):
+                self.cells[target] = list(self.cells[source])
+            case Swap(one, other):
+                self.cells[one], self.cells[other] = self.cells[other], self.cells[one]
+            case Restore(target, name):
+                self.cells[target] = list(self.disk[name])
+
+    def compute(self, one: Sequence, count: int) -> None:
+        """So many tokens of it; when all are, it says one more."""
+        cells = min(one.cells + count, len(one.tokens))
+        self.cells[one.slot] += one.tokens[one.cells : cells]
+        one.cells = cells
+        if cells == len(one.tokens):
+            one.tokens.append(7_000_000 + cells)
+
+    def end(self, one: Sequence, *, keep: bool = True) -> None:
+        self.running.remove(one)
+        if not self.slots.release(one, keep=keep):
+            self.cells[one.slot].clear()
+
+    def answer(self, tokens: list[int]) -> int:
+        """A prompt comes, is computed, and ends; its slot."""
+        self.place(tokens)
+        one = self.running[-1]
+        self.compute(one, len(tokens))
+        self.end(one)
+        return one.slot
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """The contents that are there to begin from, least recently used first."""
+        return [tokens for _, tokens in self.slots.kept]
+
+
+def changed(move: Move) -> tuple[int, ...]:
+    match move:
+        case Swap(one, other):
+            return one, other
+        case Copy(_, target) | Restore(target, _):
+            return (target,)
+
+
+# -- what a prompt starts from ---------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_nobody_knows_starts_from_nothing() -> None:
+    assert Table().place(A) == Placement(0, 0, ())
+
+
+def test_the_next_turn_goes_on_in_place() -> None:
+    table = Table()
+    slot = table.answer(A)
+    assert table.place(A + B) == Placement(slot, len(A), ())
+    assert table.kept == []
+
+
+def test_at_least_the_last_token_is_computed() -> None:
+    table = Table()
+    slot = table.answer(A)
+    assert table.place(A) == Placement(slot, len(A) - 1, ())
+
+
+def test_what_a_turn_takes_back_may_be_half_of_what_it_goes_on_from() -> None:
+    table = Table()
+    slot = table.answer(A + B[:20])
+    assert table.place(A + C) == Placement(slot, len(A), ())
+
+
+def test_what_holds_much_else_is_copied_and_stays() -> None:
+    table = Table()
+    slot = table.answer(A + B[:21])
+    placement = table.place(A + C)
+    assert placement.moves == (Copy(slot, placement.slot),)
+    assert table.kept == [A + B[:21]]
+    assert table.slots.cached(A + B[:10]) == len(A) + 9
+
+
+def test_what_holds_much_else_is_taken_where_there_is_no_other_slot() -> None:
+    table = Table(1)
+    table.answer(A + B)
+    assert table.place(A + C) == Placement(0, len(A), ())
+    assert table.kept == []
+
+
+def test_a_prompt_that_runs_is_copied_as_far_as_it_is_computed() -> None:
+    table = Table()
+    first = sequence(A + B)
+    table.place(first)
+    table.compute(first, 50)
+    assert table.place(A + C) == Placement(1, len(A), (Copy(0, 1),))
+    assert table.place(A + B) == Placement(2, 50, (Copy(0, 2),))
+
+
+def test_the_answer_of_one_that_runs_is_no_prefix_yet() -> None:
+    table = Table()
+    first = sequence(A)
+    table.place(first)
+    table.compute(first, 40)
+    table.compute(first, 1)
+    table.compute(first, 1)
+    assert table.slots.cached(first.tokens + B) == len(A)
+
+
+def test_a_short_prefix_is_not_worth_a_copy() -> None:
+    table = Table()
+    table.answer(A)
+    assert table.place(A[: WORTH - 1] + B) == Placement(1, 0, ())
+    assert table.place(A[:WORTH] + C).cells == WORTH
+
+
+def test_what_is_short_is_not_kept() -> None:
+    table = Table()
+    table.answer(A[: WORTH - 1])
+    assert table.kept == []
+    table.answer(A[:WORTH])
+    assert table.kept == [A[:WORTH]]
+
+
+def test_rather_what_is_free_than_what_runs() -> None:
+    table = Table()
+    table.place(A)
+    table.compute(table.running[0], 40)
+    table.place(A)
+    table.compute(table.running[1], 1)
+    table.end(table.running[1])
+    assert table.place(A + B) == Placement(1, len(A), ())
+
+
+def test_what_is_not_to_be_kept_is_gone() -> None:
+    table = Table()
+    table.place(A)
+    table.compute(table.running[0], 40)
+    table.end(table.running[0], keep=False)
+    assert table.slots.cached(A) == 0
+    assert table.kept == []
+
+
+def test_what_is_forgotten_is_not_found_again() -> None:
+    table = Table()
+    slot = table.answer(A)
+    running = table.place(B).slot
+    table.compute(table.running[0], 40)
+    table.slots.forget({slot, running, 3})
+    assert table.slots.cached(A) == 0
+    assert table.slots.cached(B) == len(B) - 1, "that of one that runs is its own"
+
+
+def test_alone_starts_from_nothing_and_leaves_it_to_others() -> None:
+    table = Table()
+    table.answer(A)
+    alone = sequence(A, deterministic=True)
+    assert table.place(alone).cells == 0
+    assert table.kept == [A]
+    table.compute(alone, 40)
+    assert table.slots.cached(A) == len(A) - 1
+
+
+def test_what_a_prompt_that_runs_will_have() -> None:
+    table = Table()
+    table.place(A + B)
+    table.compute(table.running[0], 5)
+    assert table.slots.cached(A + C) == 5
+    assert table.slots.promised(A + C) == len(A)
+    assert table.slots.promised(A[:10]) == 9
+    table.end(table.running[0])
+    assert table.slots.promised(A + C) == 0
+
+
+# -- models that cannot take back ------------------------------------------------------------------------------
+
+
+def test_without_history_only_what_goes_on_from_the_very_end_is_of_use() -> None:
+    table = Table(rewinds=False)
+    slot = table.answer(A)
+    assert table.slots.cached(A) == 0
+    assert table.slots.cached(A[:30] + B) == 0
+    assert table.slots.cached(A + B) == len(A)
+    assert table.place(A + B) == Placement(slot, len(A), ())
+
+
+def test_without_history_a_prompt_that_runs_is_copied_as_it_is() -> None:
+    table = Table(rewinds=False)
+    first = sequence(A + B)
+    table.place(first)
+    table.compute(first, 50)
+    assert table.slots.promised(A + B) == 0
+    assert table.place(A + C).cells == 0
+    assert table.place(A + B).moves == (Copy(0, 2),)
+
+
+# -- states on disk --------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_restored_where_no_slot_has_as_much() -> None:
+    table = Table()
+    table.disk["file"] = A + B
+    table.answer(A)
+    assert table.place(A + B + C, Saved("file", 80)) == Placement(1, 80, (Restore(1, "file"),))
+    assert table.kept == [A]
+
+
+def test_what_is_saved_is_left_where_a_slot_has_hardly_less() -> None:
+    table = Table()
+    slot = table.answer(A)
+    assert table.place(A + B, Saved("file", len(A) + WORTH - 1)) == Placement(slot, len(A), ())
+    assert Table().place(A, Saved("file", WORTH - 1)) == Placement(0, 0, ())
+
+
+# -- where -----------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_is_overwritten() -> None:
+    table = Table(3)
+    for tokens in (A, B, C, A):  # A once more
+        table.answer(tokens)
+    table.answer(D)
+    assert table.kept == [C, A, D]
+
+
+def test_what_was_copied_was_used() -> None:
+    table = Table(3)
+    for tokens in (A + A, B, C):
+        table.answer(tokens)
+    table.answer(A + D)
+    assert table.kept == [C, A + A, A + D]
+
+
+def test_who_runs_are_neighbours() -> None:
+    table = Table()
+    for tokens in (A, B, C, D):
+        table.place(tokens)
+        table.compute(table.running[-1], 40)
+    for one in list(table.running)[1:]:
+        table.end(one)
+    assert table.running[0].slot == 0
+    assert table.place(D + A) == Placement(1, len(D), (Swap(3, 1),))
+    assert sorted(table.kept) == [B, C]
+    assert table.slots.kept == [(3, B), (2, C)]
+
+
+def test_a_copy_is_made_beside_who_runs() -> None:
+    table = Table(3)
+    table.answer(A + B)
+    table.answer(C)
+    last = sequence(D)
+    table.place(last)
+    table.compute(last, 40)
+    assert last.slot == 2
+    table.answer(C + B)  # it goes to slot 1, beside the one that runs
+    assert table.place(A + C).slot == 1
+    assert table.kept == [A + B]
+
+
+def test_where_the_place_does_not_matter_nothing_is_moved() -> None:
+    table = Table(split=False)
+    for tokens in (A, B, C, D):
+        table.place(tokens)
+        table.compute(table.running[-1], 40)
+    for one in list(table.running)[1:]:
+        table.end(one)
+    assert table.place(D + A) == Placement(3, len(D), ())
+
+
+# -- any series ------------------------------------------------------------------------------------------------
+
+PIECES = [run(first, count) for first, count in enumerate((3, WORTH, 20, 40, 40))]
+PROMPTS = st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_size=4)
+
+
+def neighbourhoods(slots: set[int]) -> int:
+    return sum(slot - 1 not in slots for slot in slots)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.integers(1, 5), st.booleans(), st.booleans())
+def test_any_series(data: st.DataObject, count: int, rewinds: bool, split: bool) -> None:
+    table = Table(count, rewinds=rewinds, split=split)
+    for action in data.draw(st.lists(st.sampled_from(["place", "place", "compute", "compute", "end"]), max_size=40)):
+        if action == "place" and table.slots.free:
+            prompt = [token for piece in data.draw(PROMPTS) for token in PIECES[piece]]
+            _place(data, table, prompt, rewinds=rewinds, split=split)
+        elif table.running and action == "compute":
+            table.compute(data.draw(st.sampled_from(table.running)), data.draw(st.integers(1, 60)))
+        elif table.running and action == "end":
+            table.end(data.draw(st.sampled_from(table.running)), keep=data.draw(st.integers(0, 5)) > 0)
+        running = {one.slot for one in table.running}
+        kept = dict(table.slots.kept)
+        assert len(running) == len(table.running) == count - table.slots.free
+        assert not running & set(kept)
+        assert running | set(kept) <= set(range(count))
+        for slot, tokens in kept.items():
+            assert table.cells[slot] == tokens
+        for one in table.running:
+            assert table.cells[one.slot] == one.tokens[: one.cells]
+
+
+def _place(data: st.DataObject, table: Table, prompt: list[int], *, rewinds: bool, split: bool) -> None:
+    saved = None
+    if data.draw(st.integers(0, 3)) == 0 and len(prompt) > 1:
+        cells = data.draw(st.integers(1, len(prompt) - 1))
+        table.disk["file"] = prompt[:cells] + ([-1] * data.draw(st.integers(0, 50)) if rewinds else [])
+        saved = Saved("file", cells)
+    alone = data.draw(st.integers(0, 9)) == 0
+    before, running = table.slots.kept, {one.slot for one in table.running}
+    promise = 0 if alone else table.slots.cached(prompt)
+    empty = table.slots.free - len(before)
+
+    placement = table.place(sequence(prompt, deterministic=alone), saved)
+
+    assert placement.slot not in running
+    assert placement.cells < len(prompt)
+    assert table.cells[placement.slot] == prompt[: placement.cells]
+    if promise >= WORTH or (saved and saved.cells >= promise + WORTH):
+        assert placement.cells >= promise
+    if not rewinds:
+        assert placement.cells in (0, promise, saved and saved.cells)
+    if split:
+        free = set(range(len(running) + table.slots.free + 1)) - running
+        assert neighbourhoods(running | {placement.slot}) == min(neighbourhoods(running | {slot}) for slot in free)
+
+    order = [tokens for _, tokens in before]
+    lost = list(order)
+    for tokens in table.kept:
+        lost.remove(tokens)
+    assert len(lost) <= 1, "one slot was taken"
+    for tokens in lost:
+        goes_on = tokens[: placement.cells] == prompt[: placement.cells] and placement.cells > 0
+        if goes_on and len(tokens) - placement.cells <= placement.cells // 2:
+            continue  # in place
+        assert not empty, "there was room"
+        # What is copied from is kept, and the next in line goes.
+        assert tokens == order[0] or (tokens == order[1] and order[0][: placement.cells] == prompt[: placement.cells])
