@@ -120,15 +120,18 @@ async def run(config: Config) -> int:
     """Serves until a signal; returns the exit status: 0, or 1 when clients were cut off."""
     server = Server(config)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_obey_signals, server, nursery.cancel_scope)
+        await nursery.start(_obey_signals, server, nursery.cancel_scope)
         await server.serve()
         nursery.cancel_scope.cancel()
     return 0 if server.clean else 1
 
 
-async def _obey_signals(server: Server, scope: trio.CancelScope) -> None:
+async def _obey_signals(
+    server: Server, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     """The first SIGTERM or SIGINT drains, the second stops at once."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         count = 0
         async for number in signals:
             count += 1
