@@ -321,6 +321,20 @@ def test_who_is_cancelled_leaves_the_slot_to_the_next() -> None:
     assert rig.engine.idle
 
 
+def test_who_is_left_apart_moves_beside_the_others() -> None:
+    rig = Rig()
+    rids = [rig.generate(f"{name} {name}{name}", 12, stream=True, sampling=ipc.Sampling(logprobs=0)) for name in "abcd"]
+    rig.step(3)
+    rig.cancel(rids[1])
+    rig.step()
+    assert rig.backend.batches[-1].slots == [1, 2, 3]
+    rig.run()
+    for rid, name in zip(rids, "abcd", strict=True):
+        if name != "b":
+            assert ("".join(rig.texts(rid)) + rig.done(rid).text).split() == [name, name * 2] * 6
+            assert rig.done(rid).usage == ipc.Usage(2, 0, 12, 13)
+
+
 # -- cancel ----------------------------------------------------------------------------------------------------
 
 

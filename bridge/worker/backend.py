@@ -122,6 +122,10 @@ class Backend(Protocol):
         """Takes the slot back. Its cells stay."""
         ...
 
+    def move(self, slot: int, to: int) -> None:
+        """The slot's sequence runs in another, free one from now on. The cells of both stay as they are."""
+        ...
+
     # What a slot's cells hold. ``copy``, ``save`` and ``restore`` may raise BackendError.
 
     def rewind(self, slot: int, cells: int) -> int:

@@ -17,7 +17,7 @@ from bridge.worker.overview import Overview
 from bridge.worker.pace import Pace
 from bridge.worker.scheduler import Scheduled, Scheduler
 from bridge.worker.sequence import Sequence
-from bridge.worker.slots import Slots
+from bridge.worker.slots import Placement, Slots
 from bridge.worker.store import Store
 
 
@@ -148,12 +148,20 @@ class Engine:
         for sequence, placement in self._scheduler.admit():
             sequence.cells = sequence.cached = self._cells.settle(placement)
             self._backend.open(sequence.slot, sequence.sampling, sequence.tokens)
+        if gap := self._scheduler.close_gap():
+            self._move(*gap)
         self._tell_places()
         for scheduled in self._scheduler.schedule():
             self._commit(scheduled, self._decode(scheduled))
             yield
         self._events += self._cells.warnings()
         self._events += self._embeds.step(busy=bool(self._sequences))
+
+    def _move(self, sequence: Sequence, was: int, placement: Placement) -> None:
+        self._backend.move(was, placement.slot)
+        cells = self._cells.settle(placement)
+        sequence.discarded += sequence.cells - cells
+        sequence.cells = cells
 
     def _expire(self) -> None:
         now = self._clock()

@@ -158,6 +158,11 @@ class FakeBackend:
         del self._prompts[slot]
         self._logprobs.pop(slot, None)
 
+    def move(self, slot: int, to: int) -> None:
+        self._prompts[to] = self._prompts.pop(slot)
+        if slot in self._logprobs:
+            self._logprobs[to] = self._logprobs.pop(slot)
+
     # -- cells -------------------------------------------------------------------------------------------------
 
     state_key = "fake"

@@ -194,6 +194,9 @@ class LlamaBackend(LlamaCells):
     def close(self, slot: int) -> None:
         self._samplers.close(slot)
 
+    def move(self, slot: int, to: int) -> None:
+        self._samplers.move(slot, to)
+
     # -- embeddings --------------------------------------------------------------------------------------------
 
     @property

@@ -87,6 +87,10 @@ class Samplers:
     def close(self, slot: int) -> None:
         self._samplers.pop(slot).close()
 
+    def move(self, slot: int, to: int) -> None:
+        """``to`` has none."""
+        self._samplers[to] = self._samplers.pop(slot)
+
     def sample_all(self, context: Any, batch: Batch, began: float) -> list[Sampled]:
         """A token for each output of the batch that llama.cpp was given at ``began``, in their order."""
         samplers = [self._samplers[batch.slots[index]] for index in batch.outputs]

@@ -131,6 +131,10 @@ class Scheduler:
             yield sequence, placement
             self.waiting.charge(sequence.client, sequence.to_compute)
 
+    def close_gap(self) -> tuple[Sequence, int, Placement] | None:
+        """A sequence that had better run in another slot from now on, its old slot, and what is to be done for it."""
+        return self._slots.close_gap()
+
     def _is_being_computed(self, prompt: list[int]) -> bool:
         """A good part of it, by others."""
         return self._slots.promised(prompt) >= self._slots.cached(prompt) + WORTH

@@ -7,12 +7,13 @@ starts from that instead of computing it again:
 - from a copy, where others run on it, or go on needing what else the slot holds;
 - from a state that was saved to disk (store.py), where that holds more than any slot.
 
-Nothing is kept apart for this: a free slot's content is overwritten when the slot is needed, the least recently used
-first.
+Nothing is kept apart for this: a free slot's content is overwritten when the slot is needed, one of the least recently
+used.
 
 In a split cache the slots that run should be neighbours: llama.cpp computes neighbours in one pass over the weights and
-needs another pass for each gap. So a sequence is placed beside those that run, and what is in the way changes
-places with it. That costs what a few tokens cost (tests/bench/RESULTS.md), once; a gap costs a pass in every step.
+needs another pass for each gap. So a sequence is placed beside those that run, what is in the way changes places with
+it, and a gap that was left by one that ended is closed. That costs what a few tokens cost (tests/bench/RESULTS.md),
+once; a gap costs a pass in every batch.
 
 It only decides. What is to be done with the cells comes back as a Placement; the engine does it.
 """
@@ -174,6 +175,24 @@ class Slots:
         self._uses += 1
         content.used = self._uses
 
+    def close_gap(self) -> tuple[Sequence, int, Placement] | None:
+        """Where those that run are no neighbours, one to move, and where it was. There may be more gaps after that."""
+        slots = sorted(self._running)
+        if not self._split or not slots or slots[-1] - slots[0] == len(slots) - 1:
+            return None
+        gaps = [slot for slot in range(slots[0], slots[-1]) if slot not in self._running]
+        from_below = gaps[0] - slots[0] < slots[-1] - gaps[-1]  # the fewer move
+        source, target = (slots[0], gaps[-1]) if from_below else (slots[-1], gaps[0])
+        content = self._running.pop(source)
+        assert content.owner
+        move: Move = Copy(source, target)
+        if other := self._kept.pop(target, None):
+            move = Swap(source, target)
+            self._shift(other, source)
+        content.slot = content.owner.slot = target
+        self._running[target] = content
+        return content.owner, source, Placement(target, content.cells, (move,))
+
     # -- where -------------------------------------------------------------------------------------------------
 
     def _best(self, prompt: list[int]) -> tuple[Content | None, int]:
@@ -208,9 +227,11 @@ class Slots:
 
     def _settle_on(self, victim: int, source: Content | None) -> tuple[int, list[Move]]:
         """In place of ``victim``'s content, from a copy of ``source`` if there is one."""
+        slot = self._beside(victim)
+        if victim in self._kept and self._kept.get(slot) is not source and self._is_old(slot):
+            victim = slot  # its content is hardly worth more, and need not be moved
         if lost := self._kept.pop(victim, None):
             self._tree.remove(lost)
-        slot = self._beside(victim)
         moves: list[Move] = []
         other = self._kept.pop(slot, None)
         if other:
@@ -233,6 +254,11 @@ class Slots:
         """0 for an empty slot, and then the higher the later it was used."""
         content = self._kept.get(slot)
         return content.used if content else 0
+
+    def _is_old(self, slot: int) -> bool:
+        """Its content belongs to the half that was used longer ago."""
+        ages = sorted(content.used for content in self._kept.values())
+        return slot in self._kept and self._kept[slot].used <= ages[(len(ages) - 1) // 2]
 
     def _beside(self, preferred: int) -> int:
         """A free slot beside those that run, the preferred one if it is as good as any."""
