@@ -34,6 +34,7 @@ class Options(Struct, frozen=True, array_like=True):
     use_mmap: bool | None = None
     use_mlock: bool | None = None
     repack: bool | None = None
+    backend_sampling: bool | None = None
 
 
 class Sampling(Struct, frozen=True, array_like=True):

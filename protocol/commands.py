@@ -103,6 +103,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     use_mmap: bool | None = None
     use_mlock: bool | None = None
     repack: bool | None = None  # weights into the layout the CPU's matrix kernels like best
+    backend_sampling: bool | None = None  # where the model is computed, so that logits need not come from the GPU
 
 
 class Load(LoadOptions, Command, frozen=True):

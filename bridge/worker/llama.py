@@ -48,6 +48,8 @@ class LlamaBackend:
         if self._context:
             self._memory = C.llama_get_memory(self._context)
             self._abort.attach(self._context)
+            if self._options["backend_sampling"]:
+                self._samplers.use_backend(self._context)
             self._warm_up()
         self._log.forget()
 
@@ -69,6 +71,8 @@ class LlamaBackend:
         params.n_ctx = n_cells
         params.n_seq_max = self._options["n_parallel"]
         params.n_batch = self._options["n_batch"]
+        params.n_outputs_max = self._options["n_parallel"]  # else it reserves logits for a whole n_ubatch
+        params.n_outputs_max_per_seq = 1
         params.kv_unified = False
         context = C.llama_init_from_model(self._model, params)
         if not context:
