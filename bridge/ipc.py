@@ -35,6 +35,7 @@ class Options(Struct, frozen=True, array_like=True):
     use_mlock: bool | None = None
     kv_unified: bool | None = None
     repack: bool | None = None
+    backend_sampling: bool | None = None
 
 
 class Sampling(Struct, frozen=True, array_like=True):

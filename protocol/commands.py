@@ -105,6 +105,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     use_mlock: bool | None = None
     kv_unified: bool | None = None  # one pool of KV cells for all sequences, in place of one for each
     repack: bool | None = None  # weights into the layout the CPU's matrix kernels like best
+    backend_sampling: bool | None = None  # where the model is computed, so that logits need not come from the GPU
 
 
 class Load(LoadOptions, Command, frozen=True):

@@ -53,7 +53,6 @@ class Chain:
 
     def __init__(self, chains: Chains, prompt: Sequence[int] = (), **sampling: Any) -> None:
         self.pointer = chains.make(ipc.Sampling(**ALL_OFF | sampling), prompt)
-        assert self.pointer
 
     def names(self) -> list[str]:
         import llama_cpp as C
@@ -240,7 +239,14 @@ def test_what_is_off_is_not_there(chains: Chains, vocab: Vocab) -> None:
     assert Chain(chains, **off).names() == ["dist"]
     assert Chain(chains, mirostat=2).names() == ["mirostat-v2"]
     assert Chain(chains, dynatemp_range=0.1).names() == ["temp-ext", "dist"]
-    assert chains.make(ipc.Sampling(temperature=0.0, top_k=1, typical_p=0.5, xtc_probability=1.0), []) is None
+
+
+def test_when_a_chain_is_needed(chains: Chains) -> None:
+    greedy = {"temperature": 0.0, "top_k": 1, "typical_p": 0.5, "xtc_probability": 1.0, "mirostat": 1}
+    assert not chains.needed(ipc.Sampling(**greedy))
+    more: list[dict[str, Any]] = [{"temperature": 1e-45}, {"repeat_penalty": 1.1}, {"dry_multiplier": 1.0}]
+    more += [{"ignore_eos": True}, {"logit_bias": {1: 0.0}}]
+    assert all(chains.needed(ipc.Sampling(**greedy | one)) for one in more)
 
 
 # -- those that look back --------------------------------------------------------------------------------------

@@ -123,8 +123,13 @@ class Backend(Protocol):
         ...
 
     def move(self, slot: int, to: int) -> None:
-        """The slot's sequence runs in another, free one from now on. The cells of both stay as they are."""
+        """The slot's sequence runs in another, free one from now on. The cells of both stay as they are. Where ``moves``
+        says that this can be.
+        """
         ...
+
+    @property
+    def moves(self) -> bool: ...
 
     # What a slot's cells hold. ``copy``, ``save`` and ``restore`` may raise BackendError.
 

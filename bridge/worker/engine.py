@@ -148,7 +148,7 @@ class Engine:
         for sequence, placement in self._scheduler.admit():
             sequence.cells = sequence.cached = self._cells.settle(placement)
             self._backend.open(sequence.slot, sequence.sampling, sequence.tokens)
-        if gap := self._scheduler.close_gap():
+        if self._backend.moves and (gap := self._scheduler.close_gap()):
             self._move(*gap)
         self._tell_places()
         for scheduled in self._scheduler.schedule():

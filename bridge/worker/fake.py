@@ -168,6 +168,7 @@ class FakeBackend:
     state_key = "fake"
     rewinds = True
     split = True
+    moves = True
     worth_a_pass = 64
 
     def rewind(self, slot: int, cells: int) -> int:

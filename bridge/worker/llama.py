@@ -54,6 +54,8 @@ class LlamaBackend(LlamaCells):
             self._memory = C.llama_get_memory(self._context)
             if self._has_cells_only:
                 self._abort.attach(self._context)
+            if self._options["backend_sampling"]:
+                self._samplers.use_backend(self._context)
             self._warm_up()
         elif self._embedder.able:
             self._warm_up_embedder()
@@ -78,6 +80,8 @@ class LlamaBackend(LlamaCells):
         params.n_seq_max = self._options["n_parallel"]
         params.n_batch = self._options["n_batch"]
         params.kv_unified = self._options["kv_unified"]
+        params.n_outputs_max = self._options["n_parallel"]  # else it reserves logits for a whole n_ubatch
+        params.n_outputs_max_per_seq = 1
         context = C.llama_init_from_model(self._model, params)
         if not context:
             raise LoadError(self._log.why("llama.cpp could not make a context of this size"))

@@ -36,6 +36,11 @@ class LlamaCells:
         return _WORTH_ON_GPU if self._options["n_gpu_layers"] else _WORTH_ON_CPU
 
     @cached_property
+    def moves(self) -> bool:
+        """A sampler in the graph belongs to a slot."""
+        return not self._options["backend_sampling"]
+
+    @cached_property
     def rewinds(self) -> bool:
         """A recurrent state has no history, and a saved sliding window only its last cells."""
         return self._has_cells_only and not C.llama_model_n_swa(self._model)

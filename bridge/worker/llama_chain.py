@@ -28,22 +28,24 @@ class Chains:
         self._vocab = vocab
         self._dry: OrderedDict[tuple[Any, ...], Any] = OrderedDict()  # prototypes, the last used one at the end
 
-    def make(self, sampling: ipc.Sampling, prompt: Sequence[int]) -> Any | None:
-        """None where the likeliest token is all there is to it, so that no chain is needed."""
-        bias = self._bias(sampling)
-        penalizes, avoids = _penalizes(sampling), _avoids_repetition(sampling)
-        if sampling.temperature == 0 and not (bias or penalizes or avoids):
-            return None
+    def needed(self, sampling: ipc.Sampling) -> bool:
+        """Not where the likeliest token is all there is to it."""
+        changes = self._bias(sampling) or _penalizes(sampling) or _avoids_repetition(sampling)
+        return sampling.temperature > 0 or bool(changes)
+
+    def make(self, sampling: ipc.Sampling, prompt: Sequence[int]) -> Any:
         chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
-        for sampler in self._samplers(sampling, bias):
+        for sampler in self._samplers(sampling):
             C.llama_sampler_chain_add(chain, sampler)
-        looks_back = max(sampling.repeat_last_n * penalizes, sampling.dry_penalty_last_n * avoids)
+        looks_back = max(
+            sampling.repeat_last_n * _penalizes(sampling), sampling.dry_penalty_last_n * _avoids_repetition(sampling)
+        )
         for token in prompt[len(prompt) - min(looks_back, len(prompt)) :]:
             C.llama_sampler_accept(chain, token)
         return chain
 
-    def _samplers(self, sampling: ipc.Sampling, bias: dict[int, float]) -> Iterator[Any]:
-        if bias:
+    def _samplers(self, sampling: ipc.Sampling) -> Iterator[Any]:
+        if bias := self._bias(sampling):
             entries = (C.llama_logit_bias * len(bias))(*bias.items())
             yield C.llama_sampler_init_logit_bias(self._vocab.n_tokens, len(bias), entries)
         if _mirostat(sampling):

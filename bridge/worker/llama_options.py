@@ -35,13 +35,15 @@ def resolve(options: ipc.Options) -> dict[str, Any]:
     n_parallel = options.n_parallel or DEFAULT_N_PARALLEL
     n_batch = max(options.n_batch or DEFAULT_N_BATCH, n_parallel)
     offload = C.llama_supports_gpu_offload()
+    n_gpu_layers = (-1 if offload else 0) if options.n_gpu_layers is None else options.n_gpu_layers
+    on_gpu = offload and n_gpu_layers != 0
     return {
         "n_ctx": options.n_ctx,
         "n_parallel": n_parallel,
         "n_batch": n_batch,
         "n_ubatch": min(options.n_ubatch or DEFAULT_N_UBATCH, n_batch),
         "n_threads": options.n_threads or min(cores, len(os.sched_getaffinity(0))),
-        "n_gpu_layers": (-1 if offload else 0) if options.n_gpu_layers is None else options.n_gpu_layers,
+        "n_gpu_layers": n_gpu_layers,
         "flash_attn": options.flash_attn or "auto",
         "type_k": options.type_k or "f16",
         "type_v": options.type_v or "f16",
@@ -49,6 +51,7 @@ def resolve(options: ipc.Options) -> dict[str, Any]:
         "use_mlock": bool(options.use_mlock),
         "kv_unified": bool(options.kv_unified),
         "repack": not _has_amx() if options.repack is None else options.repack,
+        "backend_sampling": on_gpu if options.backend_sampling is None else options.backend_sampling,
     }
 
 

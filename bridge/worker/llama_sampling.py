@@ -18,6 +18,7 @@ import numpy as np
 
 from bridge import ipc
 from bridge.worker.backend import Batch, Refusal, Sampled
+from bridge.worker.llama_backend_sampling import BackendSampling
 from bridge.worker.llama_chain import Chains
 from bridge.worker.llama_grammar import Grammar, watched
 from bridge.worker.llama_logprobs import explain
@@ -28,9 +29,13 @@ from bridge.worker.parallel import Parallel
 class _Sampler:
     """One sequence's. ``chain`` is None for the plain greedy. Samplers may sample side by side."""
 
-    def __init__(self, vocab: Vocab, chain: Any | None, grammar: Grammar | None, logprobs: int | None) -> None:
+    def __init__(
+        self, vocab: Vocab, chain: Any | None, grammar: Grammar | None, logprobs: int | None, *, owned: bool
+    ) -> None:
+        """``close`` frees the chain if it is ``owned``."""
         self._vocab = vocab
         self._chain = chain
+        self._owned = owned
         self.grammar = grammar
         self._logprobs = logprobs
 
@@ -52,7 +57,7 @@ class _Sampler:
         return int(logits.argmax())
 
     def close(self) -> None:
-        if self._chain:
+        if self._chain and self._owned:
             C.llama_sampler_free(self._chain)
         if self.grammar:
             self.grammar.close()
@@ -65,7 +70,12 @@ class Samplers:
         self._vocab = vocab
         self._chains = Chains(vocab)
         self._parallel = Parallel(n_threads)
+        self._backend: BackendSampling | None = None
         self._samplers: dict[int, _Sampler] = {}
+
+    def use_backend(self, context: Any) -> None:
+        """Samples where the model computes, where that can be."""
+        self._backend = BackendSampling(context, self._chains)
 
     def check(self, sampling: ipc.Sampling) -> None:
         """Raises Refusal (bad_argument) for what ``open`` could not do."""
@@ -81,8 +91,11 @@ class Samplers:
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
         """Of what ``check`` let pass. The slot has none."""
         grammar = None if sampling.grammar is None else Grammar(self._vocab, sampling.grammar)
-        chain = self._chains.make(sampling, prompt)
-        self._samplers[slot] = _Sampler(self._vocab, chain, grammar, sampling.logprobs)
+        attached = self._backend.open(slot, sampling) if self._backend else None
+        chain = attached
+        if chain is None and self._chains.needed(sampling):
+            chain = self._chains.make(sampling, prompt)
+        self._samplers[slot] = _Sampler(self._vocab, chain, grammar, sampling.logprobs, owned=attached is None)
 
     def close(self, slot: int) -> None:
         self._samplers.pop(slot).close()
