@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 _WEIGHT = 0.2  # of the newest measurement in a running average
+_PROMPT = 64  # tokens of prompts that weigh as much as one measurement
 _STALE = 64  # steps
 
 
 class Pace:
     """Of a model on this machine: seconds of a step that decodes so many streams, and of a prompt's token.
 
-    A step's time is taken as decode + prompt tokens * prefill. Steps without prompts tell the first alone.
+    A step's time is taken as decode + prompt tokens * prefill. Steps without prompts tell the first alone. A step
+    without streams takes as long as for one, besides: the weights are read for a single token of a prompt, too.
     """
 
     def __init__(self) -> None:
         self._decode: dict[int, float] = {}  # streams -> seconds
-        self._prefill = 0.0  # seconds a token
+        self._prompt_tokens = 0.0  # that were computed; those of long ago count less
+        self._prompt_seconds = 0.0  # that they took
         self._picked = 0.0  # tokens of an answer
         self._mixed = 0  # steps since one was without prompts
 
@@ -25,9 +28,10 @@ class Pace:
             self._decode[streams] = _average(self._decode.get(streams, seconds), seconds)
             return
         self._mixed += 1
-        rest = seconds - (self.decode(streams) or 0.0)
-        if rest > 0:
-            self._prefill = _average(self._prefill or rest / prompt_tokens, rest / prompt_tokens)
+        still_counts = (1 - _WEIGHT) ** (prompt_tokens / _PROMPT)
+        rest = seconds - (self.decode(max(1, streams)) or 0.0)
+        self._prompt_tokens = self._prompt_tokens * still_counts + prompt_tokens
+        self._prompt_seconds = self._prompt_seconds * still_counts + rest
 
     def answer(self, tokens: int) -> None:
         """An answer ended."""
@@ -39,6 +43,11 @@ class Pace:
             return 0.0
         known = max((count for count in self._decode if count <= streams), default=None)
         return None if known is None else self._decode[known]
+
+    @property
+    def _prefill(self) -> float:
+        """Seconds a token; 0 where it is not known."""
+        return self._prompt_seconds / self._prompt_tokens if self._prompt_seconds > 0 else 0.0
 
     @property
     def unsure(self) -> bool:
