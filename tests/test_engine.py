@@ -391,6 +391,18 @@ def test_cancelling_over_and_over_stops_nobody_else() -> None:
     assert rig.done(rid).text == "a b a b"
 
 
+def test_nor_does_it_beside_one_that_is_computed_alone() -> None:
+    rig = Rig("step_ms=0.001")
+    rig.generate("c", 100, deterministic=True)
+    rid = rig.generate("a b", 4)
+    for _ in range(12):
+        long = rig.generate(words(50))
+        rig.backend.during = partial(rig.engine.cancelled_in_flight, long)
+        rig.step()
+        rig.cancel(long)
+    assert rig.done(rid).text == "a b a b"
+
+
 def test_a_prompt_alone_is_cut_short_each_time() -> None:
     rig = Rig("step_ms=0.001")
     for _ in range(3):

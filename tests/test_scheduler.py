@@ -313,6 +313,11 @@ def test_alone_is_in_batches_of_its_own_cut_at_the_same_places() -> None:
     assert [shares(batch) for batch in steps(scheduler)] == [[(0, 1)], [(1, 1)]]
 
 
+def test_a_stream_alone_is_timed_as_a_stream() -> None:
+    scheduler = scheduler_with(sequence(ALONE_CHUNK + 1, deterministic=True))
+    assert [step(scheduler).streams for _ in range(4)] == [0, 0, 1, 1]
+
+
 @given(st.data(), st.integers(1, 5), st.integers(0, 300), st.booleans())
 def test_any_series_of_requests(data: st.DataObject, n_parallel: int, more: int, rewinds: bool) -> None:
     """Every token of every sequence goes into its slot once, after those before it; nobody who can run stands still."""

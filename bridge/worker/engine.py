@@ -44,7 +44,7 @@ class Engine:
         self._embeds = EmbedQueue(backend, clock)
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
-        self._cut_short = False  # the last step was
+        self._cut_short = False  # the last batch that was shared
 
     @property
     def idle(self) -> bool:
@@ -163,7 +163,8 @@ class Engine:
         """None when the step was put off, cut short or failed; its sequences are as they were before, or gone."""
         if len(scheduled.advanced) == 1 or not self._cut_short:  # else one client could stop all others for ever
             self._prefilling = frozenset(one.rid for one, cells in scheduled.advanced if cells - one.cells > 1)
-        self._cut_short = False
+        if not scheduled.alone:
+            self._cut_short = False
         started = self._clock()
         for sequence, _ in scheduled.advanced:
             if sequence.started is None:
@@ -173,7 +174,7 @@ class Engine:
                 return None
             result = self._backend.decode(scheduled.batch)
         except Aborted:
-            self._cut_short = True
+            self._cut_short = self._cut_short or not scheduled.alone
             self._charge(scheduled, self._clock() - started, wasted=True)
             for sequence, _ in scheduled.advanced:
                 self._rewind(sequence)

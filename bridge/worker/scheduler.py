@@ -148,9 +148,9 @@ class Scheduler:
 
     def _alone(self, sequence: Sequence) -> Scheduled:
         count = min(sequence.to_compute, ALONE_CHUNK - sequence.cells % ALONE_CHUNK, self._n_batch)
-        if sequence.n_picked:
-            self.waiting.charge(sequence.client, 1)
-        return Scheduled([(sequence, count)], streams=0, alone=True)
+        streams = int(sequence.n_picked > 0 and sequence.to_compute == 1)
+        self.waiting.charge(sequence.client, streams)
+        return Scheduled([(sequence, count)], streams=streams, alone=True)
 
     def _prompt_parts(self) -> tuple[list[tuple[Sequence, int]], int]:
         """What the next batch takes of the prompts that run, and the room that is left then."""
