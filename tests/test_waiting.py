@@ -17,9 +17,7 @@ rids = itertools.count()
 
 
 def sequence(client: int = 0, n_prompt: int = 10, priority: ipc.Priority = "normal") -> Sequence:
-    request = ipc.Generate(
-        next(rids), "", ipc.Sampling(), 1, [], False, 0.0, client=client, priority=priority
-    )  # fmt: skip
+    request = ipc.Generate(next(rids), "", ipc.Sampling(), 1, [], False, 0.0, client=client, priority=priority)
     return Sequence(request, list(range(n_prompt)))
 
 
