@@ -214,7 +214,7 @@ async def test_n_of_one_is_the_plain_answer() -> None:
 
 
 async def test_n_answers_are_cancelled_together() -> None:
-    async with busy() as (place, wire), await place.unix() as other:
+    async with busy() as (place, _), await place.unix() as other:
         await other.send(f"INFER id=several n=3 {LONG} b")
         await queued(place, 3)
         await other.send("CANCEL several")
