@@ -187,9 +187,10 @@ def test_running_streams_never_wait_for_prompts(n_batch: int) -> None:
 
 
 def timed(streams: int, step: float, token: float) -> Pace:
+    """On a machine where every batch takes a pass of ``step`` seconds."""
     pace = Pace()
     pace.batch(streams, streams, step)
-    pace.batch(1, 1000, 1000 * token)
+    pace.batch(1, 1000, step + 1000 * token)
     return pace
 
 
@@ -200,7 +201,7 @@ def with_a_stream(pace: Pace) -> Scheduler:
 
 
 def test_a_long_prompt_gets_twice_the_time_of_the_streams_batch() -> None:
-    scheduler = with_a_stream(timed(1, 0.020, 0.001))
+    scheduler = with_a_stream(timed(1, 0.040, 0.001))
     scheduler.add(sequence(CHUNK + 60))
     for _ in range(7):
         assert round_of(scheduler) == [[(0, 1)], [(1, 40)]]  # also when what is left of it is short
@@ -208,14 +209,14 @@ def test_a_long_prompt_gets_twice_the_time_of_the_streams_batch() -> None:
 
 
 def test_a_short_prompt_is_let_in_within_half_a_second() -> None:
-    scheduler = with_a_stream(timed(1, 0.020, 0.005))
+    scheduler = with_a_stream(timed(1, 0.001, 0.00499))
     scheduler.add(sequence(150))
     assert round_of(scheduler) == [[(0, 1)], [(1, 100)]]
     assert round_of(scheduler) == [[(0, 1)], [(1, 50)]]
 
 
 def test_a_short_prompt_need_not_wait_for_a_long_one() -> None:
-    scheduler = with_a_stream(timed(1, 0.020, 0.001))
+    scheduler = with_a_stream(timed(1, 0.040, 0.001))
     scheduler.add(sequence(CHUNK + 60))
     scheduler.add(sequence(30))
     assert round_of(scheduler) == [[(0, 1)], [(1, 40), (2, 30)]]

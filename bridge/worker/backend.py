@@ -123,9 +123,7 @@ class Backend(Protocol):
         ...
 
     def move(self, slot: int, to: int) -> None:
-        """The slot's sequence runs in another, free one from now on. The cells of both stay as they are. Where ``moves``
-        says that this can be.
-        """
+        """The slot's sequence runs in another, free one from now on; the cells of both stay. Where ``moves`` allows it."""
         ...
 
     @property

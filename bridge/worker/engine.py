@@ -43,7 +43,7 @@ class Engine:
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
         self._unwanted: set[int] = set()  # rids whose Cancel is on its way to ``handle``
-        self._cut_short = False  # the last batch was
+        self._cut_short = False  # the last batch of prompts that was shared
 
     @property
     def idle(self) -> bool:
@@ -176,9 +176,10 @@ class Engine:
 
     def _decode(self, scheduled: Scheduled) -> list[Sampled] | None:
         """None when the step was put off, cut short or failed; its sequences are as they were before, or gone."""
-        if len(scheduled.advanced) == 1 or not self._cut_short:  # else one client could stop all others for ever
-            self._prefilling = frozenset(one.rid for one, cells in scheduled.advanced if cells - one.cells > 1)
-        self._cut_short = False
+        prompts = frozenset(one.rid for one, cells in scheduled.advanced if cells - one.cells > 1)
+        shared = len(scheduled.advanced) > 1
+        if not (shared and self._cut_short):  # else one client could stop all others for ever
+            self._prefilling = prompts
         started = self._clock()
         for sequence, _ in scheduled.advanced:
             if sequence.started is None:
@@ -188,7 +189,7 @@ class Engine:
                 return None
             result = self._backend.decode(scheduled.batch)
         except Aborted:
-            self._cut_short = True
+            self._cut_short = self._cut_short or shared
             self._charge(scheduled, self._clock() - started, wasted=True)
             for sequence, _ in scheduled.advanced:
                 self._rewind(sequence)
@@ -197,6 +198,7 @@ class Engine:
                 self._drop(sequence, keep=False)
                 self._refuse(sequence.rid, Refusal("internal", str(error)))
         else:
+            self._cut_short = self._cut_short and not (shared and prompts)
             seconds = self._clock() - started
             self._charge(scheduled, seconds)
             self._pace.batch(len(scheduled.advanced), len(scheduled.batch), seconds)
