@@ -169,10 +169,11 @@ class Scheduler:
 
     def _room(self) -> tuple[int, int]:
         """Tokens of prompts that the next batch may have, and how many of them of long ones."""
-        decoding = [sequence for sequence in self.running if sequence.to_compute == 1 and sequence.n_picked]
+        single = [sequence for sequence in self.running if sequence.to_compute == 1]
+        decoding = [sequence for sequence in single if sequence.n_picked]
         alone = sum(sequence.alone for sequence in decoding)
         streams = len(decoding) - alone
-        most = min(self._n_batch - streams, CHUNK)
+        most = min(self._n_batch - sum(not sequence.alone for sequence in single), CHUNK)
         if not streams and not alone:
             return most, most
         decode = self._pace.decode(streams)
