@@ -294,6 +294,17 @@ def test_who_waited_for_a_prompt_that_was_given_up_computes_it() -> None:
     assert second.cached == 64
 
 
+def test_a_prompt_of_which_all_but_a_token_is_there_goes_with_the_streams() -> None:
+    first = sequence(100, 0)
+    scheduler = scheduler_with(first, n_batch=4, n_parallel=3)
+    while first.to_compute > 1:
+        step(scheduler)
+    scheduler.remove(first)
+    scheduler.add(sequence(90, 0))
+    scheduler.add(sequence(50))
+    assert round_of(scheduler) == [[(0, 1)], [(1, 4)]]
+
+
 def test_models_that_do_not_rewind_do_not_wait() -> None:
     scheduler = scheduler_with(sequence(50, 0), sequence(40, 0), n_batch=200, rewinds=False)
     assert round_of(scheduler) == [[(0, 50), (1, 40)]]

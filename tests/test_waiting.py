@@ -76,6 +76,36 @@ def test_having_been_away_is_no_credit() -> None:
     assert order == [1, 2, 2], "it gets no two turns for those that it was not there for"
 
 
+def test_who_comes_and_goes_gets_no_more_than_who_stays() -> None:
+    """While somebody else who was charged little is there all the time."""
+    room = room_with(sequence(1), sequence(2, 200), sequence(2), sequence(3, priority="low"))
+    turns = [serve(room).client for _ in range(2)]
+    assert turns == [1, 2]
+    for _ in range(25):
+        room.add(sequence(1))
+        turns.append(serve(room).client)
+    assert turns.count(2) == 2, "client 1 had 200 tokens, too, and then it was client 2's turn"
+
+
+def test_who_comes_back_owes_no_more_than_who_stayed() -> None:
+    room = room_with(sequence(1, 1000), sequence(2, 10))
+    assert [serve(room).client, serve(room, leaves=False).client] == [1, 2]
+    back, new = sequence(1), sequence(3)
+    room.charge(2, 30)
+    room.add(back)
+    assert room._charged[1] == 40
+    room.add(new)
+    assert list(room.order()) == [back, new]
+
+
+def test_not_all_who_ever_were_here_are_remembered() -> None:
+    room = room_with(sequence(0, priority="low"))
+    for client in range(1, 5000):
+        room.add(sequence(client))
+        serve(room)
+    assert len(room._charged) + len(room._gone) < 2000
+
+
 def test_priorities_come_before_shares() -> None:
     low, normal, high = sequence(1, priority="low"), sequence(2), sequence(3, priority="high")
     room = room_with(low, normal, high)
@@ -128,7 +158,7 @@ def test_any_series(actions: list[tuple[str, int]]) -> None:
         assert all(several == sorted(several, key=lambda one: one.rid) for several in of.values())
     for one in running + waiting:
         room.leave(one)
-    assert (room._waiting, room._charged, room._requests) == ({}, {}, {})
+    assert (room._waiting, room._charged, room._requests, room._gone) == ({}, {}, {}, {})
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=6))

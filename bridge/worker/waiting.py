@@ -2,8 +2,9 @@
 
 A client is charged for every token that is computed for it, and of those who wait, the client that was charged least is
 next; its own requests keep their order. So one that sends a hundred requests gets as much of the model as
-one that sends a request at a time. Who comes anew begins with the least charge of those who are there: having been
-away is no credit. (Start-time fair queueing: Goyal, Vin and Cheng, 1996.)
+one that sends a request at a time. Who comes anew begins with the least charge of those who are there, and who comes
+back with what it had, but with no more than the greatest: having been away is neither credit nor debt. (Start-time fair
+queueing: Goyal, Vin and Cheng, 1996.)
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from collections.abc import Iterator
 
 from bridge.worker.sequence import Sequence
 
+_REMEMBERED = 1024  # clients
+
 
 class WaitingRoom:
     def __init__(self) -> None:
         self._waiting: dict[int, Sequence] = {}  # by rid, in the order they came
         self._charged: dict[int, int] = {}  # tokens, by client; only of those who have a request here or running
+        self._gone: dict[int, int] = {}  # charges of those who were here while somebody still is, the latest last
         self._requests: defaultdict[int, int] = defaultdict(int)  # of each client, waiting or running
 
     def __len__(self) -> int:
@@ -29,7 +33,8 @@ class WaitingRoom:
 
     def add(self, sequence: Sequence) -> None:
         if sequence.client not in self._charged:
-            self._charged[sequence.client] = min(self._charged.values(), default=0)
+            there = self._charged.values() or [0]
+            self._charged[sequence.client] = max(min(there), min(self._gone.pop(sequence.client, 0), max(there)))
         self._requests[sequence.client] += 1
         self._waiting[sequence.rid] = sequence
 
@@ -45,7 +50,12 @@ class WaitingRoom:
         self._waiting.pop(sequence.rid, None)
         self._requests[sequence.client] -= 1
         if not self._requests[sequence.client]:
-            del self._requests[sequence.client], self._charged[sequence.client]
+            del self._requests[sequence.client]
+            self._gone[sequence.client] = self._charged.pop(sequence.client)
+            if not self._charged:
+                self._gone.clear()
+            elif len(self._gone) > _REMEMBERED:
+                del self._gone[next(iter(self._gone))]
 
     def order(self) -> Iterator[Sequence]:
         """All that wait, in the order of their turns as things are now."""
