@@ -123,7 +123,7 @@ class Backend(Protocol):
         ...
 
     def move(self, slot: int, to: int) -> None:
-        """The slot's sequence runs in another, free one from now on; the cells of both stay. Where ``moves`` allows it."""
+        """Its sequence runs in another, free slot from now on; the cells of both stay. Where ``moves`` allows it."""
         ...
 
     @property
