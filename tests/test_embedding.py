@@ -80,7 +80,7 @@ def test_texts_become_vectors_in_their_order() -> None:
     rig.now += 2
     rig.run()
     assert rig.vectors(1) == [rig.alone("a b"), rig.alone("c")]
-    assert rig.events[1] == ipc.Embedded(1, rig.vectors(1), 3, ipc.Timings(2000, 1000, 0))
+    assert rig.events[1] == ipc.Embedded(1, rig.vectors(1), 3, ipc.Timings(2000, 1000, 0, 1000))
 
 
 def test_requests_share_a_batch() -> None:
@@ -306,3 +306,12 @@ def test_cancel_before_and_after_a_list_has_become_tokens() -> None:
     rig.run()
     assert rig.batches == [["a", "a"]]
     assert not rig.events
+
+
+def test_requests_pay_for_their_own_tokens_of_a_batch() -> None:
+    rig = Rig()
+    rig.add(1, "a b c")
+    rig.add(2, "d")
+    rig.run()
+    shares = {rid: event.timings.compute_ms for rid, event in rig.events.items() if isinstance(event, ipc.Embedded)}
+    assert shares == {1: 750, 2: 250}

@@ -36,6 +36,7 @@ class _Job:
         self.received = request.received
         self.dimensions = request.dimensions
         self.started: float | None = None
+        self.seconds = 0.0  # its share of the time of its batches, by tokens
         self.texts = request.texts
         self.tokens: list[list[int]] = []
         self.taken = 0  # of the tokens; more than the vectors while a batch is computed
@@ -124,7 +125,9 @@ class EmbedQueue:
             vectors = self._backend.embed([tokens for _, tokens in batch])
         except BackendError as error:
             return self._fail(batch, error)
-        for (job, _), vector in zip(batch, vectors, strict=True):
+        a_token = (self._clock() - now) / sum(len(tokens) for _, tokens in batch)
+        for (job, tokens), vector in zip(batch, vectors, strict=True):
+            job.seconds += a_token * len(tokens)
             job.vectors.append(vector if job.dimensions is None else _cut(vector, job.dimensions))
         return self._finish(batch)
 
@@ -164,7 +167,7 @@ class EmbedQueue:
         for job in dict.fromkeys(job for job, _ in batch):
             if len(job.vectors) == len(job.texts):
                 assert job.started is not None
-                timings = ipc.Timings(_ms(job.started - job.received), _ms(now - job.started), 0.0)
+                timings = ipc.Timings(_ms(job.started - job.received), _ms(now - job.started), 0.0, _ms(job.seconds))
                 events.append(ipc.Embedded(job.rid, job.vectors, sum(map(len, job.tokens)), timings))
         return events
 
