@@ -14,10 +14,10 @@ import msgspec
 
 from bridge import __version__
 from bridge.lazy import LazyGroup
-from client import BridgeError, Client, RemoteProtocolError, Stream
-from client.results import Completion, ModelState
+from client import BridgeError, Client, RemoteProtocolError
+from client.results import ModelState
 from protocol.address import Address, Unix, parse_address
-from protocol.commands import Chat, ChatStream, Command, Infer, InferStream, Load
+from protocol.commands import Command, Load
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,7 +72,7 @@ def _fail(message: str) -> typing.NoReturn:
     sys.exit(1)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     click.echo(msgspec.json.encode(value).decode())
 
 
@@ -86,12 +86,7 @@ def _print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
 
 
-def _text(words: tuple[str, ...]) -> str:
-    """The words of the command line as one text, or the standard input where there are none, or a dash."""
-    return " ".join(words) if words and words != ("-",) else sys.stdin.read()
-
-
-def _parameters(command: type[Command], pairs: Iterable[str], **named: Any) -> dict[str, Any]:
+def parameters_of(command: type[Command], pairs: Iterable[str], **named: Any) -> dict[str, Any]:
     """``key=value`` as typed keyword arguments; the ranges are judged by the daemon. A key given twice is a list."""
     types = typing.get_type_hints(command)  # without Annotated, so without ranges
     parameters = {key: value for key, value in named.items() if value not in (None, ())}
@@ -136,7 +131,7 @@ def hello(client: Client, as_json: bool) -> None:
     """Version, features and limits of the daemon."""
     hello = client.hello()
     if as_json:
-        return _print_json(hello)
+        return print_json(hello)
     click.echo(f"{hello.name} {hello.version}, protocol {hello.protocol}")
     click.echo(f"features: {', '.join(hello.features)}")
     _print_table(("limit", "value"), hello.limits.items())
@@ -149,7 +144,7 @@ def status(client: Client, as_json: bool) -> None:
     """What is loaded and how busy it is."""
     status = client.status()
     if as_json:
-        return _print_json(status)
+        return print_json(status)
     click.echo(status.message)
     draining = ", draining" if status.draining else ""
     click.echo(
@@ -168,7 +163,7 @@ def models(client: Client, as_json: bool) -> None:
     """The models and their states."""
     models = client.models()
     if as_json:
-        return _print_json(models)
+        return print_json(models)
     _print_models(models)
 
 
@@ -191,7 +186,7 @@ def queue(client: Client, model: str | None, as_json: bool) -> None:
     """The requests that run and that wait, and how long they will likely take."""
     requests = client.queue(model)
     if as_json:
-        return _print_json(requests)
+        return print_json(requests)
     _print_table(
         ("place", "client", "priority", "prompt", "cached", "answer", "waited", "likely"),
         (
@@ -210,7 +205,7 @@ def show(client: Client, model: str | None, as_json: bool) -> None:
     """A model's metadata, options and chat template."""
     info = client.show(model)
     if as_json:
-        return _print_json(info)
+        return print_json(info)
     fields = msgspec.structs.asdict(info)
     template = fields.pop("chat_template")
     fields |= {f"option {key}": value for key, value in fields.pop("options").items()}
@@ -233,9 +228,9 @@ def load(client: Client, path: str, pairs: tuple[str, ...], as_json: bool, **nam
     """Load a GGUF file."""
     if isinstance(client.address, Unix) and os.path.exists(path):
         path = os.path.abspath(path)  # the daemon has another working directory
-    loaded = client.load(path, **_parameters(Load, pairs, **named))
+    loaded = client.load(path, **parameters_of(Load, pairs, **named))
     if as_json:
-        return _print_json(loaded)
+        return print_json(loaded)
     click.echo(f"{loaded.model} loaded in {loaded.load_ms / 1000:.1f} s")
 
 
@@ -248,120 +243,7 @@ def free(client: Client, model: str | None, drain: bool, as_json: bool) -> None:
     """Unload a model."""
     freed = client.free(model, drain=drain)
     if as_json:
-        return _print_json(freed)
+        return print_json(freed)
     click.echo(f"freed: {', '.join(freed.freed) or 'nothing'}")
     if freed.held:
         click.echo(f"held by others: {', '.join(freed.held)}")
-
-
-# -- generation ------------------------------------------------------------------------------------------------
-
-
-def generates(command: F) -> F:
-    """The options of INFER and CHAT. The rarer ones are given with -p."""
-    options = (
-        click.option("-m", "--model", help="Which model; otherwise the default one."),
-        click.option("-n", "--max-tokens", type=int, help="Longest answer, in tokens."),
-        click.option("--temperature", type=float, help="0 is greedy."),
-        click.option("--top-k", type=int),
-        click.option("--top-p", type=float),
-        click.option("--seed", type=int, help="Makes the answer repeatable."),
-        click.option("--stop", multiple=True, help="Where to stop; may be given several times."),
-        click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
-        click.option("--stream/--no-stream", "streamed", default=True, help="Print the text as it comes, or at once."),
-        json_option,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@cli.command()
-@click.argument("prompt", nargs=-1)
-@generates
-@talks
-def infer(
-    client: Client, prompt: tuple[str, ...], pairs: tuple[str, ...], streamed: bool, as_json: bool, **named: Any
-) -> None:
-    """Complete a prompt; without one, the standard input."""
-    text, streamed = _text(prompt), streamed and not as_json
-    parameters = _parameters(InferStream if streamed else Infer, pairs, **named)
-    if streamed:
-        return _print_stream(client.stream(text, **parameters))
-    _print_completions(client.infer_several(text, parameters.pop("n", 1), **parameters), as_json)
-
-
-@cli.command()
-@click.argument("message", nargs=-1)
-@click.option("--system", help="A system message before it.")
-@generates
-@talks
-def chat(
-    client: Client,
-    message: tuple[str, ...],
-    system: str | None,
-    pairs: tuple[str, ...],
-    streamed: bool,
-    as_json: bool,
-    **named: Any,
-) -> None:
-    """Answer a user's message; without one, the standard input."""
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": _text(message)})
-    streamed = streamed and not as_json
-    parameters = _parameters(ChatStream if streamed else Chat, pairs, **named)
-    if streamed:
-        return _print_stream(client.chat_stream(messages, **parameters))
-    _print_completions(client.chat_several(messages, parameters.pop("n", 1), **parameters), as_json)
-
-
-def _print_stream(stream: Stream) -> None:
-    with stream:
-        try:
-            for piece in stream:
-                click.echo(piece, nl=False)
-        finally:
-            if stream.text and not stream.text.endswith("\n"):
-                click.echo()
-    _explain(stream.result)
-
-
-def _print_completions(completions: list[Completion], as_json: bool) -> None:
-    if as_json:
-        return _print_json(completions if len(completions) > 1 else completions[0])
-    for completion in completions:
-        click.echo(completion.text)
-        _explain(completion)
-
-
-def _explain(completion: Completion | None) -> None:
-    """An answer that was cut short by others than its caller should not pass for a whole one."""
-    if completion and completion.finish_reason in ("cancelled", "deadline"):
-        click.echo(f"(ended early: {completion.finish_reason})", err=True)
-
-
-# -- vectors and tokens ----------------------------------------------------------------------------------------
-
-
-@cli.command()
-@click.argument("text", nargs=-1)
-@click.option("-m", "--model", help="Which model; otherwise the default one.")
-@click.option("--dimensions", type=int, help="Only the first so many components, of length 1 again.")
-@json_option
-@talks
-def embed(client: Client, text: tuple[str, ...], model: str | None, dimensions: int | None, as_json: bool) -> None:
-    """The vector of a text; without one, of the standard input."""
-    embeddings = client.embed(_text(text), model=model, dimensions=dimensions)
-    _print_json(embeddings) if as_json else click.echo(" ".join(f"{value:.9g}" for value in embeddings.vector))
-
-
-@cli.command()
-@click.argument("text", nargs=-1)
-@click.option("-m", "--model", help="Which model; otherwise the default one.")
-@click.option("--special", is_flag=True, help="Add what the model puts around a text, such as BOS.")
-@json_option
-@talks
-def tokenize(client: Client, text: tuple[str, ...], model: str | None, special: bool, as_json: bool) -> None:
-    """A text's token ids; without one, those of the standard input."""
-    tokens = client.tokenize(_text(text), model=model, special=special)
-    _print_json(tokens) if as_json else click.echo(" ".join(map(str, tokens)))

@@ -11,7 +11,14 @@ import click
 class LazyGroup(click.Group):
     """Imports a command of another module when it is used: neither PING nor the daemon need load what bench does."""
 
-    ELSEWHERE: typing.ClassVar = {"bench": "bridge.bench", "serve": "bridge.serve"}
+    ELSEWHERE: typing.ClassVar = {
+        "bench": "bridge.bench",
+        "chat": "bridge.cli_text",
+        "embed": "bridge.cli_text",
+        "infer": "bridge.cli_text",
+        "serve": "bridge.serve",
+        "tokenize": "bridge.cli_text",
+    }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*self.commands, *self.ELSEWHERE])

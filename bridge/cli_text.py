@@ -1,0 +1,131 @@
+"""The commands that have a model work on text: infer, chat, embed, tokenize."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from bridge.cli import json_option, parameters_of, print_json, talks
+from client import Client, Stream
+from client.results import Completion
+from protocol.commands import Chat, ChatStream, Infer, InferStream
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _text(words: tuple[str, ...]) -> str:
+    """The words of the command line as one text, or the standard input where there are none, or a dash."""
+    return " ".join(words) if words and words != ("-",) else sys.stdin.read()
+
+
+def generates(command: F) -> F:
+    """The options of INFER and CHAT. The rarer ones are given with -p."""
+    options = (
+        click.option("-m", "--model", help="Which model; otherwise the default one."),
+        click.option("-n", "--max-tokens", type=int, help="Longest answer, in tokens."),
+        click.option("--temperature", type=float, help="0 is greedy."),
+        click.option("--top-k", type=int),
+        click.option("--top-p", type=float),
+        click.option("--seed", type=int, help="Makes the answer repeatable."),
+        click.option("--stop", multiple=True, help="Where to stop; may be given several times."),
+        click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
+        click.option("--stream/--no-stream", "streamed", default=True, help="Print the text as it comes, or at once."),
+        json_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("prompt", nargs=-1)
+@generates
+@talks
+def infer(
+    client: Client, prompt: tuple[str, ...], pairs: tuple[str, ...], streamed: bool, as_json: bool, **named: Any
+) -> None:
+    """Complete a prompt; without one, the standard input."""
+    text, streamed = _text(prompt), streamed and not as_json
+    parameters = parameters_of(InferStream if streamed else Infer, pairs, **named)
+    if streamed:
+        return _print_stream(client.stream(text, **parameters))
+    _print_completions(client.infer_several(text, parameters.pop("n", 1), **parameters), as_json)
+
+
+@click.command()
+@click.argument("message", nargs=-1)
+@click.option("--system", help="A system message before it.")
+@generates
+@talks
+def chat(
+    client: Client,
+    message: tuple[str, ...],
+    system: str | None,
+    pairs: tuple[str, ...],
+    streamed: bool,
+    as_json: bool,
+    **named: Any,
+) -> None:
+    """Answer a user's message; without one, the standard input."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": _text(message)})
+    streamed = streamed and not as_json
+    parameters = parameters_of(ChatStream if streamed else Chat, pairs, **named)
+    if streamed:
+        return _print_stream(client.chat_stream(messages, **parameters))
+    _print_completions(client.chat_several(messages, parameters.pop("n", 1), **parameters), as_json)
+
+
+def _print_stream(stream: Stream) -> None:
+    with stream:
+        try:
+            for piece in stream:
+                click.echo(piece, nl=False)
+        finally:
+            if stream.text and not stream.text.endswith("\n"):
+                click.echo()
+    _explain(stream.result)
+
+
+def _print_completions(completions: list[Completion], as_json: bool) -> None:
+    if as_json:
+        return print_json(completions if len(completions) > 1 else completions[0])
+    for completion in completions:
+        click.echo(completion.text)
+        _explain(completion)
+
+
+def _explain(completion: Completion | None) -> None:
+    """An answer that was cut short by others than its caller should not pass for a whole one."""
+    if completion and completion.finish_reason in ("cancelled", "deadline"):
+        click.echo(f"(ended early: {completion.finish_reason})", err=True)
+
+
+# -- vectors and tokens ----------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("text", nargs=-1)
+@click.option("-m", "--model", help="Which model; otherwise the default one.")
+@click.option("--dimensions", type=int, help="Only the first so many components, of length 1 again.")
+@json_option
+@talks
+def embed(client: Client, text: tuple[str, ...], model: str | None, dimensions: int | None, as_json: bool) -> None:
+    """The vector of a text; without one, of the standard input."""
+    embeddings = client.embed(_text(text), model=model, dimensions=dimensions)
+    print_json(embeddings) if as_json else click.echo(" ".join(f"{value:.9g}" for value in embeddings.vector))
+
+
+@click.command()
+@click.argument("text", nargs=-1)
+@click.option("-m", "--model", help="Which model; otherwise the default one.")
+@click.option("--special", is_flag=True, help="Add what the model puts around a text, such as BOS.")
+@json_option
+@talks
+def tokenize(client: Client, text: tuple[str, ...], model: str | None, special: bool, as_json: bool) -> None:
+    """A text's token ids; without one, those of the standard input."""
+    tokens = client.tokenize(_text(text), model=model, special=special)
+    print_json(tokens) if as_json else click.echo(" ".join(map(str, tokens)))
