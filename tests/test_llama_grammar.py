@@ -96,11 +96,13 @@ def test_a_grammar_that_keeps_llama_cpp_busy_ends_the_process() -> None:
     """So that it is started again, and others can be answered."""
     code = """
 from bridge.worker import llama_grammar
-llama_grammar.MAX_BUSY = 0.1
-with llama_grammar.watched():
-    pass
-with llama_grammar.watched():
-    import time
+llama_grammar.MAX_BUSY = llama_grammar.MAX_SECONDS = 0.1
+import time
+with llama_grammar.watched(20):
+    time.sleep(0.5)
+with llama_grammar.watched(0):
+    time.sleep(0.5)
+with llama_grammar.watched(1):
     time.sleep(30)
 """
     started = time.monotonic()

@@ -20,8 +20,8 @@ from bridge.worker import gbnf
 from bridge.worker.backend import Refusal
 from bridge.worker.llama_vocab import Vocab
 
-MAX_SECONDS = 1.0  # for one token
-MAX_BUSY = 20.0  # seconds for what is computed at once; then the process ends, and is started again by the daemon
+MAX_SECONDS = 0.5  # of a processor, for one token
+MAX_BUSY = 10.0  # seconds more; then the process ends, and is started again by the daemon
 MAX_LENGTH = 16  # of a token, in bytes; what has length 0 is in no text, though llama.cpp would take its spelling
 _DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _NO = float("-inf")
@@ -51,7 +51,7 @@ class Grammar:
 
     def pick(self, chain: Any | None, logits: Any) -> int:
         """The next token, which the chain and the grammar have then accepted. Raises Refusal (bad_argument)."""
-        started = time.monotonic()
+        started = time.thread_time()
         token = _pick(chain, _candidates(np.arange(len(logits)), logits)) if chain else int(logits.argmax())
         if not self._allows(token):
             token = _pick(chain, self._allowed(logits, started))
@@ -84,9 +84,12 @@ class Grammar:
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Ends the process unless what is inside ends in time: nothing else could stop llama.cpp, nor free its memory."""
-    faulthandler.dump_traceback_later(MAX_BUSY, exit=True, file=2)
+def watched(count: int) -> Iterator[None]:
+    """Ends the process unless ``count`` calls of ``pick`` inside end in time: nothing else could stop llama.cpp."""
+    if not count:
+        yield
+        return
+    faulthandler.dump_traceback_later(MAX_BUSY + MAX_SECONDS * count, exit=True, file=2)
     try:
         yield
     finally:
@@ -94,7 +97,7 @@ def watched() -> Iterator[None]:
 
 
 def _refuse_late(started: float) -> None:
-    if time.monotonic() - started > MAX_SECONDS:
+    if time.thread_time() - started > MAX_SECONDS:
         raise Refusal("bad_argument", f"grammar: to find one token took more than {MAX_SECONDS:g} s")
 
 

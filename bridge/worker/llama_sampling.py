@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -115,7 +114,7 @@ class Samplers:
             partial(sampler.sample, context, index, row)
             for sampler, index, row in zip(samplers, batch.outputs, logits, strict=True)
         ]
-        with watched() if any(sampler.grammar for sampler in samplers) else nullcontext():
+        with watched(sum(sampler.grammar is not None for sampler in samplers)):
             return self._parallel.run(jobs, decoding)
 
 
