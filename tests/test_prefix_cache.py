@@ -69,13 +69,16 @@ def assert_same(one: ipc.Done, other: ipc.Done) -> None:
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, "unified"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backend:
-    from bridge.worker.llama import LlamaBackend
-
     unified = request.param == "unified"
     architecture: Architecture = "llama" if unified else request.param
-    path = tiny_model(tmp_path_factory.mktemp("models"), architecture)
+    return load(tiny_model(tmp_path_factory.mktemp("models"), architecture), unified=unified)
+
+
+def load(path: Path, *, n_ctx: int = 512, unified: bool = False) -> Backend:
+    from bridge.worker.llama import LlamaBackend
+
     options = ipc.Options(
-        n_ctx=512, n_parallel=4, n_batch=64, n_ubatch=32, n_threads=1, kv_unified=unified, repack=False,
+        n_ctx=n_ctx, n_parallel=4, n_batch=64, n_ubatch=32, n_threads=1, kv_unified=unified, repack=False,
         flash_attn="off", type_k="f32", type_v="f32",
     )  # fmt: skip
     return LlamaBackend(ipc.Load(str(path), options))
@@ -174,6 +177,21 @@ def test_it_outlives_the_engine(tiny: Backend, rewinds: bool, tmp_path: Path) ->
     second = again.answer(turn)
     assert second.usage.cached_tokens == first.usage.prompt_tokens + 5
     assert_same(second, Rig(tiny).answer(turn))
+
+
+def test_a_smaller_context_leaves_states_alone_that_it_has_no_room_for(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, "llama")
+    texts = []
+    for n_ctx in (512, 256, 512):
+        backend = load(model, n_ctx=n_ctx)
+        store = Store(tmp_path / "cache", backend.state_key, limit=1 << 30)
+        rig = Rig(backend, store)
+        texts.append(rig.answer(SYSTEM).text)  # which fails at a warning
+        cached = rig.done[1].usage.cached_tokens
+        rig.answer(SYSTEM * 4 if n_ctx == 512 else TEXTS[0])
+        rig.engine.handle(ipc.Park(99))
+    assert cached == rig.done[1].usage.prompt_tokens - 1
+    assert len(set(texts)) == 1
 
 
 def test_alone_means_bit_by_bit(tiny: Backend) -> None:

@@ -87,7 +87,7 @@ class LlamaCells:
 
     @cached_property
     def state_key(self) -> str:
-        form = [self._options[name] for name in ("type_k", "type_v", "flash_attn", "kv_unified")]
+        form = [self._options[name] for name in ("n_ctx", "type_k", "type_v", "flash_attn", "kv_unified")]
         return repr([C.__version__, *form, _fingerprint(self._path)])
 
 
