@@ -244,8 +244,9 @@ def test_what_is_off_is_not_there(chains: Chains, vocab: Vocab) -> None:
 def test_when_a_chain_is_needed(chains: Chains) -> None:
     greedy = {"temperature": 0.0, "top_k": 1, "typical_p": 0.5, "xtc_probability": 1.0, "mirostat": 1}
     assert not chains.needed(ipc.Sampling(**greedy))
+    assert not chains.needed(ipc.Sampling(**greedy, ignore_eos=True))
     more: list[dict[str, Any]] = [{"temperature": 1e-45}, {"repeat_penalty": 1.1}, {"dry_multiplier": 1.0}]
-    more += [{"ignore_eos": True}, {"logit_bias": {1: 0.0}}]
+    more += [{"logit_bias": {1: 0.0}}]
     assert all(chains.needed(ipc.Sampling(**greedy | one)) for one in more)
 
 

@@ -29,9 +29,13 @@ class Chains:
         self._dry: OrderedDict[tuple[Any, ...], Any] = OrderedDict()  # prototypes, the last used one at the end
 
     def needed(self, sampling: ipc.Sampling) -> bool:
-        """Not where the likeliest token is all there is to it."""
-        changes = self._bias(sampling) or _penalizes(sampling) or _avoids_repetition(sampling)
+        """Not where the likeliest token is all there is to it, or the likeliest that is not banned."""
+        changes = sampling.logit_bias or _penalizes(sampling) or _avoids_repetition(sampling)
         return sampling.temperature > 0 or bool(changes)
+
+    def banned(self, sampling: ipc.Sampling) -> list[int]:
+        """What is never picked."""
+        return [*self._vocab.suppressed, *(self._vocab.end_tokens if sampling.ignore_eos else ())]
 
     def make(self, sampling: ipc.Sampling, prompt: Sequence[int]) -> Any:
         chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
@@ -74,8 +78,7 @@ class Chains:
         yield C.llama_sampler_init_dist(_seed(sampling))
 
     def _bias(self, sampling: ipc.Sampling) -> dict[int, float]:
-        banned = [*self._vocab.suppressed, *(self._vocab.end_tokens if sampling.ignore_eos else ())]
-        return sampling.logit_bias | dict.fromkeys(banned, float("-inf"))
+        return sampling.logit_bias | dict.fromkeys(self.banned(sampling), float("-inf"))
 
     def _init_mirostat(self, sampling: ipc.Sampling) -> Any:
         tau, eta = sampling.mirostat_tau, sampling.mirostat_eta

@@ -29,10 +29,18 @@ class _Sampler:
     """One sequence's. ``chain`` is None for the plain greedy. Samplers may sample side by side."""
 
     def __init__(
-        self, vocab: Vocab, chain: Any | None, grammar: Grammar | None, logprobs: int | None, *, owned: bool
+        self,
+        vocab: Vocab,
+        chain: Any | None,
+        grammar: Grammar | None,
+        logprobs: int | None,
+        banned: list[int],
+        *,
+        owned: bool,
     ) -> None:
-        """``close`` frees the chain if it is ``owned``."""
+        """``banned`` is for where there is no chain. ``close`` frees the chain if it is ``owned``."""
         self._vocab = vocab
+        self._banned = banned
         self._chain = chain
         self._owned = owned
         self.grammar = grammar
@@ -53,7 +61,12 @@ class _Sampler:
             return self.grammar.pick(self._chain, logits)
         if self._chain:
             return int(C.llama_sampler_sample(self._chain, context, index))
-        return int(logits.argmax())
+        token = int(logits.argmax())
+        if token in self._banned:
+            allowed = logits.copy()
+            allowed[self._banned] = float("-inf")
+            token = int(allowed.argmax())
+        return token
 
     def close(self) -> None:
         if self._chain and self._owned:
@@ -92,9 +105,10 @@ class Samplers:
         grammar = None if sampling.grammar is None else Grammar(self._vocab, sampling.grammar)
         attached = self._backend.open(slot, sampling) if self._backend else None
         chain = attached
-        if chain is None and self._chains.needed(sampling):
+        banned = self._chains.banned(sampling)
+        if chain is None and (self._chains.needed(sampling) or (grammar and banned)):
             chain = self._chains.make(sampling, prompt)
-        self._samplers[slot] = _Sampler(self._vocab, chain, grammar, sampling.logprobs, owned=attached is None)
+        self._samplers[slot] = _Sampler(self._vocab, chain, grammar, sampling.logprobs, banned, owned=attached is None)
 
     def close(self, slot: int) -> None:
         self._samplers.pop(slot).close()
