@@ -9,6 +9,7 @@ Whatever passes here costs it milliseconds.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -195,7 +196,7 @@ def check(text: str) -> None:
                 raise GrammarError(f"no rule is called {item.rule}")
     if "root" not in rules:
         raise GrammarError("no rule is called root")
-    _count_ways(rules, _may_be_empty(rules))
+    _Counter(rules).count()
 
 
 def _may_be_empty(rules: dict[_RuleId, list[list[_Item]]]) -> set[_RuleId]:
@@ -227,53 +228,81 @@ def _may_be_empty(rules: dict[_RuleId, list[list[_Item]]]) -> set[_RuleId]:
     return empty
 
 
-def _count_ways(rules: dict[_RuleId, list[list[_Item]]], empty: set[_RuleId]) -> None:
-    """Raises GrammarError where a rule begins with itself, or in too many ways."""
-    begins = {rule: [_beginning(items, empty) for items in alternatives] for rule, alternatives in rules.items()}
-    ways: dict[_RuleId | None, int] = {}
-    skips: dict[_RuleId | None, int] = {}
-    for start in rules:
-        path: list[_RuleId] = [start] if start not in ways else []
-        entered: set[_RuleId] = set()
-        while path:
-            rule = path[-1]
-            if rule in ways:
-                path.pop()
-                continue
-            firsts = [item for items in begins[rule] for item in items]
-            entered.add(rule)
-            unknown = [item.rule for item in firsts if item.rule is not None and item.rule not in ways]
-            if unknown:
-                if cycle := entered.intersection(unknown):
+class _Counter:
+    """Raises GrammarError where there are too many ways to go on."""
+
+    def __init__(self, rules: dict[_RuleId, list[list[_Item]]]) -> None:
+        empty = _may_be_empty(rules)
+        self._runs = {rule: [_runs(items, empty) for items in alternatives] for rule, alternatives in rules.items()}
+        self._empty = empty
+        self._ways: dict[_RuleId | None, int] = {}  # for a rule to begin
+        self._optional: dict[_RuleId | None, int] = {}  # things in a row, where a rule begins
+
+    def count(self) -> None:
+        for rule in self._innermost_first():
+            firsts = self._firsts(rule)
+            self._ways[rule] = max(1, sum(map(self._ways_of, firsts)))
+            self._optional[rule] = max((self._optional_of(runs[0]) for runs in self._runs[rule] if runs), default=0)
+            self._check(rule, firsts)
+        for rule, alternatives in self._runs.items():
+            for run in (run for runs in alternatives for run in runs):
+                self._check(rule, run)
+
+    def _firsts(self, rule: _RuleId) -> list[_Item]:
+        return [item for runs in self._runs[rule] if runs for item in runs[0]]
+
+    def _innermost_first(self) -> Iterator[_RuleId]:
+        """The rules, each after those that it may begin with."""
+        done: set[_RuleId] = set()
+        for start in self._runs:
+            path = [start]
+            entered: set[_RuleId] = set()
+            while path:
+                rule = path[-1]
+                entered.add(rule)
+                inner = [item.rule for item in self._firsts(rule) if item.rule is not None and item.rule not in done]
+                if rule in done or not inner:
+                    entered.discard(rule)
+                    path.pop()
+                    if rule not in done:
+                        done.add(rule)
+                        yield rule
+                elif cycle := entered.intersection(inner):
                     raise GrammarError(f"left recursion: {_named(cycle)} can begin with itself")
-                path += unknown
-                continue
-            ways[rule] = max(1, sum(_copies(item, empty) * ways.get(item.rule, 1) for item in firsts))
-            skips[rule] = max((_skips(items, skips, empty) for items in begins[rule]), default=0)
-            if ways[rule] > MAX_WAYS:
-                raise GrammarError(f"{_named({rule})} can begin in more than {MAX_WAYS} ways")
-            if skips[rule] > MAX_OPTIONAL:
-                raise GrammarError(f"{_named({rule})} has more than {MAX_OPTIONAL} optional things in a row")
-            entered.discard(rule)
-            path.pop()
+                else:
+                    path += inner
+
+    def _check(self, rule: _RuleId, run: list[_Item]) -> None:
+        if sum(map(self._ways_of, run)) > MAX_WAYS:
+            raise GrammarError(f"{_named({rule})} can go on in more than {MAX_WAYS} ways")
+        if self._optional_of(run) > MAX_OPTIONAL:
+            raise GrammarError(f"{_named({rule})} has more than {MAX_OPTIONAL} optional things in a row")
+
+    def _ways_of(self, item: _Item) -> int:
+        return self._copies(item) * self._ways.get(item.rule, 1)
+
+    def _optional_of(self, run: list[_Item]) -> int:
+        return sum(
+            self._copies(item) * max(item.least == 0, self._optional.get(item.rule, 0), item.rule in self._empty)
+            for item in run
+        )
+
+    def _copies(self, item: _Item) -> int:
+        """How many in a row what follows may begin after."""
+        return (item.most or item.least + 2) if item.rule in self._empty else 1
 
 
-def _beginning(items: list[_Item], empty: set[_RuleId]) -> list[_Item]:
-    """The items that an instance of these may begin with."""
-    for count, item in enumerate(items, 1):
-        if item.least > 0 and item.size > 0 and item.rule not in empty:
-            return items[:count]
-    return items
-
-
-def _copies(item: _Item, empty: set[_RuleId]) -> int:
-    """How many in a row what follows may begin after."""
-    return (item.most or item.least + 2) if item.rule in empty else 1
-
-
-def _skips(items: list[_Item], skips: dict[_RuleId | None, int], empty: set[_RuleId]) -> int:
-    optional = [item for item in items if item.least == 0 or item.rule in empty]
-    return sum(_copies(item, empty) * max(1, skips.get(item.rule, 0)) for item in optional)
+def _runs(items: list[_Item], empty: set[_RuleId]) -> list[list[_Item]]:
+    """The items, cut after each that is not optional: what can be first at one place is a run's."""
+    runs: list[list[_Item]] = []
+    in_run = False
+    for item in items:
+        if in_run:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+        in_run = item.least == 0 or item.size == 0 or item.rule in empty
+    return runs
 
 
 def _named(rules: set[_RuleId]) -> str:

@@ -55,11 +55,21 @@ class Grammar:
         token = _pick(chain, _candidates(np.arange(len(logits)), logits)) if chain else int(logits.argmax())
         if not self._allows(token):
             token = _pick(chain, self._allowed(logits, started))
-        C.llama_sampler_accept(self._sampler, token)
+        self._accept(token)
         if chain:
             C.llama_sampler_accept(chain, token)
-        _refuse_late(started)
         return token
+
+    def _accept(self, token: int) -> None:
+        """Byte by byte, where that is possible: it is the same to the grammar, and can be stopped in between."""
+        started = time.thread_time()
+        spelling = self._vocab.spelling(token)
+        if self._vocab.is_end(token) or not (_is_text(spelling) and self._vocab.bytes.keys() >= set(spelling)):
+            C.llama_sampler_accept(self._sampler, token)
+            return
+        for byte in spelling:
+            C.llama_sampler_accept(self._sampler, self._vocab.bytes[byte])
+            _refuse_late(started, MAX_SECONDS / 10)
 
     def _allows(self, token: int) -> bool:
         """Whether it may be accepted: for any other token llama.cpp then throws, or aborts."""
@@ -70,7 +80,7 @@ class Grammar:
         allowed = []
         for tokens in self._vocab.by_length[1 : MAX_LENGTH + 1]:
             allowed.append(self._ask(tokens, logits[tokens]))
-            _refuse_late(started)
+            _refuse_late(started, MAX_SECONDS)
         candidates = np.concatenate(allowed)
         if not len(candidates):
             raise Refusal("bad_argument", "grammar: the model has no token that it allows next")
@@ -96,9 +106,17 @@ def watched(count: int) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _refuse_late(started: float) -> None:
-    if time.thread_time() - started > MAX_SECONDS:
-        raise Refusal("bad_argument", f"grammar: to find one token took more than {MAX_SECONDS:g} s")
+def _refuse_late(started: float, limit: float) -> None:
+    if time.thread_time() - started > limit:
+        raise Refusal("bad_argument", "grammar: it is so ambiguous that a token takes too long")
+
+
+def _is_text(spelling: bytes) -> bool:
+    try:
+        spelling.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _candidates(tokens: Any, logits: Any) -> Any:

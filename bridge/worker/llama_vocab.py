@@ -77,6 +77,11 @@ class Vocab:
         return [np.flatnonzero(self.lengths == length) for length in range(self.lengths.max() + 1)]
 
     @cached_property
+    def bytes(self) -> dict[int, int]:
+        """The tokens that say just a byte, by that byte; not every vocabulary has all of them."""
+        return {self.spelling(token)[0]: token for token in self.by_length[1].tolist() if not self.is_end(token)}
+
+    @cached_property
     def suppressed(self) -> list[int]:
         """Tokens that the model's file says are never to be picked."""
         count = ctypes.c_int32()
