@@ -93,12 +93,12 @@ class LlamaBackend:
 
     def _init_embedder(self) -> Embedder:
         pooling = self._meta("pooling_type", architecture=True)
-        dense = self._meta("dense_2_feat_out", architecture=True) is not None  # more layers, after the outputs
         return Embedder(
             self._model,
             self._options,
             pooling=None if pooling is None else int(pooling),
-            head=self._can_generate and not dense,
+            causal=self._can_generate,
+            dense=self._meta("dense_2_feat_out", architecture=True) is not None,
         )
 
     def _warm_up_embedder(self) -> None:
