@@ -2,7 +2,8 @@
 
 They are the only ones that import llama_cpp, and use the low-level API of llama.h: one context with a split KV cache
 (``kv_unified`` false: a sequence attends to its own stream of cells only, which measures faster from 8 sequences on),
-one sampler chain a sequence, and a second context on the same weights for embeddings, made when first asked for.
+one sampler chain a sequence, and a second context on the same weights for embeddings, made when first asked for. A
+model that only embeds has no other.
 """
 
 from __future__ import annotations
@@ -120,11 +121,15 @@ class LlamaBackend:
             n_layer=C.llama_model_n_layer(self._model),
             n_vocab=self._vocab.n_tokens,
             chat_template=self._meta("tokenizer.chat_template"),
-            capabilities=["infer", "chat"] * self._can_generate + ["embed"] * self._embedder.able,
+            capabilities=self._capabilities(),
             options=ipc.Options(**self._options),
             n_ctx=self._options["n_ctx"],
             n_parallel=self._options["n_parallel"],
         )
+
+    def _capabilities(self) -> list[str]:
+        generation = ["infer", "chat"] if self._can_generate else []
+        return [*generation, "embed"] if self._embedder.able else generation
 
     def _meta(self, key: str, *, architecture: bool = False) -> str | None:
         if architecture:
