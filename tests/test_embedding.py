@@ -143,10 +143,10 @@ def test_as_many_texts_as_there_are_sequences(count: int, sizes: list[int]) -> N
     assert [len(batch) for batch in rig.batches] == sizes
 
 
-@pytest.mark.parametrize(("busy", "sizes"), [(False, [10]), (True, [5, 5])])
+@pytest.mark.parametrize(("busy", "sizes"), [(False, [10, 2]), (True, [2] * 6)])
 def test_batches_are_small_while_streams_wait(busy: bool, sizes: list[int]) -> None:
-    rig = Rig()
-    rig.add(1, *[" ".join("x" * (WHILE_GENERATING // 5))] * 10)
+    rig = Rig(tokens=100)
+    rig.add(1, *[" ".join("x" * int(100 * WHILE_GENERATING / 2.5))] * 12)
     rig.run(busy=busy)
     assert [len(batch) for batch in rig.batches] == sizes
 

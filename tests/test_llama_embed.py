@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bridge import ipc
-from bridge.worker.backend import Refusal
+from bridge.worker.backend import EmbedLimits, Refusal
 
 if TYPE_CHECKING:
     from bridge.worker.llama import LlamaBackend
@@ -32,7 +32,7 @@ def llama(default_model: Path) -> LlamaBackend:
 def embedder(llama: LlamaBackend, **fields: Any) -> Embedder:
     from bridge.worker.llama_embed import Embedder
 
-    return Embedder(llama._model, llama._options, **{"pooling": None, "head": True} | fields)
+    return Embedder(llama._model, **{"options": llama._options, "pooling": None, "causal": True} | fields)
 
 
 def tokens(llama: LlamaBackend) -> list[list[int]]:
@@ -82,7 +82,7 @@ def test_pooling_is_llama_cpps(pooling: int | None, llama: LlamaBackend) -> None
 
 
 def test_the_head_is_not_computed_and_the_vectors_are_the_same(llama: LlamaBackend) -> None:
-    stopped, whole = embedder(llama), embedder(llama, head=False)
+    stopped, whole = embedder(llama), embedder(llama, dense=True)
     assert stopped.embed(tokens(llama)) == whole.embed(tokens(llama))
     assert logits(stopped) != logits(whole)
 
@@ -98,9 +98,11 @@ def test_a_reranker_embeds_nothing(llama: LlamaBackend) -> None:
 def test_what_one_call_takes(llama: LlamaBackend) -> None:
     assert llama.embed_limits == (64, 64, 64, 576)
     assert embedder(llama).limits == llama.embed_limits
-    longest = llama._options | {"n_ubatch": 65_536}
-    from bridge.worker.llama_embed import Embedder
 
-    assert Embedder(llama._model, longest, pooling=None, head=True).limits.text == llama.info.n_ctx_train
-    assert Embedder(llama._model, longest, pooling=None, head=True).limits.tokens < 512
-    assert Embedder(llama._model, longest | {"n_gpu_layers": -1}, pooling=None, head=True).limits.tokens == 65_536
+    def limits(n_gpu_layers: int, causal: bool) -> EmbedLimits:
+        options = llama._options | {"n_ubatch": 65_536, "n_gpu_layers": n_gpu_layers}
+        return embedder(llama, options=options, causal=causal).limits
+
+    assert limits(0, True).text == llama.info.n_ctx_train
+    assert limits(0, True).tokens == limits(0, False).tokens < 512
+    assert limits(-1, True).tokens == limits(-1, False).tokens == 65_536

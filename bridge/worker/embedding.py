@@ -24,7 +24,7 @@ from collections.abc import Callable
 from bridge import ipc
 from bridge.worker.backend import Backend, BackendError, Refusal
 
-WHILE_GENERATING = 256  # tokens of texts between two steps of running streams
+WHILE_GENERATING = 1 / 4  # of a batch between two steps of running streams: on a CPU it costs hardly more a text
 TOKENIZED = 4_096  # characters of texts a step, and at least one text: two or three milliseconds
 
 
@@ -133,7 +133,7 @@ class EmbedQueue:
 
     def _next_batch(self, busy: bool) -> list[tuple[_Job, list[int]]]:
         limits = self._backend.embed_limits
-        room = min(WHILE_GENERATING, limits.tokens) if busy else limits.tokens
+        room = int(limits.tokens * WHILE_GENERATING) if busy else limits.tokens
         batch: list[tuple[_Job, list[int]]] = []
         while self._jobs and len(batch) < limits.texts:
             job = self._jobs[0]

@@ -2,6 +2,7 @@
 
 They are the only ones that import llama_cpp, and use the low-level API of llama.h: one context for generation,
 one sampler chain a sequence, and a second context on the same weights for embeddings, made when first asked for.
+A model that only embeds has no other.
 
 The KV cache is split unless LOAD says ``kv_unified``: a sequence attends to its own stream of cells only, which
 measures faster from 8 sequences on, the more the longer they are. What the unified one can do without copying, to let
@@ -106,12 +107,12 @@ class LlamaBackend(LlamaCells):
 
     def _init_embedder(self) -> Embedder:
         pooling = self._meta("pooling_type", architecture=True)
-        dense = self._meta("dense_2_feat_out", architecture=True) is not None  # more layers, after the outputs
         return Embedder(
             self._model,
             self._options,
             pooling=None if pooling is None else int(pooling),
-            head=self._can_generate and not dense,
+            causal=self._can_generate,
+            dense=self._meta("dense_2_feat_out", architecture=True) is not None,
         )
 
     def _warm_up_embedder(self) -> None:
@@ -133,11 +134,15 @@ class LlamaBackend(LlamaCells):
             n_layer=C.llama_model_n_layer(self._model),
             n_vocab=self._vocab.n_tokens,
             chat_template=self._meta("tokenizer.chat_template"),
-            capabilities=["infer", "chat"] * self._can_generate + ["embed"] * self._embedder.able,
+            capabilities=self._capabilities(),
             options=ipc.Options(**self._options),
             n_ctx=self._options["n_ctx"],
             n_parallel=self._options["n_parallel"],
         )
+
+    def _capabilities(self) -> list[str]:
+        generation = ["infer", "chat"] if self._can_generate else []
+        return [*generation, "embed"] if self._embedder.able else generation
 
     def _meta(self, key: str, *, architecture: bool = False) -> str | None:
         if architecture:
