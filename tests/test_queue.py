@@ -105,6 +105,18 @@ async def test_a_full_queue_can_be_looked_at() -> None:
         assert len(await queue(wire)) == 2
 
 
+async def test_who_looks_often_does_not_make_requests_seem_quick() -> None:
+    async with busy(limits=Limits(queue=2)) as (place, wire), await place.unix() as other:
+        await other.send("INFER id=b b")
+        await queued(place, 1)
+        async with await place.unix() as third:
+            for _ in range(50):
+                assert len(await queue(third)) == 2
+        await wire.send("INFER id=c c")
+        refused = await reply(wire, "c")
+        assert (refused["code"], refused["retry_after_ms"]) == ("overloaded", 2000)  # a second each, until one has ended
+
+
 # -- places ----------------------------------------------------------------------------------------------------
 
 
