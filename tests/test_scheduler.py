@@ -305,6 +305,15 @@ def test_a_prompt_of_which_all_but_a_token_is_there_goes_with_the_streams() -> N
     assert round_of(scheduler) == [[(0, 1)], [(1, 4)]]
 
 
+def test_who_is_more_urgent_does_not_wait_for_anothers_prompt() -> None:
+    low, high = sequence(300, 0, priority="low"), sequence(200, 0, priority="high")
+    scheduler = scheduler_with(low, n_batch=64)
+    step(scheduler)
+    scheduler.add(high)
+    assert shares(step(scheduler)) == [(1, 64)]
+    assert high.cached == 64
+
+
 def test_models_that_do_not_rewind_do_not_wait() -> None:
     scheduler = scheduler_with(sequence(50, 0), sequence(40, 0), n_batch=200, rewinds=False)
     assert round_of(scheduler) == [[(0, 50), (1, 40)]]
@@ -335,6 +344,7 @@ def test_any_series_of_requests(data: st.DataObject, n_parallel: int, more: int,
                     first,
                     client=data.draw(st.integers(1, 3)),
                     deterministic=data.draw(st.integers(0, 9)) == 0,
+                    priority=data.draw(st.sampled_from(ipc.PRIORITIES)),
                 )
             )
             scheduler.add(alive[-1])

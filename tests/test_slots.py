@@ -25,6 +25,7 @@ def run(first: int, count: int) -> list[int]:
     return list(range(1000 * first, 1000 * first + count))
 
 
+HIGH, NORMAL, LOW = range(3)
 A, B, C, D = (run(first, 40) for first in range(4))
 
 
@@ -213,10 +214,12 @@ def test_what_a_prompt_that_runs_will_have() -> None:
     table.place(A + B)
     table.compute(table.running[0], 5)
     assert table.slots.cached(A + C) == 5
-    assert table.slots.promised(A + C) == len(A)
-    assert table.slots.promised(A[:10]) == 9
+    assert table.slots.promised(A + C, NORMAL) == len(A)
+    assert table.slots.promised(A[:10], NORMAL) == 9
+    assert table.slots.promised(A + C, LOW) == len(A)
+    assert table.slots.promised(A + C, HIGH) == 0, "it need not wait for what is less urgent"
     table.end(table.running[0])
-    assert table.slots.promised(A + C) == 0
+    assert table.slots.promised(A + C, NORMAL) == 0
 
 
 # -- models that cannot take back ------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def test_without_history_a_prompt_that_runs_is_copied_as_it_is() -> None:
     first = sequence(A + B)
     table.place(first)
     table.compute(first, 50)
-    assert table.slots.promised(A + B) == 0
+    assert table.slots.promised(A + B, NORMAL) == 0
     assert table.place(A + C).cells == 0
     assert table.place(A + B).moves == (Copy(0, 2),)
 

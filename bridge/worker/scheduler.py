@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from bridge import ipc
 from bridge.worker.backend import Batch
 from bridge.worker.pace import Pace
 from bridge.worker.sequence import Sequence
@@ -119,10 +120,10 @@ class Scheduler:
             return
         free = self._slots.free
         for sequence in self.waiting.order():
-            if free <= 0 or self._prompt_parts()[1] <= 0:
+            if free <= 0 or self._prompt_parts(sequence.priority)[1] <= 0:
                 break
             free -= 1  # also for one that waits for another's prompt: its slot must be there when that is computed
-            if not sequence.alone and self._is_being_computed(sequence.tokens):
+            if not sequence.alone and self._is_being_computed(sequence):
                 continue
             placement = self._slots.place(sequence, None if sequence.alone else self._saved(sequence.tokens))
             self.waiting.admit(sequence)
@@ -135,9 +136,10 @@ class Scheduler:
         """A sequence that had better run in another slot from now on, its old slot, and what is to be done for it."""
         return self._slots.close_gap()
 
-    def _is_being_computed(self, prompt: list[int]) -> bool:
-        """A good part of it, by others."""
-        return self._slots.promised(prompt) >= self._slots.cached(prompt) + WORTH
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """A good part of it, by others that it may wait for: less urgent ones may be long in coming."""
+        promised = self._slots.promised(sequence.tokens, sequence.priority)
+        return promised >= self._slots.cached(sequence.tokens) + WORTH
 
     # -- what is computed --------------------------------------------------------------------------------------
 
@@ -162,11 +164,11 @@ class Scheduler:
         count = min(sequence.to_compute, ALONE_CHUNK - sequence.cells % ALONE_CHUNK, self._n_batch)
         return Scheduled([(sequence, count)])
 
-    def _prompt_parts(self) -> tuple[list[tuple[Sequence, int]], int]:
-        """What the next batch takes of the prompts that run, and the room that is left then."""
+    def _prompt_parts(self, priority: int = len(ipc.PRIORITIES)) -> tuple[list[tuple[Sequence, int]], int]:
+        """What the next batch takes of the prompts that run and are as urgent, and the room that is left then."""
         room, for_long = self._room()
         parts = []
-        prompts = [sequence for sequence in self.running if sequence.to_compute > 1 and not sequence.alone]
+        prompts = [one for one in self.running if one.to_compute > 1 and not one.alone and one.priority <= priority]
         for sequence in sorted(prompts, key=lambda one: one.priority):
             count = min(room, sequence.to_compute)
             if sequence.n_prompt - sequence.cached > CHUNK:

@@ -113,13 +113,14 @@ class Slots:
         """Tokens of it that some slot holds. At least its last token is always left to compute."""
         return max((self._usable(content, length, prompt) for content, length in self._shared(prompt)), default=0)
 
-    def promised(self, prompt: list[int]) -> int:
-        """Tokens of it that some slot will hold when the prompt that runs there is computed."""
+    def promised(self, prompt: list[int], priority: int) -> int:
+        """Tokens of it that some slot will hold when the prompt that runs there, as urgent as this, is computed."""
         if not self._rewinds:
             return 0
-        return max(
-            (min(length, len(prompt) - 1) for content, length in self._shared(prompt) if content.owner), default=0
+        urgent = (
+            length for content, length in self._shared(prompt) if content.owner and content.owner.priority <= priority
         )
+        return min(max(urgent, default=0), len(prompt) - 1)
 
     def _shared(self, prompt: list[int]) -> Iterator[tuple[Content, int]]:
         yield from self._tree.matches(prompt).items()
