@@ -10,7 +10,7 @@ import trio
 from helpers import PATIENCE, Inside, Line, Wire, daemon
 
 from bridge.config import Limits
-from client import AsyncClient
+from client import AsyncClient, Client
 from protocol.commands import LoadOptions
 
 ONE = LoadOptions(n_parallel=1)
@@ -105,6 +105,18 @@ async def test_a_full_queue_can_be_looked_at() -> None:
         assert len(await queue(wire)) == 2
 
 
+async def test_who_looks_often_does_not_make_requests_seem_quick() -> None:
+    async with busy(limits=Limits(queue=2)) as (place, wire), await place.unix() as other:
+        await other.send("INFER id=b b")
+        await queued(place, 1)
+        async with await place.unix() as third:
+            for _ in range(50):
+                assert len(await queue(third)) == 2
+        await wire.send("INFER id=c c")
+        refused = await reply(wire, "c")
+        assert (refused["code"], refused["retry_after_ms"]) == ("overloaded", 2000)  # a second each, at first
+
+
 # -- places ----------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +154,8 @@ async def test_only_streams_have_places_to_tell(line: str) -> None:
         assert await wire.code(line) == "bad_argument"
 
 
-async def test_the_python_client_is_told() -> None:
+@pytest.mark.parametrize("kind", ["trio", "blocking"])
+async def test_the_python_clients_are_told(kind: str) -> None:
     async with busy() as (place, wire), AsyncClient(place.path) as bridge:
         told: list[tuple[int, float]] = []
 
@@ -152,16 +165,24 @@ async def test_the_python_client_is_told() -> None:
                 await trio.sleep(0.01)
             await wire.send("CANCEL holder")
 
+        async def listen() -> list[str]:
+            stream = bridge.stream("b", max_tokens=2, queue_events=True).on_place(lambda *place: told.append(place))
+            async with stream as pieces:
+                return [piece async for piece in pieces if piece]
+
+        def listen_blocking() -> list[str]:
+            with Client(place.path) as client:
+                stream = client.stream("b", max_tokens=2, queue_events=True).on_place(lambda *place: told.append(place))
+                with stream as pieces:
+                    return [piece for piece in pieces if piece]
+
         with trio.fail_after(PATIENCE):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(free)
-                stream = bridge.stream("b", max_tokens=2, queue_events=True)
-                stream.on_place(lambda number, estimate: told.append((number, estimate)))
-                async with stream as pieces:
-                    assert [piece async for piece in pieces if piece] == ["b", " b"]
+                said = await (listen() if kind == "trio" else trio.to_thread.run_sync(listen_blocking))
+        assert said == ["b", " b"]
         assert [number for number, _ in told] == [1]
-        requests = await bridge.queue()
-        assert requests == []
+        assert await bridge.queue() == []
 
 
 # -- turns -----------------------------------------------------------------------------------------------------

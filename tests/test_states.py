@@ -88,7 +88,7 @@ async def test_quit_saves_for_all_models(tmp_path: Path) -> None:
 
 async def test_who_is_cut_off_leaves_its_prompt(tmp_path: Path) -> None:
     """Its stream ends with the drain; what was computed of it is saved all the same."""
-    environ = {"LLAMA_BRIDGE_CACHE_DIR": str(tmp_path), "LLAMA_BRIDGE_LIMITS_DRAIN": "0.3"}
+    environ = {"LLAMA_BRIDGE_CACHE_DIR": str(tmp_path), "LLAMA_BRIDGE_LIMITS_DRAIN": "1"}
     with spawned("--load", "echo?step_ms=5", environ=environ) as place:
         await place.until_ready()
         async with await place.unix() as wire:

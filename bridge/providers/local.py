@@ -267,8 +267,10 @@ class LocalProvider:
                         pending.on_progress(event)
                 case ipc.Refused():
                     pending.answer(BridgeError(event.code, event.message, **event.details))
-                case _:
+                case ipc.Done() | ipc.Embedded():
                     self._seconds_a_request += 0.1 * (time.monotonic() - pending.since - self._seconds_a_request)
+                    pending.answer(event)
+                case _:
                     pending.answer(event)
 
     def _fail_all(self, reason: str) -> None:
