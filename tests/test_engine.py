@@ -372,6 +372,19 @@ def test_a_cancel_that_comes_while_a_step_begins_is_looked_at_before_a_prompt_is
     assert rig.done(other).text == "a b"
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_mail_that_never_ends_does_not_hold_up_prompts(deterministic: bool) -> None:
+    rig = Rig(n_batch=20)
+    stream = rig.generate("a", 100, deterministic=deterministic)
+    rig.step(2)
+    rid = rig.generate(words(50), 2)
+    rig.mail = True
+    rig.step(20)
+    assert rig.done(rid).text == "a b"
+    assert len(rig.backend.batches) >= 12, "nor all the others"
+    rig.cancel(stream)
+
+
 def test_mail_does_not_hold_up_streams() -> None:
     rig = Rig()
     rid = rig.generate("a", 4)

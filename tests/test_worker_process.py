@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from workers import Worker, generate, worker
 
 from bridge import ipc
+from bridge.worker.__main__ import _take_requests
+from bridge.worker.engine import Engine
 
 HOURS = "prefill_ms=3600000"  # a token of a prompt
 
@@ -192,3 +196,19 @@ def test_it_ends_when_what_comes_is_no_frame(garbage: bytes, tmp_path: Path) -> 
         assert fake.exit_status() == 1
         stderr.seek(0)
         assert b"Traceback" in stderr.read()
+
+
+def test_requests_that_come_while_others_are_taken_wait_for_the_next_step() -> None:
+    inbox: queue.SimpleQueue[list[ipc.ToWorker]] = queue.SimpleQueue()
+    taken: list[int] = []
+
+    class Busy:
+        def handle(self, request: ipc.Request) -> None:
+            taken.append(request.rid)
+            inbox.put([ipc.Cancel(request.rid + 10)])
+
+    for rid in range(3):
+        inbox.put([ipc.Cancel(rid)])
+    _take_requests(cast(Engine, Busy()), inbox)
+    assert taken == [0, 1, 2]
+    assert inbox.qsize() == 3

@@ -74,12 +74,10 @@ def _load(name: str, load: ipc.Load) -> Backend:
 
 
 def _take_requests(engine: Engine, inbox: queue.SimpleQueue[list[ipc.ToWorker]]) -> None:
-    """All that has come, or else the next. What was sent together starts together."""
-    while True:
+    """All that has come, or else the next; not what comes meanwhile. What was sent together starts together."""
+    for _ in range(max(1, inbox.qsize())):
         for request in inbox.get():
             engine.handle(cast(ipc.Request, request))
-        if inbox.empty():
-            return
 
 
 def _read(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]], engines: list[Engine]) -> None:

@@ -45,6 +45,8 @@ class Engine:
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
         self._cut_short = False  # the last batch that was shared
+        self._steps = 0
+        self._put_off = -1  # the last step of which something was, for mail
 
     @property
     def idle(self) -> bool:
@@ -82,7 +84,7 @@ class Engine:
         """Cuts short the step being computed if this request's prompt is in it. ``handle`` gets the Cancel as well.
 
         That should be in the mail before this is called: a step that begins between the two looks there. Of two steps
-        in a row that others have a part in, only one is cut short.
+        in a row that others have a part in, only one is cut short; of any two, only one is put off for mail.
         """
         if rid in self._prefilling:
             self._backend.abort()
@@ -138,6 +140,7 @@ class Engine:
 
     def step(self) -> None:
         """Computes what is next, if there is anything to compute."""
+        self._steps += 1
         self._expire()
         for sequence, placement in self._scheduler.admit():
             sequence.cells = sequence.cached = self._cells.settle(placement)
@@ -170,7 +173,9 @@ class Engine:
             if sequence.started is None:
                 sequence.started = started
         try:
-            if self._prefilling and self._has_mail():  # maybe a Cancel, from before this prompt was named above
+            may_wait = self._steps - self._put_off != 1  # there may be mail all the time
+            if self._prefilling and may_wait and self._has_mail():  # a Cancel, from before this prompt was named above?
+                self._put_off = self._steps
                 return None
             result = self._backend.decode(scheduled.batch)
         except Aborted:
