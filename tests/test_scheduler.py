@@ -227,6 +227,11 @@ def test_where_nobody_reads_a_prompt_gets_all() -> None:
     assert round_of(scheduler) == [[(0, CHUNK)]]
 
 
+def test_a_long_prompt_leaves_room_to_those_behind_it_where_nobody_reads() -> None:
+    scheduler = scheduler_with(sequence(4000), sequence(30), n_batch=2048)
+    assert round_of(scheduler) == [[(0, CHUNK * 3 // 4)], [(1, 30)]]
+
+
 def test_a_prompt_goes_on_however_slow_everything_is() -> None:
     scheduler = with_a_stream(timed(1, 0.001, 100.0))
     scheduler.add(sequence(CHUNK + 60))

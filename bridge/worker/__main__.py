@@ -44,10 +44,7 @@ def _serve() -> None:
     except LoadError as error:
         home.sendall(ipc.encode(ipc.LoadFailed(str(error))))
         return
-    store = None
-    if load.cache_dir:
-        store = Store(Path(load.cache_dir), backend.state_key, limit=load.cache_bytes, rewinds=backend.rewinds)
-    engine = Engine(backend, store=store)
+    engine = Engine(backend, store=_store(load, backend))
     engines.append(engine)
     home.sendall(ipc.encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
     while True:
@@ -72,6 +69,12 @@ def _load(name: str, load: ipc.Load) -> Backend:
     from bridge.worker.llama import LlamaBackend
 
     return LlamaBackend(load)
+
+
+def _store(load: ipc.Load, backend: Backend) -> Store | None:
+    if not load.cache_dir:
+        return None
+    return Store(Path(load.cache_dir), backend.state_key, limit=load.cache_bytes, rewinds=backend.rewinds)
 
 
 def _take_requests(engine: Engine, inbox: queue.SimpleQueue[list[ipc.ToWorker]]) -> None:

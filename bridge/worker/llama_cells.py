@@ -93,9 +93,9 @@ class LlamaCells:
 
 def _fingerprint(path: str) -> str:
     """Of a file's content, without reading all of it. A file that was changed in place has another time, too."""
-    status = os.stat(path)
-    digest = blake2b(repr((status.st_size, status.st_mtime_ns)).encode())
     with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        digest = blake2b(repr((status.st_size, status.st_mtime_ns)).encode())
         digest.update(file.read(_HEAD))
         for number in range(_SAMPLES):
             file.seek(status.st_size * number // _SAMPLES)

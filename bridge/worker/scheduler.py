@@ -20,7 +20,7 @@ Then ``schedule`` makes the batches. A sequence knows which of its tokens are no
    passes of its own. And the first of several prompts need not wait for the last.
 
 The room is what running streams can be asked to wait. Where there are none it is ``CHUNK`` tokens, so that the first in
-the queue need not wait for all others. Where there are some, a long prompt gets what is computed in twice the time
+the queue need not wait for all others, and a long prompt leaves a quarter of it to those who wait behind it. Where there are some, a long prompt gets what is computed in twice the time
 of the streams' own batch, and a short one, of at most CHUNK tokens, is let in within ``SHORT_WAIT``, for nobody reads
 so fast. Batches are timed for that (pace.py).
 
@@ -184,7 +184,8 @@ class Scheduler:
         streams = [sequence for sequence in self.running if sequence.to_compute == 1 and sequence.n_picked]
         most = min(self._n_batch, CHUNK)
         if not streams:
-            return most, most
+            others = len(self.waiting) + len(self.running) > 1
+            return most, max(1, most * 3 // 4) if others else most
         alone = sum(sequence.alone for sequence in streams)
         wait = LONG_WAIT * (self._pace.decode(len(streams) - alone) + alone * self._pace.decode(1))
         for_long = self._pace.prompt_tokens(wait)
