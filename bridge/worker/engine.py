@@ -71,7 +71,8 @@ class Engine:
                 case ipc.ListQueue():
                     self._events.append(ipc.QueueListed(request.rid, self._overview.requests(self._clock())))
                 case ipc.Park():
-                    self._events.append(ipc.Parked(request.rid, self._cells.save()))
+                    saved = self._cells.save()
+                    self._events += [*self._cells.warnings(), ipc.Parked(request.rid, saved)]
         except Refusal as refusal:
             self._refuse(request.rid, refusal)
         except BackendError as error:
@@ -150,11 +151,11 @@ class Engine:
             self._backend.open(sequence.slot, sequence.sampling, sequence.tokens)
         if self._backend.moves and (gap := self._scheduler.close_gap()):
             self._move(*gap)
+        self._events += self._cells.warnings()
         self._tell_places()
         for scheduled in self._scheduler.schedule():
             self._commit(scheduled, self._decode(scheduled))
             yield
-        self._events += self._cells.warnings()
         self._events += self._embeds.step(busy=bool(self._sequences))
 
     def _move(self, sequence: Sequence, was: int, placement: Placement) -> None:
