@@ -65,8 +65,9 @@ def texts(dones: list[ipc.Done]) -> list[str]:
 def greedy(backend: LlamaBackend) -> ipc.Sampling:
     """All slots are attached to this."""
     sampling = ipc.Sampling(temperature=0.0)
-    for _ in range(2):
-        answers(backend, *PROMPTS, sampling=sampling, max_tokens=1)
+    for slot in (*range(8), *range(8)):
+        backend._samplers.open(slot, sampling, [])
+        backend._samplers.close(slot)
     assert attached(backend) == set(range(8))
     return sampling
 

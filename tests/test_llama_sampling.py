@@ -250,6 +250,17 @@ def test_when_a_chain_is_needed(chains: Chains) -> None:
     assert all(chains.needed(ipc.Sampling(**greedy | one)) for one in more)
 
 
+def test_of_equals_the_greedy_take_the_first(chains: Chains, vocab: Vocab) -> None:
+    import numpy as np
+
+    from bridge.worker.llama_sampling import _Sampler
+
+    logits = np.zeros(vocab.n_tokens, np.float32)
+    logits[[7, 9]] = 1.0
+    assert _Sampler(vocab, None, None, None, owned=True).sample(None, 0, logits).token == 7
+    assert Chain(chains, temperature=0.0, logit_bias={5: 0.0}).apply(logits[:50])[0] == 7
+
+
 # -- those that look back --------------------------------------------------------------------------------------
 
 

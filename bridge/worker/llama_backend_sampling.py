@@ -9,7 +9,7 @@ import llama_cpp as C
 from bridge import ipc
 from bridge.worker.llama_chain import Chains
 
-_MAX_TOP_K = 128 * 1024  # llama.cpp tries a chain on so many candidates, and aborts where that are too few
+_MAX_TOP_K = 128 * 1024  # llama.cpp tries a chain on so many candidates, and aborts where these are too few
 
 
 class BackendSampling:
