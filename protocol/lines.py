@@ -58,7 +58,7 @@ class LineBuffer:
                 self._skipping = False
                 continue
             length = len(self._buffer) if end < 0 else end
-            start = bytes(self._buffer[: self._START])
+            start = bytes(self._buffer[: min(length, self._START)])
             if length > (limit := self._limit_of(start)) + 1:  # one more for a \r that may still be its end
                 raise self._too_long(limit, start)
             if end < 0:

@@ -87,3 +87,11 @@ def test_the_limit_may_depend_on_how_a_line_begins() -> None:
     assert buffer.next_line() == b"long enough"
     with pytest.raises(LineTooLong):
         buffer.next_line()
+
+
+def test_a_line_is_judged_by_its_own_beginning() -> None:
+    buffer = LineBuffer(lambda start: 100 if b"{" in start else LIMIT)
+    buffer.feed(b"a" * 20 + b"\n{" + b"b" * 50 + b"\n")
+    with pytest.raises(LineTooLong):
+        buffer.next_line()
+    assert buffer.next_line() == b"{" + b"b" * 50
