@@ -520,10 +520,21 @@ def test_texts_are_embedded_between_the_steps_of_streams() -> None:
     embed = rig.ask(ipc.Embed(50, ["a b c", "d e f", "g"], rig.now))
     rig.run()
     assert [one if isinstance(one, str) else "decode" for one in rig.backend.log] == [
-        "decode", "embed", "decode", "embed", "decode", "embed", "decode",
+        "embed", "decode", "embed", "decode", "embed", "decode", "decode",
     ]  # fmt: skip
     assert len(embedded(rig, embed).vectors) == 3
     assert rig.done(rid).text == "a a a a"
+
+
+def test_the_end_of_a_stream_is_told_before_a_whole_batch_of_texts() -> None:
+    rig = Rig()
+    rid = rig.generate("a", 1)
+    embed = rig.ask(ipc.Embed(50, [words(100)] * 5, rig.now))
+    rig.step()
+    assert rig.done(rid).text == "a"
+    assert rig.of(embed) == []
+    rig.step()
+    assert len(embedded(rig, embed).vectors) == 5
 
 
 @pytest.mark.parametrize(("busy", "batches"), [(False, 1), (True, 5)])

@@ -119,13 +119,13 @@ class Engine:
         return events
 
     def step(self) -> None:
-        """Computes one batch, if there is anything to compute."""
+        """Computes a batch of texts and one of tokens, if there is anything to compute."""
+        self._events += self._embeds.step(busy=bool(self._sequences))  # not after it: new tokens would wait to be told
         self._expire()
         scheduled = self._scheduler.schedule()
         self._open(scheduled.admitted)
         if len(scheduled.batch):
             self._commit(scheduled, self._decode(scheduled))
-        self._events += self._embeds.step(busy=bool(self._sequences))
 
     def _expire(self) -> None:
         now = self._clock()
