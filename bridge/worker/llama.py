@@ -107,7 +107,7 @@ class LlamaBackend:
         try:
             self.embed([[max(0, self._vocab.bos)] * 2])
         except BackendError as error:
-            raise LoadError(self._log.why(str(error))) from error
+            raise LoadError(str(error)) from error
 
     def _describe(self) -> ipc.ModelInfo:
         ftype = C.llama_ftype_name(C.llama_model_ftype(self._model))
@@ -200,4 +200,7 @@ class LlamaBackend:
         return self._embedder.limits
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
-        return self._embedder.embed(texts)
+        try:
+            return self._embedder.embed(texts)
+        except BackendError as error:
+            raise BackendError(self._log.why(str(error))) from None
