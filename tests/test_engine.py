@@ -568,6 +568,18 @@ def test_texts_are_embedded_between_the_steps_of_streams() -> None:
     assert rig.done(rid).text == "a a a a"
 
 
+def test_the_end_of_a_stream_is_told_before_a_whole_batch_of_texts() -> None:
+    rig = Rig()
+    rid = rig.generate("a", 1)
+    embed = rig.ask(ipc.Embed(50, [words(100)] * 5, rig.now))
+    for _ in rig.engine.round():
+        rig.events += rig.engine.take_events()
+        assert rig.done(rid).text == "a"
+        assert rig.of(embed) == []
+    rig.events += rig.engine.take_events()
+    assert len(embedded(rig, embed).vectors) == 5
+
+
 @pytest.mark.parametrize(("busy", "batches"), [(False, 1), (True, 5)])
 def test_fewer_texts_at_once_while_streams_wait(busy: bool, batches: int) -> None:
     rig = Rig(n_ubatch=512)

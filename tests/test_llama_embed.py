@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bridge import ipc
-from bridge.worker.backend import EmbedLimits, Refusal
+from bridge.worker.backend import BackendError, EmbedLimits, Refusal
 
 if TYPE_CHECKING:
     from bridge.worker.llama import LlamaBackend
@@ -106,3 +106,10 @@ def test_what_one_call_takes(llama: LlamaBackend) -> None:
     assert limits(0, True).text == llama.info.n_ctx_train
     assert limits(0, True).tokens == limits(0, False).tokens < 512
     assert limits(-1, True).tokens == limits(-1, False).tokens == 65_536
+
+
+def test_what_llama_cpp_says_of_a_batch_that_it_refuses(llama: LlamaBackend) -> None:
+    past = llama.info.n_vocab
+    with pytest.raises(BackendError, match=f"invalid token.*{past}"):
+        llama.embed([[past]])
+    assert len(llama.embed([[1]])) == 1

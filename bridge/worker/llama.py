@@ -120,7 +120,7 @@ class LlamaBackend(LlamaCells):
         try:
             self.embed([[max(0, self._vocab.bos)] * 2])
         except BackendError as error:
-            raise LoadError(self._log.why(str(error))) from error
+            raise LoadError(str(error)) from error
 
     def _describe(self) -> ipc.ModelInfo:
         ftype = C.llama_ftype_name(C.llama_model_ftype(self._model))
@@ -213,4 +213,7 @@ class LlamaBackend(LlamaCells):
         return self._embedder.limits
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
-        return self._embedder.embed(texts)
+        try:
+            return self._embedder.embed(texts)
+        except BackendError as error:
+            raise BackendError(self._log.why(str(error))) from None

@@ -2,7 +2,7 @@
 
 llama.cpp gives the output of each token here, and the pooling is ours. Its own comes after a generation model's head,
 whose logits of each token over the whole vocabulary nobody asked for: measured, a tenth of the time for SmolLM2-135M.
-On a CPU computing therefore ends with the outputs. (On a GPU that costs more, in synchronising, than it saves.)
+On a CPU computing therefore ends with the outputs; on a GPU, where that means waiting for it, nobody has measured yet.
 """
 
 from __future__ import annotations
