@@ -257,7 +257,7 @@ def test_of_equals_the_greedy_take_the_first(chains: Chains, vocab: Vocab) -> No
 
     logits = np.zeros(vocab.n_tokens, np.float32)
     logits[[7, 9]] = 1.0
-    assert _Sampler(vocab, None, None, None, owned=True).sample(None, 0, logits).token == 7
+    assert _Sampler(vocab, None, None, None, [], owned=True).sample(None, 0, logits).token == 7
     assert Chain(chains, temperature=0.0, logit_bias={5: 0.0}).apply(logits[:50])[0] == 7
 
 
