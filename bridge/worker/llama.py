@@ -26,7 +26,7 @@ from bridge.worker.llama_callbacks import AbortFlag, Log
 from bridge.worker.llama_cells import LlamaCells
 from bridge.worker.llama_chat import Chat
 from bridge.worker.llama_embed import Embedder
-from bridge.worker.llama_options import DEFAULT_N_CTX, context_params, model_params, resolve
+from bridge.worker.llama_options import DEFAULT_N_CTX, context_params, model_params, resolve, suit_flash_attn
 from bridge.worker.llama_sampling import Samplers
 from bridge.worker.llama_vocab import Vocab
 
@@ -73,6 +73,8 @@ class LlamaBackend(LlamaCells):
         return model
 
     def _init_context(self) -> Any:
+        if self._options["flash_attn"] is None:
+            self._options["flash_attn"] = suit_flash_attn(self._options, C.llama_model_n_head(self._model))
         params = context_params(self._options)
         n_cells = self._options["n_ctx"] * self._options["n_parallel"]
         if n_cells > _MAX_CELLS:

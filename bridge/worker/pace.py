@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _WEIGHT = 0.2  # of the newest measurement in a running average
-_PROMPT = 64  # tokens of prompts that weigh as much as one measurement
+_PROMPT = 16  # tokens of prompts that weigh as much as one measurement: the further into a prompt, the more they cost
 _UNKNOWN = 1 << 30
 
 
