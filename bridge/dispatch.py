@@ -37,6 +37,7 @@ def _ping(_caller: Caller, _command: commands.Ping) -> Ok:
 def _hello(caller: Caller, _command: commands.Hello) -> Ok:
     limits = msgspec.structs.asdict(caller.daemon.config.limits)
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
+    features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
 

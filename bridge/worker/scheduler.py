@@ -21,8 +21,8 @@ Then ``schedule`` makes the batches. A sequence knows which of its tokens are no
 
 The room is what running streams can be asked to wait. Where there are none it is ``CHUNK`` tokens, so that the first in
 the queue need not wait for all others, and a long prompt leaves a quarter of it to those behind it. Where there are
-some, a long prompt gets what is computed in twice the time of the streams' own batch, and a short one, of at most CHUNK
-tokens, is let in within ``SHORT_WAIT``, for nobody reads so fast. Batches are timed for that (pace.py).
+some, a long prompt gets what delays them by twice the time of their own batch at most (``LONG_WAIT``), and a short one,
+of at most CHUNK tokens, is let in within ``SHORT_WAIT``, for nobody reads so fast. Batches are timed for that: pace.py.
 
 A sequence that asked to be computed ``alone`` (deterministic) gets batches of its own, cut at multiples of
 ``ALONE_CHUNK``, so that what it computes never depends on who else is there.

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ import python_share
 import restart
 import stall
 import throughput
-from lab import RequestFailed, Settings
+from lab import LAYOUTS, RequestFailed, Settings
 from processes import NotStarted, Others
 from rows import HEAD, Row
 
@@ -81,13 +81,18 @@ class Measured:
 @click.option("--only", metavar="NAME[,NAME...]", help=f"Of {', '.join(GROUPS)}.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The median of them counts.")
 @click.option("--quick", is_flag=True, help="One small round of each: shows that it works, and measures nothing.")
+@click.option("--layout", "layouts", type=click.Choice(list(LAYOUTS)), multiple=True, help="[default: each of them]")
+@click.option("--server-flags", default="", help="More flags of llama-server, such as '-fa on'.")
 @click.option("--n-threads", type=click.IntRange(1), help="[default: what the bridge chooses]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where to write all figures.")
-def main(only: str | None, quick: bool, rounds: int, json_path: Path | None, **flags: Any) -> None:
+def main(
+    only: str | None, quick: bool, rounds: int, json_path: Path | None, layouts: tuple[str, ...], **flags: Any
+) -> None:
     measured: dict[str, Measured] = {}
     print(machine(), HEAD, sep="\n\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(folder=Path(folder), rounds=1 if quick else rounds, quick=quick, **flags)
+        settings = replace(settings, layouts=layouts or settings.layouts)
         for name in _chosen(only, settings):
             measured[name] = _measure(GROUPS[name], name, settings)
             print(*measured[name].rows, sep="\n", flush=True)

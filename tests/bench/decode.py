@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import trio
-from lab import LAYOUTS, RequestFailed, Settings, Shape, ask, bridge, model_flags, say, warm_up
+from lab import RequestFailed, Settings, Shape, ask, bridge, model_flags, say, warm_up
 from rows import Row, compare
 
 from bridge.bench.prompts import Prompts, calibrate
@@ -77,7 +77,9 @@ def _batched_benches(
     flags = model_flags(settings.model, options)
     flags += ["-npp", str(_PROMPT_TOKENS), "-ntg", str(max_tokens), "-npl", ",".join(map(str, counts))]
     flags += ["--output-format", "jsonl"]
-    return [BatchedBench(settings.llama_batched_bench, [*flags, switch], name) for name, switch in LAYOUTS.items()]
+    return [
+        BatchedBench(settings.llama_batched_bench, [*flags, switch], name) for name, switch in settings.switches.items()
+    ]
 
 
 async def _measure(

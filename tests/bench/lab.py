@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -56,6 +57,13 @@ class Settings:
     n_threads: int | None = None
     rounds: int = 3
     quick: bool = False
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+    server_flags: str = ""  # more of llama-server's, which win over those that make it the bridge's equal
+
+    @property
+    def switches(self) -> dict[str, str]:
+        """Of the layouts that are measured."""
+        return {layout: LAYOUTS[layout] for layout in self.layouts}
 
     def pick(self, full: T, quick: T) -> T:
         return quick if self.quick else full
@@ -92,12 +100,13 @@ def _llama_servers(settings: Settings, options: dict[str, Any], more: Sequence[s
     assert settings.llama_server is not None, "compare.py does not measure this without one"
     # No UI, and no copies in RAM of prompts that will not come again.
     flags = [*model_flags(settings.model, options), "-np", str(options["n_parallel"]), "-cram", "0", "--no-ui", *more]
+    flags += shlex.split(settings.server_flags)
     with ExitStack() as stack:
         yield {
             layout: stack.enter_context(
                 llama_server(settings.folder / f"{switch}.log", settings.llama_server, [*flags, switch])
             )
-            for layout, switch in LAYOUTS.items()
+            for layout, switch in settings.switches.items()
         }
 
 
