@@ -84,6 +84,8 @@ class Samplers:
         self._parallel = Parallel(n_threads)
         self._backend: BackendSampling | None = None
         self._samplers: dict[int, _Sampler] = {}
+        self._address = 0  # of the logits
+        self._views: dict[int, Any] = {}  # of them, by how many outputs there are
 
     def use_backend(self, context: Any) -> None:
         """Samples where the model computes, where that can be."""
@@ -122,7 +124,9 @@ class Samplers:
         samplers = [self._samplers[batch.slots[index]] for index in batch.outputs]
         if not samplers:
             return []
-        logits = _logits(context, len(samplers), self._vocab.n_tokens)
+        logits = self._logits(context, len(samplers))
+        if len(samplers) == 1 and not samplers[0].grammar:
+            return [samplers[0].sample(context, batch.outputs[0], logits[0])]
         decoding = time.monotonic() - began
         jobs = [
             partial(sampler.sample, context, index, row)
@@ -131,11 +135,16 @@ class Samplers:
         with watched(sum(sampler.grammar is not None for sampler in samplers)):
             return self._parallel.run(jobs, decoding)
 
+    def _logits(self, context: Any, n_outputs: int) -> Any:
+        """A row for each output, in the order of the batch. They are llama.cpp's own, until it decodes again.
 
-def _logits(context: Any, n_outputs: int, n_tokens: int) -> Any:
-    """A row for each output, in the order of the batch. They are llama.cpp's own, until it decodes again.
-
-    This waits for the end of the computation, and puts the rows in order: nobody else may ask for them before.
-    """
-    address = ctypes.addressof(C.llama_get_logits(context).contents)
-    return np.ctypeslib.as_array((ctypes.c_float * n_tokens * n_outputs).from_address(address))
+        This waits for the end of the computation, and puts the rows in order: nobody else may ask for them before.
+        """
+        address = ctypes.addressof(C.llama_get_logits(context).contents)
+        if address != self._address:  # it is always the same, as long as llama.cpp's buffer is
+            self._address, self._views = address, {}
+        view = self._views.get(n_outputs)
+        if view is None:
+            rows = (ctypes.c_float * self._vocab.n_tokens * n_outputs).from_address(address)
+            view = self._views[n_outputs] = np.ctypeslib.as_array(rows)
+        return view

@@ -150,6 +150,8 @@ class Scheduler:
             if sequence.to_compute == 1 and sequence.n_picked:
                 self.waiting.charge(sequence.client, 1)
         batches = [Scheduled([(sequence, 1) for sequence in streams])] if streams else []
+        if len(streams) == len(self.running):  # the usual round, of many: nobody has more to compute
+            return batches
         parts: list[tuple[Sequence, int]] = []
         for part in self._prompt_parts()[0]:
             parts.append(part)
