@@ -57,14 +57,14 @@ class Rig:
             self.step()
 
 
-def assert_same(one: ipc.Done, other: ipc.Done) -> None:
+def assert_same(one: ipc.Done, other: ipc.Done, within: float = 0.05) -> None:
     """Token for token. How a prompt was cut changes the last bits of its sums, and the logarithms by so little."""
     assert one.text == other.text
     assert one.logprobs
     assert other.logprobs
     for a, b in zip(one.logprobs, other.logprobs, strict=True):
         assert a["id"] == b["id"]
-        assert abs(a["logprob"] - b["logprob"]) < 0.05, (a, b)
+        assert abs(a["logprob"] - b["logprob"]) < within, (a, b)
 
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, "unified"])
@@ -240,7 +240,7 @@ def test_a_conversation_token_for_token(smol: Backend) -> None:
         text += question
         with_cache = rig.answer(text, 16)
         without = Rig(smol).answer(text, 16)
-        assert_same(with_cache, without)
+        assert_same(with_cache, without, within=0.1)  # quantised weights, and a cache of 16 bits
         assert without.usage.cached_tokens == 0
         text += with_cache.text
     assert with_cache.usage.cached_tokens > 0.8 * with_cache.usage.prompt_tokens

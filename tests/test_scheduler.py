@@ -201,22 +201,22 @@ def with_a_stream(pace: Pace) -> Scheduler:
 
 
 def test_a_long_prompt_delays_streams_by_two_of_their_batches_at_most() -> None:
-    scheduler = with_a_stream(timed(1, 0.101, 0.001))
+    scheduler = with_a_stream(timed(1, 0.202, 0.001))
     scheduler.add(sequence(CHUNK + 60))
     for _ in range(7):
         assert round_of(scheduler) == [[(0, 1)], [(1, 40)]]  # also when what is left of it is short
     assert round_of(scheduler) == [[(0, 1)], [(1, CHUNK + 60 - 7 * 40)]]
 
 
-def test_a_short_prompt_is_let_in_within_half_a_second() -> None:
-    scheduler = with_a_stream(timed(1, 0.001, 0.00499))
+def test_a_short_prompt_is_let_in_within_a_second() -> None:
+    scheduler = with_a_stream(timed(1, 0.001, 0.00998))
     scheduler.add(sequence(150))
     assert round_of(scheduler) == [[(0, 1)], [(1, 100)]]
     assert round_of(scheduler) == [[(0, 1)], [(1, 50)]]
 
 
 def test_a_short_prompt_need_not_wait_for_a_long_one() -> None:
-    scheduler = with_a_stream(timed(1, 0.101, 0.001))
+    scheduler = with_a_stream(timed(1, 0.202, 0.001))
     scheduler.add(sequence(CHUNK + 60))
     scheduler.add(sequence(30))
     assert round_of(scheduler) == [[(0, 1)], [(1, 40), (2, 30)]]

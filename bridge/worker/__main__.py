@@ -8,6 +8,7 @@ request was cancelled, and ends the process the moment the daemon is gone, even 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -45,6 +46,7 @@ def _serve() -> None:
         home.sendall(ipc.encode(ipc.LoadFailed(str(error))))
         return
     engine = Engine(backend, store=_store(load, backend))
+    gc.freeze()  # what is there now stays, and need not be gone through between two steps
     engines.append(engine)
     home.sendall(ipc.encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
     while True:

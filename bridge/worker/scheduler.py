@@ -43,8 +43,8 @@ from bridge.worker.waiting import WaitingRoom
 
 CHUNK = 256  # tokens; measured: tests/bench/RESULTS.md
 ALONE_CHUNK = 64
-LONG_WAIT = 1.4  # of the time of a batch of the streams; with what a batch may take longer than the last, 2
-SHORT_WAIT = 0.5  # seconds
+LONG_WAIT = 1.2  # of the time of a batch of the streams; with what a batch may take longer than the last, 2
+SHORT_WAIT = 1.0  # seconds
 
 
 class Scheduled:
