@@ -240,7 +240,7 @@ def test_a_conversation_token_for_token(smol: Backend) -> None:
         text += question
         with_cache = rig.answer(text, 16)
         without = Rig(smol).answer(text, 16)
-        assert_same(with_cache, without, within=0.1)  # quantised weights, and a cache of 16 bits
+        assert_same(with_cache, without, within=0.2)  # weights of 4 bits, kernels of their own for each size of a batch
         assert without.usage.cached_tokens == 0
         text += with_cache.text
     assert with_cache.usage.cached_tokens > 0.8 * with_cache.usage.prompt_tokens
