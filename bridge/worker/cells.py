@@ -6,7 +6,7 @@ from functools import partial
 
 from bridge import ipc
 from bridge.worker.backend import Backend, BackendError
-from bridge.worker.slots import Copy, Placement, Restore, Saved, Slots, Swap
+from bridge.worker.slots import Copy, Move, Placement, Restore, Saved, Slots, Swap
 from bridge.worker.store import DamagedState, Store
 
 
@@ -40,7 +40,7 @@ class Cells:
             cells = 0
         return self._backend.rewind(placement.slot, cells)
 
-    def _do(self, move: Copy | Swap | Restore) -> None:
+    def _do(self, move: Move) -> None:
         match move:
             case Copy(source, target):
                 self._backend.copy(source, target)
@@ -75,7 +75,7 @@ class Cells:
         return written
 
 
-def _slots(move: Copy | Swap | Restore) -> tuple[int, ...]:
+def _slots(move: Move) -> tuple[int, ...]:
     match move:
         case Copy(source, target) | Swap(source, target):
             return source, target

@@ -1,4 +1,4 @@
-"""The engine: requests in, events out, a step at a time.
+"""The engine: requests in, events out, a round of batches at a time.
 
 It owns the sequences and decides what becomes of each; the scheduler says what is computed next, the backend
 computes it. One thread runs it. Only ``cancelled_in_flight`` may be called from another one.
@@ -160,9 +160,7 @@ class Engine:
 
     def _move(self, sequence: Sequence, was: int, placement: Placement) -> None:
         self._backend.move(was, placement.slot)
-        cells = self._cells.settle(placement)
-        sequence.discarded += sequence.cells - cells
-        sequence.cells = cells
+        self._has_left(sequence, self._cells.settle(placement))
 
     def _expire(self) -> None:
         now = self._clock()
@@ -192,8 +190,8 @@ class Engine:
         except Aborted:
             self._cut_short = self._cut_short or shared
             self._charge(scheduled, self._clock() - started, wasted=True)
-            for sequence, _ in scheduled.advanced:
-                self._rewind(sequence)
+            for sequence, _ in scheduled.advanced:  # to where it was, or further back where the model can't
+                self._has_left(sequence, self._backend.rewind(sequence.slot, sequence.cells))
         except BackendError as error:
             for sequence, _ in scheduled.advanced:
                 self._drop(sequence, keep=False)
@@ -216,9 +214,9 @@ class Engine:
             sequence.discarded += count if wasted else 0
             sequence.seconds += seconds * count / len(scheduled.batch)
 
-    def _rewind(self, sequence: Sequence) -> None:
-        """To where it was before the batch, or further back where the model can't."""
-        cells = self._backend.rewind(sequence.slot, sequence.cells)
+    @staticmethod
+    def _has_left(sequence: Sequence, cells: int) -> None:
+        """What it had more of is computed again."""
         sequence.discarded += sequence.cells - cells
         sequence.cells = cells
 

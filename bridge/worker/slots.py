@@ -15,7 +15,7 @@ needs another pass for each gap. So a sequence is placed beside those that run, 
 it, and a gap that was left by one that ended is closed. That costs what a few tokens cost (tests/bench/RESULTS.md),
 once; a gap costs a pass in every batch.
 
-It only decides. What is to be done with the cells comes back as a Placement; the engine does it.
+It only decides. What is to be done with the cells comes back as a Placement; cells.py does it.
 """
 
 from __future__ import annotations
@@ -111,19 +111,15 @@ class Slots:
 
     def cached(self, prompt: list[int]) -> int:
         """Tokens of it that some slot holds. At least its last token is always left to compute."""
-        return max((self._usable(content, length, prompt) for content, length in self._shared(prompt)), default=0)
+        return self._best(prompt)[1]
 
     def promised(self, prompt: list[int], priority: int) -> int:
         """Tokens of it that some slot will hold when the prompt that runs there, as urgent as this, is computed."""
         if not self._rewinds:
             return 0
-        urgent = (
-            length for content, length in self._shared(prompt) if content.owner and content.owner.priority <= priority
-        )
+        shared = self._tree.matches(prompt).items()
+        urgent = (length for content, length in shared if content.owner and content.owner.priority <= priority)
         return min(max(urgent, default=0), len(prompt) - 1)
-
-    def _shared(self, prompt: list[int]) -> Iterator[tuple[Content, int]]:
-        yield from self._tree.matches(prompt).items()
 
     def _usable(self, content: Content, length: int, prompt: list[int]) -> int:
         length = min(length, len(prompt) - 1)
@@ -186,10 +182,7 @@ class Slots:
         source, target = (slots[0], gaps[-1]) if from_below else (slots[-1], gaps[0])
         content = self._running.pop(source)
         assert content.owner
-        move: Move = Copy(source, target)
-        if other := self._kept.pop(target, None):
-            move = Swap(source, target)
-            self._shift(other, source)
+        move = self._make_way(source, target)
         content.slot = content.owner.slot = target
         self._running[target] = content
         return content.owner, source, Placement(target, content.cells, (move,))
@@ -200,7 +193,7 @@ class Slots:
         """What holds most of it: rather what is free than what runs, rather what holds little else."""
         best: tuple[int, bool, int] = (0, False, 0)
         found = None
-        for content, length in self._shared(prompt):
+        for content, length in self._tree.matches(prompt).items():
             cells = self._usable(content, length, prompt)
             rank = (cells, content.owner is None, cells - content.cells)
             if cells and rank > best:
@@ -215,16 +208,9 @@ class Slots:
     def _settle_in(self, source: Content) -> tuple[int, list[Move]]:
         """On what is there, if need be at another place."""
         slot = self._beside(source.slot)
-        moves: list[Move] = []
         del self._kept[source.slot]
         self._tree.remove(source)
-        if slot != source.slot:
-            if other := self._kept.pop(slot, None):
-                moves.append(Swap(source.slot, slot))
-                self._shift(other, source.slot)
-            else:
-                moves.append(Copy(source.slot, slot))
-        return slot, moves
+        return slot, [] if slot == source.slot else [self._make_way(source.slot, slot)]
 
     def _settle_on(self, victim: int, source: Content | None) -> tuple[int, list[Move]]:
         """In place of ``victim``'s content, from a copy of ``source`` if there is one."""
@@ -243,6 +229,13 @@ class Slots:
             if source is not other:  # else it is where it is wanted, too
                 moves.append(Copy(source.slot, slot))
         return slot, moves
+
+    def _make_way(self, source: int, target: int) -> Move:
+        """For what goes from one slot to another, by what is kept there taking its place."""
+        if other := self._kept.pop(target, None):
+            self._shift(other, source)
+            return Swap(source, target)
+        return Copy(source, target)
 
     def _shift(self, content: Content, slot: int) -> None:
         content.slot = slot
