@@ -410,22 +410,13 @@ def test_a_cancel_that_comes_while_a_batch_begins_is_looked_at_before_a_prompt_i
     assert rig.done(other).text == "a b"
 
 
-def test_cancelling_over_and_over_stops_nobody_else() -> None:
+@pytest.mark.parametrize("beside_one_alone", [False, True])
+def test_cancelling_over_and_over_stops_nobody_else(beside_one_alone: bool) -> None:
     rig = Rig("step_ms=0.001")
+    if beside_one_alone:
+        rig.generate("c", 100, deterministic=True)
     rid = rig.generate("a b", 4)
-    for _ in range(8):
-        long = rig.generate(words(50))
-        rig.backend.during = partial(rig.engine.cancelled_in_flight, long)
-        rig.step()
-        rig.cancel(long)
-    assert rig.done(rid).text == "a b a b"
-
-
-def test_nor_does_it_beside_one_that_is_computed_alone() -> None:
-    rig = Rig("step_ms=0.001")
-    rig.generate("c", 100, deterministic=True)
-    rid = rig.generate("a b", 4)
-    for _ in range(12):
+    for _ in range(12 if beside_one_alone else 8):
         long = rig.generate(words(50))
         rig.backend.during = partial(rig.engine.cancelled_in_flight, long)
         rig.step()
