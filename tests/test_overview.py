@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bridge import ipc
 from bridge.worker.overview import Overview
 from bridge.worker.pace import Pace
-from bridge.worker.scheduler import Scheduler
+from bridge.worker.scheduler import CHUNK, Scheduler
 from bridge.worker.sequence import Sequence
 from bridge.worker.slots import Slots
 
@@ -117,8 +117,11 @@ def test_where_nothing_was_timed_yet_there_is_no_estimate_but_an_order() -> None
     assert rig.places == [(rids[0], 1, 0.0), (rids[1], 2, 0.0)]
 
 
+SHORT = st.integers(1, CHUNK // 3)  # so that after three of them a round still has room to let in a fourth
+
+
 @given(
-    st.lists(st.tuples(st.integers(1, 100), st.integers(1, 100), st.sampled_from(ipc.PRIORITIES)), max_size=20),
+    st.lists(st.tuples(SHORT, st.integers(1, 100), st.sampled_from(ipc.PRIORITIES)), max_size=20),
     st.integers(1, 4),
     st.booleans(),
 )
