@@ -84,7 +84,7 @@ async def _generate(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[str, ipc.Done]:
     request = _request(call, command, prompt, template, stream=on_progress is not None)
-    async with call.daemon.pool.use(command.model, _patience(call, command)) as (name, provider):
+    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as (name, provider):
         done = await provider.ask(request, call.asking, on_progress)
     assert isinstance(done, ipc.Done)
     call.totals.add(done)
@@ -94,7 +94,7 @@ async def _generate(
 async def _generate_all(
     call: Call, command: commands.Generation, requests: list[ipc.Generate]
 ) -> tuple[str, list[ipc.Done]]:
-    async with call.daemon.pool.use(command.model, _patience(call, command)) as (name, provider):
+    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as (name, provider):
         dones = await _ask_all(call, provider, requests)
     for done in dones:
         call.totals.add(done)

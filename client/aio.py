@@ -20,7 +20,7 @@ from client.transcript import Transcript
 from protocol.address import Address, Unix
 from protocol.commands import Cancel, Command
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Failed, Ok, Reply
+from protocol.replies import Failed, Ok, Progress, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -155,9 +155,17 @@ class AsyncClient:
     status = _asks(calls.status)
     cancel = _asks(calls.cancel)
     quit = _asks(calls.quit)
+    reload = _asks(calls.reload)
     load = _asks(calls.load)
+    plan = _asks(calls.plan)
     free = _asks(calls.free)
     models = _asks(calls.models)
+    pull = _asks(calls.pull)
+    remove = _asks(calls.remove)
+    lora_list = _asks(calls.lora_list)
+    lora_load = _asks(calls.lora_load)
+    lora_unload = _asks(calls.lora_unload)
+    lora_check = _asks(calls.lora_check)
     queue = _asks(calls.queue)
     show = _asks(calls.show)
     infer = _asks(calls.infer)
@@ -191,11 +199,11 @@ class AsyncClient:
             link = await self._connected()
             repeat = call.repeatable and link.desk.reused
             try:
-                return call.read(await link.answer(call.command))
+                return call.read(await link.answer(call))
             except ConnectionLost:
                 if not repeat:
                     raise
-            return call.read(await (await self._connected()).answer(call.command))
+            return call.read(await (await self._connected()).answer(call))
 
     async def _connected(self) -> _Link:
         async with self._connecting:
@@ -226,12 +234,14 @@ class _Link:
         finally:
             self._hand_over()
 
-    async def answer(self, command: Command) -> Ok:
+    async def answer(self, call: Call[T]) -> Ok:
         """Raises the BridgeError that the answer is. Cancelled, it cancels the request at the daemon."""
-        waiting = self.ask(command, beside=True)
+        waiting = self.ask(call.command, beside=True)
         try:
             await self.flush()
-            reply = await self.wait(waiting)
+            while isinstance(reply := await self.wait(waiting), Progress):
+                if call.on_progress:
+                    call.on_progress(reply)
         except trio.Cancelled:
             waiting.drop()
             if waiting.id is not None:

@@ -21,10 +21,11 @@ from typing import Any
 import orjson
 import trio
 
-from bridge.config import Config, Limits
+from bridge import loading
+from bridge.config import Config, Limits, Model
 from bridge.server import Server
 from protocol.address import Tcp
-from protocol.commands import Load, LoadOptions
+from protocol.commands import LoadOptions
 
 PATIENCE = 30.0
 ROOT = Path(__file__).parents[1]
@@ -179,30 +180,28 @@ class Inside(Place):
 
     async def models(self) -> dict[str, Line]:
         """Without a connection, which would count as a client."""
-        return {model["name"]: model for model in self.server._daemon.pool.describe()}
+        return {model["name"]: model for model in loading.describe(self.server._daemon.pool)}
 
 
 @asynccontextmanager
 async def daemon(
-    *models: str, limits: Limits | None = None, load: LoadOptions | None = None, **config: Any
+    *models: str, limits: Limits | None = None, load: LoadOptions | None = None, wait: bool = True, **config: Any
 ) -> AsyncIterator[Inside]:
-    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields."""
+    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields.
+
+    Without ``wait`` they may still be loading.
+    """
     with tempfile.TemporaryDirectory(prefix="lb-") as folder:
         path = os.path.join(folder, "bridge.sock")
-        fields = {"socket": path, "tcp": ["127.0.0.1:0"], "backend": "fake"} | config
-        server = Server(
-            Config(
-                limits=limits or Limits(),
-                load=load or LoadOptions(),
-                models=[Load(path=model) for model in models],
-                **fields,
-            )
-        )
+        fields = {"socket": path, "tcp": ["127.0.0.1:0"], "backend": "fake"}
+        fields |= {"models": [Model(path=model) for model in models]} | config
+        server = Server(Config(limits=limits or Limits(), load=load or LoadOptions(), **fields))
         async with trio.open_nursery() as nursery:
             listeners = await nursery.start(server.serve)
             port = next(one.address.port for one in listeners if isinstance(one.address, Tcp))
             inside = Inside(server, path, port)
-            await inside.until(lambda there: all(model["state"] == "ready" for model in there.values()))
+            if wait:
+                await inside.until(lambda there: not any(model["state"] == "loading" for model in there.values()))
             yield inside
             nursery.cancel_scope.cancel()
 

@@ -103,12 +103,12 @@ def test_the_engine_is_behind_one_door() -> None:
 
 
 def test_only_handlers_translate_between_wire_and_worker() -> None:
-    # bridge.server loads the configured models at the start, as a LOAD would.
+    # bridge.planner makes of LOAD's options, with what suits the machine, the worker's.
     both = who_imports("protocol.commands") & who_imports("bridge.ipc")
-    assert both <= {"bridge.dispatch", "bridge.generation", "bridge.server"}
+    assert both <= {"bridge.dispatch", "bridge.generation", "bridge.loading", "bridge.planner"}
 
 
-@pytest.mark.parametrize("module", ["bridge.registry", "bridge.worker.scheduler"])
+@pytest.mark.parametrize("module", ["bridge.registry", "bridge.entry", "bridge.room", "bridge.worker.scheduler"])
 def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}
 

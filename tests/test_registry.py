@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from bridge import ipc
-from bridge.registry import CONFIGURATION, CRASH_WINDOW, Effect, Entry, Registry, Spec, Start, State, Stop, name_of
+from bridge.entry import Entry, Spec, State, Terms
+from bridge.registry import ALL, CONFIGURATION, CRASH_WINDOW, Effect, Registry, Start, Stop, name_of
+from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
-A = Spec("/m/a.gguf", ipc.Options())
-B = Spec("/m/b.gguf", ipc.Options())
+A = Spec("/m/a.gguf", LoadOptions())
+B = Spec("/m/b.gguf", LoadOptions())
 ME, YOU = 7, 8
+BROKEN = BridgeError(ErrorCode.LOAD_FAILED, "broken")
 
 
 def with_model(state: State, spec: Spec = A) -> Registry:
@@ -20,7 +22,7 @@ def with_model(state: State, spec: Spec = A) -> Registry:
     name = name_of(spec.path)
     if state is State.LOADING:
         return registry
-    registry.loaded(name)
+    registry.loaded(name, 0.0)
     if state is State.RESTARTING:
         registry.ended(name, "fell", 0.0)
     if state is State.RESTING:
@@ -41,10 +43,10 @@ def refused(code: ErrorCode, call: object, *arguments: object) -> BridgeError:
 
 
 def free(
-    registry: Registry, name: str | None, holder: int, busy: dict[str, int] | None = None
+    registry: Registry, name: str | None, holder: int, *, drain: bool = True
 ) -> tuple[list[str], list[str], list[Effect]]:
     """The names that go, the names that are held, and the effects."""
-    going, held, effects = registry.free(name, holder, busy)
+    going, held, effects = registry.free(name, holder, drain=drain)
     return [one.name for one in going], [one.name for one in held], effects
 
 
@@ -55,13 +57,13 @@ def test_load_starts_a_worker_under_the_files_name() -> None:
     registry = Registry()
     entry, effects = registry.load(None, A, ME)
     assert (entry.name, entry.state, entry.holders) == ("a", State.LOADING, {ME})
-    assert effects == [Start("a", A)]
+    assert effects == [Start("a")]
 
 
 def test_load_under_a_name() -> None:
     entry, effects = Registry().load("mine", A, ME)
     assert entry.name == "mine"
-    assert effects == [Start("mine", A)]
+    assert effects == [Start("mine")]
 
 
 @pytest.mark.parametrize("state", [State.LOADING, State.READY, State.RESTARTING])
@@ -77,10 +79,10 @@ def test_load_of_what_is_there_joins_it(state: State) -> None:
 def test_load_wakes_a_model_that_rests() -> None:
     registry = with_model(State.RESTING)
     entry, effects = registry.load(None, A, ME)
-    assert effects == [Start("a", A)]
+    assert effects == [Start("a")]
     assert entry.state is State.LOADING
-    registry.loaded("a")
-    assert registry.ended("a", "fell", 1.0) == [Start("a", A)], "the crashes before its rest are forgiven"
+    registry.loaded("a", 0.0)
+    assert registry.ended("a", "fell", 1.0) == [Start("a")], "the crashes before its rest are forgiven"
 
 
 def test_load_while_it_is_unloaded_is_worth_a_retry() -> None:
@@ -88,7 +90,7 @@ def test_load_while_it_is_unloaded_is_worth_a_retry() -> None:
     assert error.details["retry_after_ms"] > 0
 
 
-@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("state", [state for state in State if state is not State.UNLOADED])
 def test_a_name_is_taken_in_every_state(state: State) -> None:
     error = refused(ErrorCode.NAME_TAKEN, with_model(state).load, "a", B, ME)
     assert "/m/a.gguf" in error.message
@@ -96,24 +98,26 @@ def test_a_name_is_taken_in_every_state(state: State) -> None:
 
 def test_two_files_of_one_name_need_a_name() -> None:
     registry = with_model(State.READY)
-    other = Spec("/elsewhere/a.gguf", ipc.Options())
+    other = Spec("/elsewhere/a.gguf", LoadOptions())
     refused(ErrorCode.NAME_TAKEN, registry.load, None, other, ME)
-    assert registry.load("a2", other, ME)[1] == [Start("a2", other)]
+    assert registry.load("a2", other, ME)[1] == [Start("a2")]
 
 
-def test_one_file_under_two_names_is_loaded_twice() -> None:
+def test_one_file_under_two_names_is_loaded_once() -> None:
     registry = with_model(State.READY)
-    assert registry.load("again", A, ME)[1] == [Start("again", A)]
-    assert list(registry.entries) == ["a", "again"]
+    entry, effects = registry.load("again", A, ME)
+    assert (entry.name, entry.names, effects) == ("a", ["a", "again"], [])
+    assert registry.pick("again") is registry.pick("a")
+    assert list(registry.entries) == ["a"]
 
 
 def test_options_must_agree_with_those_it_has() -> None:
-    small = Spec(A.path, ipc.Options(n_ctx=512))
+    small = Spec(A.path, LoadOptions(n_ctx=512))
     registry = with_model(State.READY, small)
     assert registry.load(None, A, ME)[1] == [], "who asks for nothing in particular takes what is there"
     assert registry.load(None, small, ME)[1] == []
-    refused(ErrorCode.NAME_TAKEN, registry.load, None, Spec(A.path, ipc.Options(n_ctx=1024)), ME)
-    assert len(registry.load("big", Spec(A.path, ipc.Options(n_ctx=1024)), ME)[1]) == 1
+    refused(ErrorCode.NAME_TAKEN, registry.load, None, Spec(A.path, LoadOptions(n_ctx=1024)), ME)
+    assert len(registry.load("big", Spec(A.path, LoadOptions(n_ctx=1024)), ME)[1]) == 1
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,7 @@ def test_the_name_of_a_path(path: str, name: str) -> None:
 def test_the_first_one_loaded_is_the_default() -> None:
     registry = with_model(State.READY)
     registry.load(None, B, ME)
-    registry.loaded("b")
+    registry.loaded("b", 0.0)
     assert registry.pick(None).name == "a"
     assert registry.pick("b").name == "b"
 
@@ -154,7 +158,7 @@ def test_the_next_one_becomes_the_default_when_the_first_is_gone() -> None:
 def test_a_first_model_that_cannot_be_loaded_is_no_default() -> None:
     registry = with_model(State.LOADING)
     registry.load(None, B, ME)
-    registry.load_failed("a", "broken", 0.0)
+    registry.load_failed("a", BROKEN, 0.0)
     assert registry.pick(None).name == "b"
 
 
@@ -173,15 +177,14 @@ def test_what_will_answer_can_be_picked(state: State, name: str | None) -> None:
     assert with_model(state).pick(name).state is state
 
 
-@pytest.mark.parametrize("name", ["a", None])
-def test_what_rests_says_why_and_what_helps(name: str | None) -> None:
-    error = refused(ErrorCode.MODEL_RESTING, with_model(State.RESTING).pick, name)
+def test_what_rests_says_why_and_what_helps() -> None:
+    error = refused(ErrorCode.MODEL_RESTING, with_model(State.RESTING).pick("a").check_usable)
     assert "fell" in error.message
     assert "LOAD" in error.message
 
 
-def test_what_is_unloaded_cannot_be_picked() -> None:
-    refused(ErrorCode.NOT_FOUND, with_model(State.UNLOADING).pick, "a")
+def test_what_is_freed_cannot_be_used() -> None:
+    refused(ErrorCode.NOT_FOUND, with_model(State.UNLOADING).pick("a").check_usable)
 
 
 # -- free ------------------------------------------------------------------------------------------------------
@@ -244,20 +247,37 @@ def test_a_model_goes_once() -> None:
 def test_what_is_busy_stays_if_that_is_asked_for() -> None:
     registry = with_model(State.READY)
     registry.load(None, B, ME)
-    registry.loaded("b")
-    refused(ErrorCode.BUSY, registry.free, "a", ME, {"a": 1})
-    error = refused(ErrorCode.BUSY, registry.free, None, ME, {"a": 0, "b": 2})
-    assert "b is computing 2 requests" in error.message
-    assert error.details["retry_after_ms"] > 0
-    assert registry.entries["b"].state is State.READY
-    assert registry.entries["b"].holders == {ME}, "nothing has changed"
-    assert free(registry, None, ME, {"a": 5, "b": 0}) == (["b"], [], [Stop("b")]), "what a does is beside the point"
+    registry.loaded("b", 0.0)
+    registry.entries["a"].users = 1
+    registry.entries["b"].users, registry.entries["b"].waiting = 1, 1
+    for name in ("b", None, ALL):
+        with pytest.raises(BridgeError) as caught:
+            registry.free(name, ME, drain=False)
+        assert caught.value.code == ErrorCode.BUSY
+        assert caught.value.details["retry_after_ms"] > 0
+        assert registry.entries["b"].state is State.READY
+        assert registry.entries["b"].holders == {ME}, "nothing has changed"
+    registry.entries["b"].users = registry.entries["b"].waiting = 0
+    assert free(registry, None, ME, drain=False) == (["b"], [], [Stop("b")]), "what a does is beside the point"
 
 
 def test_what_is_held_is_not_asked_whether_it_is_busy() -> None:
     registry = with_model(State.READY)
     registry.load(None, A, ME)
-    assert free(registry, None, ME, {"a": 1}) == ([], ["a"], [])
+    registry.entries["a"].users = 1
+    assert free(registry, None, ME, drain=False) == ([], ["a"], [])
+
+
+def test_all_are_freed_whoever_holds_them() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, B, ME)
+    registry.know("c", Spec("/m/c.gguf"), Terms(pin=True))
+    assert free(registry, ALL, YOU) == (["a", "b", "c"], [], [Stop("a"), Stop("b")])
+    assert list(registry.entries) == ["a", "b"], "there was nothing to stop of the third"
+
+
+def test_all_is_no_name() -> None:
+    refused(ErrorCode.NAME_TAKEN, Registry().load, ALL, A, ME)
 
 
 def test_a_connection_that_closes_lets_go() -> None:
@@ -274,16 +294,16 @@ def test_a_connection_that_closes_lets_go() -> None:
 def test_a_first_load_that_fails_is_forgotten() -> None:
     registry = with_model(State.LOADING)
     entry = registry.entries["a"]
-    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.load_failed("a", BROKEN, 0.0) == []
     assert registry.entries == {}
-    assert entry.why == "broken"
+    assert entry.why is BROKEN
 
 
 def test_a_crash_restarts() -> None:
     registry = with_model(State.READY)
-    assert registry.ended("a", "fell", 0.0) == [Start("a", A)]
+    assert registry.ended("a", "fell", 0.0) == [Start("a")]
     assert (registry.entries["a"].state, registry.entries["a"].restarts) == (State.RESTARTING, 1)
-    registry.loaded("a")
+    registry.loaded("a", 0.0)
     assert registry.entries["a"].state is State.READY
 
 
@@ -296,11 +316,12 @@ def crash(registry: Registry, *times: float) -> Entry:
 def test_three_crashes_in_a_minute_and_it_rests() -> None:
     registry = with_model(State.READY)
     entry = crash(registry, 100.0, 130.0)
-    registry.loaded("a")
+    registry.loaded("a", 0.0)
     assert registry.ended("a", "fell", 100.0 + CRASH_WINDOW) == []
     assert entry.state is State.RESTING
-    assert "3 times within 60 s" in entry.why
-    assert "fell" in entry.why
+    assert entry.why
+    assert "3 times within 60 s" in entry.why.message
+    assert "fell" in entry.why.message
 
 
 def test_three_crashes_in_more_than_a_minute_and_it_does_not() -> None:
@@ -312,8 +333,8 @@ def test_three_crashes_in_more_than_a_minute_and_it_does_not() -> None:
 
 def test_a_restart_that_cannot_load_counts_as_a_crash() -> None:
     registry = with_model(State.RESTARTING)
-    assert registry.load_failed("a", "broken", 1.0) == [Start("a", A)]
-    assert registry.load_failed("a", "broken", 2.0) == []
+    assert registry.load_failed("a", BROKEN, 1.0) == [Start("a")]
+    assert registry.load_failed("a", BROKEN, 2.0) == []
     assert registry.entries["a"].state is State.RESTING
 
 
@@ -326,7 +347,7 @@ def test_the_end_of_what_was_freed_is_no_crash() -> None:
 def test_freed_while_it_loads() -> None:
     registry = with_model(State.LOADING)
     registry.free("a", ME)
-    registry.loaded("a")
+    registry.loaded("a", 0.0)
     assert registry.entries["a"].state is State.UNLOADING
     registry.ended("a", "exited", 0.0)
     assert registry.entries == {}
@@ -335,14 +356,14 @@ def test_freed_while_it_loads() -> None:
 def test_freed_while_it_loads_in_vain() -> None:
     registry = with_model(State.LOADING)
     registry.free("a", ME)
-    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.load_failed("a", BROKEN, 0.0) == []
     assert registry.entries == {}
 
 
 def test_freed_while_it_restarts_in_vain() -> None:
     registry = with_model(State.RESTARTING)
     registry.free("a", ME)
-    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.load_failed("a", BROKEN, 0.0) == []
     assert registry.entries == {}
 
 

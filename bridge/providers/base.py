@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from bridge import ipc
+from bridge.config import Limits
 
 Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue | ipc.Park
 Progress = ipc.Accepted | ipc.Place | ipc.Text
@@ -38,6 +39,7 @@ class Provider(Protocol):
 
     info: ipc.ModelInfo
     load_ms: float
+    limits: Limits  # in force from when they are set
 
     @property
     def pid(self) -> int: ...

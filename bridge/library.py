@@ -1,0 +1,127 @@
+"""Where models are, as the daemon asks for it: found, pulled and converted without holding up anybody.
+
+Looking at folders is done in a thread, one at a time; pulling and converting by processes of their own, which all who
+want the same share.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from bridge.config import Config
+from bridge.entry import DEFAULTS, Spec, Stamp
+from bridge.jobs import Jobs, Progress, run_job
+from bridge.models.catalogue import Catalogue, Known, stamp_of
+from bridge.models.convert import needs_converting
+from bridge.models.default import models_dir
+from bridge.models.reference import parse
+from protocol.commands import LoadOptions
+from protocol.errors import BridgeError, ErrorCode
+
+T = TypeVar("T")
+Tell = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model's file, its first one if there are several. ``name`` is what it is called where it was found."""
+
+    path: str
+    name: str | None = None
+    stamp: Stamp = ()
+
+    def spec(self, options: LoadOptions = DEFAULTS, lora: tuple[tuple[str, float], ...] = ()) -> Spec:
+        return Spec(self.path, options, lora, self.stamp)
+
+
+class Library:
+    """The fake's has nothing, and takes any path for a model's."""
+
+    def __init__(self, nursery: trio.Nursery, config: Config) -> None:
+        self._jobs = Jobs(nursery)
+        self._one = trio.CapacityLimiter(1)  # thread that looks at folders
+        self.reconfigure(config)
+
+    def reconfigure(self, config: Config) -> None:
+        settings = config.store
+        self._fake = config.backend == "fake"
+        self._settings = settings
+        self._store = Path(settings.dir).expanduser() if settings.dir else models_dir()
+        self._catalogue = Catalogue(
+            self._store,
+            [Path(folder).expanduser() for folder in settings.directories],
+            [Path(folder).expanduser() for folder in settings.allow],
+            discover=settings.discover,
+        )
+
+    async def _look(self, look: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(look, limiter=self._one, abandon_on_cancel=True)
+
+    # -- what there is -----------------------------------------------------------------------------------------
+
+    async def known(self) -> list[Known]:
+        return [] if self._fake else await self._look(self._catalogue.models)
+
+    async def find(self, reference: str, unknown: BridgeError | None = None) -> Found:
+        """A model that is on this machine. Raises BridgeError: not_found, ambiguous, forbidden."""
+        if self._fake:
+            if unknown is not None:
+                raise unknown
+            return Found(reference)
+        known = await self._look(partial(self._catalogue.find, reference))
+        return Found(known.path, known.name, known.stamp)
+
+    async def is_ready(self, reference: str) -> bool:
+        """Whether it can be loaded as it is. Raises BridgeError: ambiguous, forbidden."""
+        try:
+            return not needs_converting((await self.find(reference)).path)
+        except BridgeError as error:
+            if error.code != ErrorCode.NOT_FOUND:
+                raise
+            return False
+
+    async def remove(self, name: str) -> Known:
+        """Raises BridgeError: not_found, ambiguous, forbidden."""
+        return await self._look(partial(self._catalogue.remove, name))
+
+    # -- what has to be made -----------------------------------------------------------------------------------
+
+    async def prepare(self, reference: str, quant: str | None, tell: Tell) -> Found:
+        """A model that can be loaded: pulled, converted and quantised where that is still to be done.
+
+        Raises BridgeError: what ``find`` and ``pull`` raise, convert_failed, unsupported.
+        """
+        if self._fake:
+            return Found(reference)
+        try:
+            found = await self.find(reference)
+        except BridgeError as error:
+            if error.code != ErrorCode.NOT_FOUND or parse(reference).kind not in ("hub", "url", "pypi"):
+                raise
+            pulled = await self.pull(reference, None, tell)
+            found = await self.find(pulled["path"])
+        if quant is None and not needs_converting(found.path):
+            return found
+        arguments = [found.path, "--store", str(self._store)]
+        arguments += ["--quant", quant] if quant else []
+        arguments += ["--python", self._settings.convert_python] if self._settings.convert_python else []
+        made = await self._run("convert", arguments, tell)
+        return Found(made["path"], found.name, await self._look(partial(stamp_of, [made["path"]])))
+
+    async def pull(self, source: str, sha256: str | None, tell: Tell) -> dict[str, Any]:
+        """Fetches it into the store: ``path``, ``name``, ``size``, ``sha256``. Raises BridgeError."""
+        if not self._settings.pull:
+            raise BridgeError(ErrorCode.FORBIDDEN, "PULL is switched off: store.pull")
+        arguments = [source, "--store", str(self._store)]
+        return await self._run("pull", arguments + (["--sha256", sha256] if sha256 else []), tell)
+
+    async def _run(self, program: str, arguments: list[str], tell: Tell) -> dict[str, Any]:
+        command = [sys.executable, "-m", f"bridge.models.{program}", *arguments]
+        return await self._jobs.join(tuple(command), partial(run_job, command), tell)
