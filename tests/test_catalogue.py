@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from model_disk import REVISION, Disk, refusal, write
 
 from bridge.models import watch
+from bridge.models.catalogue import Catalogue
 from bridge.models.reference import parse
 
 
@@ -68,6 +71,20 @@ def test_every_name_leads_to_its_model(disk: Disk) -> None:
         assert known.names
         for name in (known.name, *known.names):
             assert catalogue.find(name) == known
+
+
+def test_programs_for_ollama_add_its_tag(disk: Disk) -> None:
+    write(disk.models / "tiny.gguf")
+    assert disk.catalogue().find("tiny:latest").name == "tiny"
+    assert refusal(disk.catalogue().find, "tiny:other").code == "not_found"
+
+
+@given(st.text() | st.lists(st.sampled_from(["/", "..", "~/", "a", ":", "hf:", "a/b", ".gguf", "\0"])).map("".join))
+def test_any_text_is_refused_where_nothing_is_known(text: str) -> None:
+    nowhere = Path("/nonexistent")
+    catalogue = Catalogue(nowhere, [], [nowhere], discover=False, environ={}, home=nowhere)
+    for function in (catalogue.find, catalogue.remove):
+        assert refusal(function, text).code in ("not_found", "forbidden", "bad_argument")
 
 
 def test_an_unknown_name_is_told_what_is_near(disk: Disk) -> None:

@@ -108,6 +108,10 @@ def test_the_hubs_cache_elsewhere(disk: Disk, variable: str, inside: str) -> Non
     disk.environ[variable] = str(elsewhere)
     write(elsewhere / inside / "models--a--b" / "snapshots" / REVISION / "deep" / "c-Q4_0.gguf")
     assert names(disk) == ["a/b:Q4_0"]
+    elsewhere.rename(disk.home / "elsewhere")
+    assert names(disk) == []
+    disk.environ[variable] = "~/elsewhere"
+    assert names(disk) == ["a/b:Q4_0"]
 
 
 def test_ollamas_store(disk: Disk) -> None:

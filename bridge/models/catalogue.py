@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bridge.models import paths
 from bridge.models.index import Index, Known, known_by_path, size_of
-from bridge.models.reference import LocalPath, Name, control_character, parse
+from bridge.models.reference import LocalPath, Name, Reference, control_character, parse
 from bridge.models.store import forget_file
-from bridge.models.stores import Found, Place, discovered, scan_directory, scan_store
+from bridge.models.stores import OLLAMA_TAG, Found, Place, discovered, scan_directory, scan_store
 from bridge.models.watch import Stamp, Watch, stamp_of
 from protocol.errors import BridgeError, ErrorCode
 
@@ -61,11 +61,12 @@ class Catalogue:
         """The model that a user means, in its state of now. Raises BridgeError: bad_argument, ambiguous, forbidden,
         not_found (also for what could be pulled but has not been)."""
         index = self._refreshed()
-        if known := index.find(text):
+        if known := index.find(text):  # before it is parsed: a file may have any name
             return self._as_it_is(known)
         reference = parse(text)
-        if known := index.find(str(reference)):
-            return self._as_it_is(known)
+        for spelling in _spellings(reference):
+            if known := index.find(spelling):
+                return self._as_it_is(known)
         match reference:
             case LocalPath():
                 return self._by_path(text, index)
@@ -125,6 +126,13 @@ class Catalogue:
         if known := index.same(stamp):
             return replace(known, stamp=stamp, size=size_of(stamp))
         return known_by_path(path, files, stamp)
+
+
+def _spellings(reference: Reference) -> Iterator[str]:
+    """What else a user may have meant; programs written for Ollama add its tag to any name."""
+    yield str(reference)
+    if isinstance(reference, Name) and reference.tag == OLLAMA_TAG:
+        yield reference.name
 
 
 def _may_be_listed(files: Sequence[str], allowed: Sequence[str] | None) -> bool:

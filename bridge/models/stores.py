@@ -71,12 +71,17 @@ def discovered(environ: Mapping[str, str], home: Path) -> list[Place]:
 
 
 def _hub_cache(environ: Mapping[str, str], home: Path) -> Path:
-    """As huggingface_hub.constants has it."""
-    if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(cache)
-    if hub_home := environ.get("HF_HOME"):
-        return Path(hub_home) / "hub"
-    return Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface" / "hub"
+    """As huggingface_hub.constants has it, with ``~/`` but without $VARIABLES in what the variables say."""
+    variables = (
+        ("HF_HUB_CACHE", ""),
+        ("HUGGINGFACE_HUB_CACHE", ""),
+        ("HF_HOME", "hub"),
+        ("XDG_CACHE_HOME", "huggingface/hub"),
+    )
+    for variable, inside in variables:
+        if folder := environ.get(variable):
+            return (home / folder.removeprefix("~/") if folder.startswith("~/") else Path(folder)) / inside
+    return home / ".cache" / "huggingface" / "hub"
 
 
 # -- our own store, and directories of the configuration -------------------------------------------------------
