@@ -29,6 +29,7 @@ def test_the_first_place_counts() -> None:
     assert (one.name, one.source, one.path, one.names) == ("a", "store", "/store/1", ("a", "c", "loose"))
     assert two.name == "b"
     assert index.find("C") is one
+    assert one.identity == ((1, 1),)
     assert index.same(one.stamp) is one
     assert index.same((FileStamp(1, 1, 99, 9),)) is one, "a changed file is still that file"
     assert index.same((FileStamp(2, 1, 11, 0),)) is None

@@ -21,9 +21,12 @@ def test_any_path_where_nothing_is_said_of_it(disk: Disk, monkeypatch: pytest.Mo
     (disk.root / "link").symlink_to(path)
     write(disk.home / "mine.gguf")
     catalogue = disk.catalogue()
-    known = catalogue.find(str(disk.root / "link"))
+    (disk.root / "way").symlink_to(path.parent)
+    known = catalogue.find(str(disk.root / "way" / "x.bin"))
     assert (known.path, known.name, known.source, known.size) == (str(path), str(path), "path", 4)
     assert catalogue.find(known.name) == known
+    link = catalogue.find(str(disk.root / "link"))
+    assert (link.path, link.identity) == (str(disk.root / "link"), known.identity), "its name stays what it is"
     assert catalogue.find("~/mine.gguf").path == str(disk.home / "mine.gguf")
     monkeypatch.chdir(disk.home)
     assert catalogue.find("mine.gguf").path == catalogue.find("../home/mine.gguf").path == str(disk.home / "mine.gguf")

@@ -14,6 +14,8 @@ NAMED = 5  # models that an error tells of
 LONGEST_GUESS = 200  # characters of a name to which similar ones are sought
 SIMILAR = 0.6  # from 0 to 1, as difflib.SequenceMatcher.ratio has it
 
+Identity = tuple[tuple[int, int], ...]  # device and inode of each file: what tells them from all others
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -22,7 +24,8 @@ class Known:
     ``name`` leads to no other one, as do all ``names``. ``path`` is its file, its first shard, or a directory of
     weights that are still to be converted; ``files`` are all its files, ``size`` their bytes. ``source`` says in what
     place it was found: store, directory, hub, ollama, lmstudio; or path, if it is known by that alone, which is its
-    name then. ``stamp`` is another one as soon as any file is another one or was changed.
+    name then. ``stamp`` differs once any file was replaced or changed, ``identity`` once one was replaced; both are
+    the same by whatever path or link the files are found.
     """
 
     name: str
@@ -32,6 +35,10 @@ class Known:
     source: str
     names: tuple[str, ...]
     stamp: Stamp
+
+    @property
+    def identity(self) -> Identity:
+        return identity_of(self.stamp)
 
 
 def known_by_path(path: str, files: tuple[str, ...], stamp: Stamp) -> Known:
@@ -47,10 +54,10 @@ class Index:
 
     def __init__(self, found: Iterable[Found]) -> None:
         self._tables: tuple[dict[str, list[int]], ...] = ({}, {}, {}, {})  # what a name fits, in find's four steps
-        self._numbers: dict[tuple[tuple[int, int], ...], int] = {}  # by what tells one file from all others
+        self._numbers: dict[Identity, int] = {}
         merged: list[list[Found]] = []
         for model in found:
-            number = self._numbers.setdefault(_identity(model.weights.stamp), len(merged))
+            number = self._numbers.setdefault(identity_of(model.weights.stamp), len(merged))
             if number == len(merged):
                 merged.append([])
             merged[number].append(model)
@@ -93,7 +100,7 @@ class Index:
 
     def same(self, stamp: Stamp) -> Known | None:
         """The model that these files are, whatever path led to them."""
-        number = self._numbers.get(_identity(stamp))
+        number = self._numbers.get(identity_of(stamp))
         return None if number is None else self._models[number]
 
     def not_found(self, name: str) -> BridgeError:
@@ -106,7 +113,7 @@ class Index:
         return BridgeError(ErrorCode.NOT_FOUND, f"No model is known as {name}; {hint}")
 
 
-def _identity(stamp: Stamp) -> tuple[tuple[int, int], ...]:
+def identity_of(stamp: Stamp) -> Identity:
     return tuple((file.device, file.inode) for file in stamp)
 
 

@@ -17,17 +17,20 @@ from protocol.errors import BridgeError, ErrorCode
 
 
 def check_path(text: str, allowed: Sequence[str | Path] | None, home: Path) -> str:
-    """The absolute path of the weights: links followed, ``~/`` expanded, the first shard where it is any of them.
+    """The absolute path of the weights: ``~/`` expanded, links on the way followed, the first shard where it is any.
 
-    A shard's own name stays what it is, for llama.cpp finds the others by it; in the Hub's cache it is a link to a file
-    called otherwise. With ``allowed`` all has to lie inside these directories. Raises BridgeError: not_found (also for
-    a FIFO, a device, a directory without weights), forbidden (``allowed``: the directories).
+    The last name stays what it is, even of a link, for llama.cpp finds the other shards by it, and the converter what
+    lies beside it; in the Hub's cache every file is a link to one that is called otherwise. With ``allowed``, what it
+    leads to has to lie inside these directories. Raises BridgeError: not_found (also for a FIFO, a device, a directory
+    without weights), forbidden (``allowed``: the directories).
     """
     check_characters(text)
     typed = os.path.join(home, text[2:]) if text.startswith("~/") else text
     folder, file = os.path.split(typed)
-    is_shard = shard_of(file) is not None
-    files = shards(os.path.join(os.path.realpath(folder or "."), file)) if is_shard else (os.path.realpath(typed),)
+    if file in ("", ".", ".."):
+        files: tuple[str, ...] = (os.path.realpath(typed),)
+    else:
+        files = shards(os.path.join(os.path.realpath(folder or "."), file))
     for path in files:
         _check_inside(text, os.path.realpath(path), allowed)
         _check_kind(text, path)
