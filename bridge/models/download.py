@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 
 import httpx2
 
+from bridge.models.gguf import MAGIC
 from bridge.models.store import Partial
 from protocol.errors import BridgeError, ErrorCode
 
-MAGIC = b"GGUF"
 SMALLEST = 24  # bytes: magic, version, and how many tensors and keys there are
 REDIRECTS = 10
 ATTEMPTS = 5  # in a row that bring nothing

@@ -121,17 +121,19 @@ class Partial:
             on_bytes(self._hashed)
         return self._hash.hexdigest()
 
-    def publish(self, name: str) -> Path:
-        """Under its final name, whole and on the disk."""
+    def note_published(self, name: str, sha256: str) -> None:
+        """Has the store's file of this name known as this source's."""
+        stat = (self._store / name).stat()
+        self.note(size=stat.st_size, sha256=sha256, file=name, mtime_ns=stat.st_mtime_ns)
+
+    def publish(self, name: str) -> None:
+        """Under its final name, whole and on the disk; then it is closed."""
         sha256 = self.digest()
         os.fsync(self._file)
-        path = self._store / name
-        publish(self._path, path)
-        stat = os.fstat(self._file)
-        self.note(size=stat.st_size, sha256=sha256, file=name, mtime_ns=stat.st_mtime_ns)
+        publish(self._path, self._store / name)
+        self.note_published(name, sha256)
         os.close(self._file)
         self._file = -1
-        return path
 
 
 def is_full(error: OSError) -> bool:
