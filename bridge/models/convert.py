@@ -79,6 +79,11 @@ class Order(NamedTuple):
     def suffix(self) -> str:
         return suffix_of(self.outtype, self.quant)
 
+    @property
+    def whole_suffix(self) -> str:
+        """That of what is quantised."""
+        return suffix_of(self.outtype, None)
+
 
 def convert(order: Order, report: Report) -> dict[str, Any]:
     """Raises BridgeError."""
@@ -91,7 +96,7 @@ def convert(order: Order, report: Report) -> dict[str, Any]:
             return _outcome(path, cached=True)
         if order.quant:
             _run_quantize("--check", order.quant)  # before hours of converting
-        if not weights.is_gguf:
+        if not (weights.is_gguf or (order.quant and kept.find(weights, order.whole_suffix))):
             _check_converter(order.python)
         with kept.locked(lambda: report.progress("wait", 0, None, "conversions")):
             path = kept.place(weights, order.suffix, _Reading(weights, report).count)
@@ -124,7 +129,7 @@ def _make(order: Order, weights: Weights, kept: Converted, path: Path, report: R
         if weights.is_gguf:
             whole: Path | None = next(iter(weights.files.values()))
         else:
-            whole = kept.beside(path, order.suffix, suffix_of(order.outtype, None)) if order.quant else None
+            whole = kept.beside(path, order.suffix, order.whole_suffix) if order.quant else None
         if whole is None:
             whole = result.with_stem("whole")
             _check_room(order, weights, scratch)
@@ -259,13 +264,20 @@ def _objects(child: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
             yield found
 
 
+def _command(text: str) -> str:
+    """Not relative: the converter runs in a folder of its own."""
+    return os.path.abspath(text) if os.sep in text else text
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bridge.models.convert", description="Make a GGUF of weights.")
     parser.add_argument("source", type=Path, help="a directory, a file of weights, or with --quant a GGUF")
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="where converted models are kept")
     parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="auto: 16 bits, of the kind they are in")
     parser.add_argument("--quant", metavar="TYPE", help="quantise it: Q4_K_M, Q8_0 ...")
-    parser.add_argument("--python", default=sys.executable, metavar="INTERPRETER", help="the one with the converter")
+    parser.add_argument(
+        "--python", type=_command, default=sys.executable, metavar="INTERPRETER", help="the one with the converter"
+    )
     chosen = parser.parse_args(arguments)
     return run(lambda report: convert(Order(**vars(chosen)), report))
 

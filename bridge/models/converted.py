@@ -44,7 +44,7 @@ class Converted:
     """``converted/`` of a store."""
 
     def __init__(self, store: Path) -> None:
-        self.folder = store / FOLDER
+        self.folder = Path(os.path.abspath(store)) / FOLDER
         self._index_path = self.folder / "index.json"
         self._index = self._read_index()
 
