@@ -102,19 +102,19 @@ def _listed_parts(folder: Path) -> dict[str, Path]:
     for prefix, suffix in _FORMATS:
         index = folder / f"{prefix}{suffix}.index.json"
         if all(name.endswith(suffix) for name in parts) and index.is_file():
-            return _listed_in(index)
+            return _listed_in(index, suffix)
     return parts
 
 
-def _listed_in(index: Path) -> dict[str, Path]:
+def _listed_in(index: Path, suffix: str) -> dict[str, Path]:
     match read_json(index):
         case {"weight_map": dict(places)} if places and all(isinstance(name, str) for name in places.values()):
             names = sorted(set(places.values()))
         case _:
             raise failed(f'{index} has no "weight_map" of file names')
     for name in names:
-        if Path(name).name != name:
-            raise failed(f"{index} names {name[:100]!r}, which is no file beside it")
+        if Path(name).name != name or Path(name).suffix != suffix or "\0" in name:
+            raise failed(f"{index} names {name[:100]!r}, which is no part beside it")
         index.with_name(name).stat()
     return {name: index.with_name(name) for name in names}
 
