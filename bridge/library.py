@@ -6,9 +6,8 @@ want the same share.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +17,11 @@ import trio
 from bridge.config import Config
 from bridge.entry import DEFAULTS, Spec, Stamp
 from bridge.jobs import Jobs, Progress, run_job
-from bridge.models.catalogue import Catalogue, Known, stamp_of
-from bridge.models.convert import needs_converting
+from bridge.models.catalogue import Catalogue, Known
+from bridge.models.converted import cached
 from bridge.models.default import models_dir
-from bridge.models.reference import parse
+from bridge.models.reference import LocalPath, Name, parse
+from bridge.models.weights import needs_converting
 from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
@@ -103,17 +103,19 @@ class Library:
         try:
             found = await self.find(reference)
         except BridgeError as error:
-            if error.code != ErrorCode.NOT_FOUND or parse(reference).kind not in ("hub", "url", "pypi"):
+            if error.code != ErrorCode.NOT_FOUND or isinstance(parse(reference), LocalPath | Name):
                 raise
             pulled = await self.pull(reference, None, tell)
             found = await self.find(pulled["path"])
         if quant is None and not needs_converting(found.path):
             return found
-        arguments = [found.path, "--store", str(self._store)]
-        arguments += ["--quant", quant] if quant else []
-        arguments += ["--python", self._settings.convert_python] if self._settings.convert_python else []
-        made = await self._run("convert", arguments, tell)
-        return Found(made["path"], found.name, await self._look(partial(stamp_of, [made["path"]])))
+        made = await self._look(partial(cached, found.path, self._store, quant))
+        if made is None:
+            arguments = [found.path, "--store", str(self._store)]
+            arguments += ["--quant", quant] if quant else []
+            arguments += ["--python", self._settings.convert_python] if self._settings.convert_python else []
+            made = (await self._run("convert", arguments, tell))["path"]
+        return replace(await self.find(str(made)), name=found.name if quant is None else None)
 
     async def pull(self, source: str, sha256: str | None, tell: Tell) -> dict[str, Any]:
         """Fetches it into the store: ``path``, ``name``, ``size``, ``sha256``. Raises BridgeError."""
@@ -123,5 +125,5 @@ class Library:
         return await self._run("pull", arguments + (["--sha256", sha256] if sha256 else []), tell)
 
     async def _run(self, program: str, arguments: list[str], tell: Tell) -> dict[str, Any]:
-        command = [sys.executable, "-m", f"bridge.models.{program}", *arguments]
-        return await self._jobs.join(tuple(command), partial(run_job, command), tell)
+        command = (f"bridge.models.{program}", *arguments)
+        return await self._jobs.join(command, partial(run_job, command), tell)

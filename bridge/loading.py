@@ -16,6 +16,7 @@ from bridge.call import Call
 from bridge.entry import Entry, State, Terms
 from bridge.keeper import Proposal
 from bridge.library import Found
+from bridge.meter import Meter
 from bridge.pool import ModelPool
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
@@ -63,9 +64,19 @@ def _options(command: commands.Loading) -> commands.LoadOptions:
 
 
 def _teller(call: Call, wanted: bool) -> Callable[[jobs.Progress], None]:
-    if not wanted:
-        return lambda progress: None
-    return jobs.Meter(lambda rated: call.say(Progress(*rated))).tell
+    """What tells the client how far it is, now and then."""
+    meter = Meter()
+
+    def tell(progress: jobs.Progress) -> None:
+        if reading := meter.read(progress):
+            phase, done, total, unit = progress
+            call.say(Progress(phase, done, total, unit, _rounded(reading.rate), _rounded(reading.seconds_left)))
+
+    return tell if wanted else lambda progress: None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
 
 
 async def plan(call: Call, command: commands.Plan) -> Ok:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.models.default import publish
+from bridge.models.store import publish
 from bridge.models.weights import Weights, examine
 from protocol.errors import BridgeError
 
