@@ -250,7 +250,7 @@ def test_linked_directories_are_read_once(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"back{number}").symlink_to(tmp_path)
     write(tmp_path / "a" / "tiny.gguf")
-    found = [model.weights.paths for model in stores.scan_directory(tmp_path, watch.Watch())]
+    found = [model.files.paths for model in stores.scan_directory(tmp_path, watch.Watch())]
     assert found == [(str(tmp_path / "a" / "tiny.gguf"),)]
 
 
