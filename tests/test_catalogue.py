@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_disk import REVISION, Disk, refusal, write
+from model_disk import Disk, refusal, write
 
 from bridge.models import watch
 from bridge.models.catalogue import Catalogue
@@ -140,6 +140,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def fill(disk: Disk) -> None:
     write(disk.store / "mine.gguf")
+    write(disk.store / ".sources.json", b"{}")
     write(disk.models / "one" / "two" / "a.gguf")
     disk.hub("a/b", "c.gguf")
     disk.ollama("library/llama3/latest")
@@ -172,6 +173,11 @@ def test_only_the_place_that_changed_is_read_again(disk: Disk, scans: list[str])
     assert all(folder.startswith(str(disk.models)) for folder in scans)
 
 
+def remove_all(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
 CHANGES: dict[str, Callable[[Disk], object]] = {
     "a file comes": lambda disk: write(disk.models / "one" / "two" / "new.gguf"),
     "a directory comes": lambda disk: write(disk.models / "new" / "new.gguf"),
@@ -181,11 +187,11 @@ CHANGES: dict[str, Callable[[Disk], object]] = {
     "a converted one comes": lambda disk: write(disk.store / "converted" / "x.gguf"),
     "a repository comes": lambda disk: disk.hub("new/one", "c.gguf"),
     "a file of a repository comes": lambda disk: disk.hub("a/b", "d.gguf"),
-    "a blob goes": lambda disk: os.unlink(os.path.realpath(disk.hub("a/b", "c.gguf").parent / "c.gguf")),
+    "a blob goes": lambda disk: remove_all(disk.home / ".cache/huggingface/hub/models--a--b/blobs"),
     "another revision counts": lambda disk: disk.hub("a/b", "d.gguf", main="f" * 40),
     "a tag comes": lambda disk: disk.ollama("library/llama3/8b", "1" * 64),
     "a manifest is written anew": lambda disk: disk.ollama("library/llama3/latest", "1" * 64),
-    "a blob of Ollama's goes": lambda disk: disk.ollama("library/llama3/latest").unlink(),
+    "a blob of Ollama's goes": lambda disk: remove_all(disk.home / ".ollama/models/blobs"),
     "something was pulled": lambda disk: write(disk.store / ".sources.json", b'{"a/b:Q4_0":"mine.gguf"}'),
 }
 
@@ -195,8 +201,6 @@ def test_changes_are_noticed(disk: Disk, change: str) -> None:
     fill(disk)
     catalogue = disk.catalogue()
     before = catalogue.models()
-    if change == "a blob goes":
-        (disk.home / f".cache/huggingface/hub/models--a--b/snapshots/{REVISION}/c.gguf").unlink()
     CHANGES[change](disk)
     assert catalogue.models() != before
     assert catalogue.models() == disk.catalogue().models(), "just as if it were read for the first time"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.models.index import Index, size_of
-from bridge.models.stores import Found, Weights
+from bridge.models.stores import Files, Found
 from bridge.models.watch import FileStamp
 from protocol.errors import BridgeError
 
@@ -16,7 +16,7 @@ NAMES = st.lists(st.sampled_from(["a", "A", "b", "B", "a:Q4", "A:q4", "ß", "SS"
 def found(number: int, own: tuple[str, ...], loose: tuple[str, ...] = (), source: str = "store") -> Found:
     """Of one file; the same number is the same file."""
     stamp = (FileStamp(1, number, 10 + number, 0),)
-    return Found(source, Weights((f"/{source}/{number}",), stamp), own, loose)
+    return Found(source, Files((f"/{source}/{number}",), stamp), own, loose)
 
 
 def test_its_size_is_that_of_all_shards() -> None:

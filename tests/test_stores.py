@@ -246,6 +246,21 @@ def test_loops_of_links_end(disk: Disk) -> None:
     assert names(disk) == ["tiny"]
 
 
+def test_linked_directories_are_read_once(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"back{number}").symlink_to(tmp_path)
+    write(tmp_path / "a" / "tiny.gguf")
+    found = [model.files.paths for model in stores.scan_directory(tmp_path, watch.Watch())]
+    assert found == [(str(tmp_path / "a" / "tiny.gguf"),)]
+
+
+def test_no_walk_is_endless(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "MOST_FOLDERS", 3)
+    for folder in ("a", "b", "c"):
+        write(disk.models / folder / "tiny.gguf")
+    assert len(names(disk)) == 2, "of its folder and two in there"
+
+
 def test_the_same_file_found_twice_is_one_model(disk: Disk) -> None:
     path = write(disk.models / "tiny.gguf")
     (disk.models / "also.gguf").symlink_to(path)

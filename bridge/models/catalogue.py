@@ -106,7 +106,7 @@ class Catalogue:
             fence = self._fence()
             allowed = None if fence is None else [os.path.realpath(folder) for folder in fence]
             found = [found for place in self._places for found in self._read[place][1]]
-            self._index = Index(model for model in found if _may_be_listed(model.weights.paths, allowed))
+            self._index = Index(model for model in found if _may_be_listed(model.files.paths, allowed))
         return self._index
 
     def _fence(self) -> list[Path] | None:

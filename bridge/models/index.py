@@ -57,7 +57,7 @@ class Index:
         self._numbers: dict[Identity, int] = {}
         merged: list[list[Found]] = []
         for model in found:
-            number = self._numbers.setdefault(identity_of(model.weights.stamp), len(merged))
+            number = self._numbers.setdefault(identity_of(model.files.stamp), len(merged))
             if number == len(merged):
                 merged.append([])
             merged[number].append(model)
@@ -78,11 +78,11 @@ class Index:
     def _known(self, number: int, places: Sequence[Found]) -> Known:
         names = [name for place in places for name in place.own] + [name for place in places for name in place.loose]
         names = [name for name in dict.fromkeys(names) if self._fits(name) == [number]]
-        weights = places[0].weights
-        path = weights.paths[0]
-        stamp = weights.stamp
+        files = places[0].files
+        path = files.paths[0]
+        stamp = files.stamp
         name = names[0] if names else path
-        return Known(name, path, weights.paths, size_of(stamp), places[0].source, tuple(names) or (path,), stamp)
+        return Known(name, path, files.paths, size_of(stamp), places[0].source, tuple(names) or (path,), stamp)
 
     def _fits(self, name: str) -> list[int]:
         own, loose, own_folded, loose_folded = self._tables

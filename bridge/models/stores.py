@@ -34,7 +34,7 @@ _MODEL_LAYER = "application/vnd.ollama.image.model"
 _ADAPTER_LAYER = "application/vnd.ollama.image.adapter"
 
 
-class Weights(NamedTuple):
+class Files(NamedTuple):
     """The paths of a model's file, or of its shards in order, and the state they are in."""
 
     paths: tuple[str, ...]
@@ -46,7 +46,7 @@ class Found(NamedTuple):
     only goes by if no other does, such as the name without the quantisation."""
 
     source: str
-    weights: Weights
+    files: Files
     own: tuple[str, ...]
     loose: tuple[str, ...]
 
@@ -80,7 +80,7 @@ def _hub_cache(environ: Mapping[str, str], home: Path) -> Path:
     )
     for variable, inside in variables:
         if folder := environ.get(variable):
-            return (home / folder.removeprefix("~/") if folder.startswith("~/") else Path(folder)) / inside
+            return home / folder.removeprefix("~/") / inside  # the absolute one, if it is that
     return home / ".cache" / "huggingface" / "hub"
 
 
@@ -94,17 +94,17 @@ def scan_store(root: Path, watch: Watch) -> Iterator[Found]:
     for reference, file in sources(root).items():
         pulled.setdefault(file, []).append(reference)
     for folder in (root, root / CONVERTED):
-        for weights in _models(watch, watch.entries(folder)):
-            path = weights.paths[0]
+        for files in _models(watch, watch.entries(folder)):
+            path = files.paths[0]
             own, loose = _names_of_file(path)
             asked, repositories = _names_of_references(pulled.get(os.path.relpath(path, root), []))
-            yield Found("store", weights, (*own, *asked), (*loose, *repositories))
+            yield Found("store", files, (*own, *asked), (*loose, *repositories))
 
 
 def scan_directory(root: Path, watch: Watch) -> Iterator[Found]:
     for entries in _walk(watch, root, DEPTH):
-        for weights in _models(watch, entries):
-            yield Found("directory", weights, *_names_of_file(weights.paths[0]))
+        for files in _models(watch, entries):
+            yield Found("directory", files, *_names_of_file(files.paths[0]))
 
 
 def _names_of_file(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -161,21 +161,20 @@ def _revision(repository: Path, watch: Watch) -> str | None:
 
 def scan_lmstudio(root: Path, watch: Watch) -> Iterator[Found]:
     """PUBLISHER/MODEL/FILE."""
-    for publisher in filter(_is_folder, watch.entries(root)):
-        for model in filter(_is_folder, watch.entries(publisher.path)):
-            yield from _scan_repository(model.path, f"{publisher.name}/{model.name}", "lmstudio", watch)
+    for model in _folders(watch, root, 2):
+        yield from _scan_repository(model.path, "/".join(Path(model.path).parts[-2:]), "lmstudio", watch)
 
 
 def _scan_repository(folder: str, repository: str, source: str, watch: Watch) -> Iterator[Found]:
     """Goes by ``user/repo:QUANT`` and ``user/repo/FILE``, and loosely by ``user/repo`` and what a file goes by."""
     for entries in _walk(watch, folder, REPOSITORY_DEPTH):
-        for weights in _models(watch, entries):
-            path = weights.paths[0]
+        for files in _models(watch, entries):
+            path = files.paths[0]
             inside = f"{repository}/{os.path.relpath(path, folder)}"
             _, quant = split_quant(stem_of(os.path.basename(path)))
             own = (f"{repository}:{quant.upper()}", inside) if quant else (inside,)
             named, loose = _names_of_file(path)
-            yield Found(source, weights, own, (repository, *named, *loose))
+            yield Found(source, files, own, (repository, *named, *loose))
 
 
 # -- Ollama ----------------------------------------------------------------------------------------------------
@@ -193,16 +192,14 @@ class _Manifest(msgspec.Struct):
 def scan_ollama(root: Path, watch: Watch) -> Iterator[Found]:
     """manifests/REGISTRY/NAMESPACE/MODEL/TAG, a JSON file, names the weights in blobs/. ``library`` goes unsaid."""
     watch.note(root / "blobs")
-    for registry in filter(_is_folder, watch.entries(root / "manifests")):
-        for namespace in filter(_is_folder, watch.entries(registry.path)):
-            for model in filter(_is_folder, watch.entries(namespace.path)):
-                name = model.name if namespace.name == "library" else f"{namespace.name}/{model.name}"
-                for tag in watch.entries(model.path):
-                    digest = _digest(watch.content(tag.path))
-                    path = str(root / "blobs" / f"sha256-{digest}")
-                    if digest and (stamp := watch.stamp((path,))):
-                        own = (f"{name}:{tag.name}", name) if tag.name == OLLAMA_TAG else (f"{name}:{tag.name}",)
-                        yield Found("ollama", Weights((path,), stamp), own, (name,))
+    for model in _folders(watch, root / "manifests", 3):
+        name = "/".join(Path(model.path).parts[-2:]).removeprefix("library/")
+        for tag in watch.entries(model.path):
+            digest = _digest(watch.content(tag.path))
+            path = str(root / "blobs" / f"sha256-{digest}")
+            if digest and (stamp := watch.stamp((path,))):
+                own = (f"{name}:{tag.name}", name) if tag.name == OLLAMA_TAG else (f"{name}:{tag.name}",)
+                yield Found("ollama", Files((path,), stamp), own, (name,))
 
 
 def _digest(manifest: bytes | None) -> str | None:
@@ -223,7 +220,7 @@ def _digest(manifest: bytes | None) -> str | None:
 # -- files and folders -----------------------------------------------------------------------------------------
 
 
-def _models(watch: Watch, entries: Sequence[os.DirEntry[str]]) -> Iterator[Weights]:
+def _models(watch: Watch, entries: Sequence[os.DirEntry[str]]) -> Iterator[Files]:
     """The models among the entries of a directory. A link's target is watched, too."""
     for files in whole_models((entry for entry in entries if is_model(entry.name)), lambda entry: entry.name):
         for entry in files:
@@ -231,7 +228,7 @@ def _models(watch: Watch, entries: Sequence[os.DirEntry[str]]) -> Iterator[Weigh
                 watch.note(os.path.dirname(os.path.realpath(entry.path)))
         paths = tuple(entry.path for entry in files)
         if stamp := watch.stamp(paths):
-            yield Weights(paths, stamp)
+            yield Files(paths, stamp)
 
 
 def _walk(watch: Watch, top: str | Path, depth: int) -> Iterator[list[os.DirEntry[str]]]:
@@ -249,6 +246,15 @@ def _walk(watch: Watch, top: str | Path, depth: int) -> Iterator[list[os.DirEntr
         yield entries
         if level < depth:
             waiting.extend((entry.path, level + 1) for entry in entries if _is_folder(entry))
+
+
+def _folders(watch: Watch, top: str | Path, depth: int) -> Iterator[os.DirEntry[str]]:
+    """The directories that lie just so deep in this one."""
+    for entry in filter(_is_folder, watch.entries(top)):
+        if depth == 1:
+            yield entry
+        else:
+            yield from _folders(watch, entry.path, depth - 1)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
