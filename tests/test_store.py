@@ -18,7 +18,7 @@ from bridge.worker.store import DamagedState, Store
 
 TOKENS = [5, 6, 7, -1, 2**31 - 1]
 STATE = b"the state of five tokens"
-FILE = 8 + 32 + 32 + 12 + 4 * len(TOKENS) + len(STATE)  # bytes
+FILE = 8 + 32 + 32 + 32 + 12 + 4 * len(TOKENS) + len(STATE)  # bytes
 
 
 def store(folder: Path, key: str = "key", limit: int = 1 << 20, *, rewinds: bool = True) -> Store:
@@ -100,7 +100,7 @@ def test_the_longest_is_found(tmp_path: Path) -> None:
 def test_a_file_is_what_the_module_says(tmp_path: Path) -> None:
     put(store(tmp_path), TOKENS)
     data = only_file(tmp_path).read_bytes()
-    assert (len(data), data[:8], data[-len(STATE) :]) == (FILE, b"LBSTATE\x01", STATE)
+    assert (len(data), data[:8], data[-len(STATE) :]) == (FILE, b"LBSTATE\x02", STATE)
 
 
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_another_prompts_file(tmp_path: Path) -> None:
 @given(st.binary(max_size=200), st.booleans())
 def test_any_rubbish(tmp_path: Path, data: bytes, magic: bool) -> None:
     put(store(tmp_path), TOKENS)
-    only_file(tmp_path).write_bytes(b"LBSTATE\x01" * magic + data)
+    only_file(tmp_path).write_bytes(b"LBSTATE\x02" * magic + data)
     assert_never_wrong(tmp_path)
     for path in files(tmp_path):
         path.unlink()

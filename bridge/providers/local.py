@@ -21,7 +21,7 @@ import trio
 from bridge import ipc, log
 from bridge.models.files import check_model_file
 from bridge.outbox import Outbox
-from bridge.providers.base import Answer, Ask, Asking, Progress
+from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
 from bridge.receipts import Totals
 from protocol.errors import BridgeError, ErrorCode
 
@@ -238,7 +238,7 @@ class LocalProvider:
     def _admit(self, request: Ask, size: int) -> None:
         if self._outbox.broken or self._home.fileno() < 0:
             raise self._crashed("has just died")
-        if isinstance(request, ipc.ListQueue | ipc.Park):
+        if isinstance(request, ipc.ListQueue | ipc.Park | AskAdapters):
             return  # they compute nothing, and a full queue is what one wants to look at
         if size > self._queue_bytes:
             message = f"The prompts have {size} characters; allowed: {self._queue_bytes}, as limits.queue_bytes says"

@@ -7,6 +7,9 @@ starts from that instead of computing it again:
 - from a copy, where others run on it, or go on needing what else the slot holds;
 - from a state that was saved to disk (store.py), where that holds more than any slot.
 
+All three only where it was computed under the adapters that the prompt is for: the same words give other cells under
+others.
+
 Nothing is kept apart for this: a free slot's content is overwritten when the slot is needed, one of the least recently
 used.
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bridge.worker.backend import Adapters
 from bridge.worker.prefix import PrefixTree
 from bridge.worker.sequence import Sequence
 
@@ -75,6 +79,7 @@ class Content:
 
     slot: int
     tokens: list[int]
+    adapters: Adapters = ()
     owner: Sequence | None = None
     used: int = 0  # when last: the higher the later
 
@@ -103,26 +108,25 @@ class Slots:
         return self._count - len(self._running)
 
     @property
-    def kept(self) -> list[tuple[int, list[int]]]:
-        """The free slots that hold something, with the tokens of their cells; least recently used first."""
-        return [(content.slot, content.tokens) for content in sorted(self._kept.values(), key=lambda one: one.used)]
+    def kept(self) -> list[Content]:
+        """What the free slots hold; least recently used first."""
+        return sorted(self._kept.values(), key=lambda one: one.used)
 
     # -- what a prompt can start from --------------------------------------------------------------------------
 
-    def cached(self, prompt: list[int]) -> int:
-        """Tokens of it that some slot holds. At least its last token is always left to compute."""
-        return self._best(prompt)[1]
+    def cached(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that some slot holds. At least the last token is always left to compute."""
+        return self._best(sequence)[1]
 
-    def promised(self, prompt: list[int], priority: int) -> int:
-        """Tokens of it that some slot will hold when the prompt that runs there, as urgent as this, is computed."""
+    def promised(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that some slot will hold when that which runs there, as urgent as it, is computed."""
         if not self._rewinds:
             return 0
-        shared = self._tree.matches(prompt).items()
-        urgent = (length for content, length in shared if content.owner and content.owner.priority <= priority)
-        return min(max(urgent, default=0), len(prompt) - 1)
+        shared = self._tree.matches(sequence.tokens, sequence.adapters).items()
+        urgent = (length for held, length in shared if held.owner and held.owner.priority <= sequence.priority)
+        return min(max(urgent, default=0), len(sequence.tokens) - 1)
 
-    def _usable(self, content: Content, length: int, prompt: list[int]) -> int:
-        length = min(length, len(prompt) - 1)
+    def _usable(self, content: Content, length: int) -> int:
         if self._rewinds:
             return min(length, content.cells)
         return content.cells if content.cells <= length else 0
@@ -131,7 +135,7 @@ class Slots:
 
     def place(self, sequence: Sequence, saved: Saved | None = None) -> Placement:
         """Gives a slot to it; one must be free. A sequence that runs by itself starts from nothing of others'."""
-        source, cells = (None, 0) if sequence.alone else self._best(sequence.tokens)
+        source, cells = (None, 0) if sequence.alone else self._best(sequence)
         if saved and saved.cells >= cells + WORTH:
             source, cells = None, saved.cells
         else:
@@ -147,8 +151,9 @@ class Slots:
             if saved:
                 moves.append(Restore(slot, saved.name))
         sequence.slot = slot
-        content = self._running[slot] = Content(slot, sequence.tokens[: sequence.n_prompt], sequence)
-        self._tree.insert(content, content.tokens)
+        content = Content(slot, sequence.tokens[: sequence.n_prompt], sequence.adapters, sequence)
+        self._running[slot] = content
+        self._tree.insert(content, content.tokens, content.adapters)
         return Placement(slot, cells, tuple(moves))
 
     def release(self, sequence: Sequence, *, keep: bool) -> bool:
@@ -158,7 +163,7 @@ class Slots:
             self._tree.remove(content)
             return False
         content.owner, content.tokens = None, sequence.tokens[: sequence.cells]
-        self._tree.insert(content, content.tokens)
+        self._tree.insert(content, content.tokens, content.adapters)
         self._kept[content.slot] = content
         self._touch(content)
         return True
@@ -189,12 +194,12 @@ class Slots:
 
     # -- where -------------------------------------------------------------------------------------------------
 
-    def _best(self, prompt: list[int]) -> tuple[Content | None, int]:
-        """What holds most of it: rather what is free than what runs, rather what holds little else."""
+    def _best(self, sequence: Sequence) -> tuple[Content | None, int]:
+        """What holds most of its prompt: rather what is free than what runs, rather what holds little else."""
         best: tuple[int, bool, int] = (0, False, 0)
         found = None
-        for content, length in self._tree.matches(prompt).items():
-            cells = self._usable(content, length, prompt)
+        for content, length in self._tree.matches(sequence.tokens, sequence.adapters).items():
+            cells = self._usable(content, min(length, len(sequence.tokens) - 1))
             rank = (cells, content.owner is None, cells - content.cells)
             if cells and rank > best:
                 best, found = rank, content
