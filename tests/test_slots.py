@@ -371,6 +371,26 @@ def test_a_gap_is_closed_by_the_fewer() -> None:
     assert table.slots.close_gap() is None
 
 
+def test_those_under_the_same_adapters_are_neighbours() -> None:
+    table = Table(6)
+    slots = [table.place(sequence(run(number, 20), adapters)).slot for number, adapters in enumerate([(), X] * 3)]
+    assert slots == [0, 5, 1, 4, 2, 3]
+
+
+def test_a_gap_between_those_under_the_same_adapters_is_closed_and_one_between_sets_is_left() -> None:
+    table = Table(6)
+    for number, adapters in enumerate([(), X] * 3):
+        table.place(sequence(run(number, 20), adapters))
+        table.compute(table.running[-1], 20)
+    first, last, middle, _, other, _ = list(table.running)
+    table.end(middle)
+    assert table.slots.close_gap() == (other, 2, Placement(1, 20, (Swap(2, 1),)))
+    table.running.remove(other)
+    table.slots.release(other, keep=True)
+    assert table.slots.close_gap() is None
+    assert (first.slot, last.slot) == (0, 5)
+
+
 def test_where_the_place_does_not_matter_nothing_is_moved() -> None:
     table = Table(split=False)
     for tokens in (A, B, C, D):
@@ -391,8 +411,19 @@ def neighbourhoods(slots: set[int]) -> int:
     return sum(slot - 1 not in slots for slot in slots)
 
 
+def of_sets(table: Table) -> dict[Adapters, set[int]]:
+    slots: defaultdict[Adapters, set[int]] = defaultdict(set)
+    for one in table.running:
+        slots[one.adapters].add(one.slot)
+    return slots
+
+
+def span(slots: set[int]) -> int:
+    return max(slots) - min(slots)
+
+
 @settings(max_examples=300)
-@given(st.data(), st.integers(1, 5), st.booleans(), st.booleans())
+@given(st.data(), st.integers(1, 7), st.booleans(), st.booleans())
 def test_any_series(data: st.DataObject, count: int, rewinds: bool, split: bool) -> None:
     table = Table(count, rewinds=rewinds, split=split)
     for action in data.draw(st.lists(st.sampled_from(["place", "place", "compute", "compute", "end"]), max_size=40)):
@@ -417,15 +448,20 @@ def test_any_series(data: st.DataObject, count: int, rewinds: bool, split: bool)
 
 
 def _close_gap(table: Table, *, split: bool) -> None:
-    slots, kept = {one.slot for one in table.running}, sorted(table.kept)
+    slots, kept, before = {one.slot for one in table.running}, sorted(table.kept), of_sets(table)
     gap = table.slots.close_gap()
-    assert bool(gap) == (split and neighbourhoods(slots) > 1)
+    if len(before) <= 1:
+        assert bool(gap) == (split and neighbourhoods(slots) > 1)
+    if split and not gap:
+        assert not any({slot + 1} - slots and slot + 2 in alike for alike in before.values() for slot in alike)
     if gap:
         one, was, placement = gap
         assert (was in slots, placement.slot not in slots, placement.cells) == (True, True, one.cells)
         for move in placement.moves:
             table.move(move)
-        assert neighbourhoods({one.slot for one in table.running}) <= neighbourhoods(slots)
+        after = of_sets(table)
+        assert sum(map(neighbourhoods, after.values())) <= sum(map(neighbourhoods, before.values()))
+        assert sum(map(span, after.values())) < sum(map(span, before.values())), "it comes to an end"
         assert sorted(table.kept) == kept
 
 
@@ -454,7 +490,8 @@ def _place(
         assert placement.cells in (0, promise, saved and saved.cells)
     if split:
         free = set(range(len(running) + table.slots.free + 1)) - running
-        assert neighbourhoods(running | {placement.slot}) == min(neighbourhoods(running | {slot}) for slot in free)
+        alike = {one.slot for one in table.running[:-1] if one.adapters == adapters}
+        assert neighbourhoods(alike | {placement.slot}) == min(neighbourhoods(alike | {slot}) for slot in free)
 
     lost = [content for content in order if content not in table.slots.kept]
     assert len(lost) <= 1, "one slot was taken"

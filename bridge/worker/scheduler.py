@@ -110,6 +110,11 @@ class Scheduler:
         yield from self.running
         yield from self.waiting
 
+    @property
+    def sets(self) -> list[int]:
+        """How many run under each set of adapters."""
+        return list(self._sets.values())
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
 

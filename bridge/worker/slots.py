@@ -16,13 +16,15 @@ used.
 In a split cache the slots that run should be neighbours: llama.cpp computes neighbours in one pass over the weights and
 needs another pass for each gap. So a sequence is placed beside those that run, what is in the way changes places with
 it, and a gap that was left by one that ended is closed. That costs what a few tokens cost (tests/bench/RESULTS.md),
-once; a gap costs a pass in every batch.
+once; a gap costs a pass in every batch. Under several sets of adapters each has batches of its own, and neighbours are
+those under the same. The first of a set begins as far from the others as it can, which leaves both room to grow.
 
 It only decides. What is to be done with the cells comes back as a Placement; cells.py does it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -142,12 +144,12 @@ class Slots:
             saved = None
         victim = self._victim(source)
         if source and source.owner is None and (victim is None or source.cells - cells <= cells // 2):
-            slot, moves = self._settle_in(source)
+            slot, moves = self._settle_in(source, sequence.adapters)
         else:
             assert victim is not None
             if source and cells < WORTH:
                 source, cells = None, 0
-            slot, moves = self._settle_on(victim, source)
+            slot, moves = self._settle_on(victim, source, sequence.adapters)
             if saved:
                 moves.append(Restore(slot, saved.name))
         sequence.slot = slot
@@ -182,15 +184,33 @@ class Slots:
         slots = sorted(self._running)
         if not self._split or not slots or slots[-1] - slots[0] == len(slots) - 1:
             return None
-        gaps = [slot for slot in range(slots[0], slots[-1]) if slot not in self._running]
-        from_below = gaps[0] - slots[0] < slots[-1] - gaps[-1]  # the fewer move
-        source, target = (slots[0], gaps[-1]) if from_below else (slots[-1], gaps[0])
+        found = self._find_gap(slots)
+        if found is None:
+            return None
+        source, target = found
         content = self._running.pop(source)
         assert content.owner
         move = self._make_way(source, target)
         content.slot = content.owner.slot = target
         self._running[target] = content
         return content.owner, source, Placement(target, content.cells, (move,))
+
+    def _find_gap(self, running: list[int]) -> tuple[int, int] | None:
+        """A slot to move at one end of those of a set, where they are fewer, and a free one beside its others."""
+        of_set: defaultdict[Adapters, list[int]] = defaultdict(list)
+        for slot in running:
+            of_set[self._running[slot].adapters].append(slot)
+        for slots in of_set.values():
+            free = [slot for slot in range(slots[0], slots[-1]) if slot not in self._running]
+            if not free:
+                continue
+            ends = [(slots[-1] - free[-1], slots[-1], free), (free[0] - slots[0], slots[0], free[::-1])]
+            for _, source, targets in sorted(ends, key=lambda end: end[0]):
+                others = set(slots) - {source}
+                for target in targets:
+                    if {target - 1, target + 1} & others:
+                        return source, target
+        return None
 
     # -- where -------------------------------------------------------------------------------------------------
 
@@ -210,16 +230,16 @@ class Slots:
         others = [slot for slot in self._free() if source is None or self._kept.get(slot) is not source]
         return min(others, key=self._age, default=None)
 
-    def _settle_in(self, source: Content) -> tuple[int, list[Move]]:
+    def _settle_in(self, source: Content, adapters: Adapters) -> tuple[int, list[Move]]:
         """On what is there, if need be at another place."""
-        slot = self._beside(source.slot)
+        slot = self._beside(source.slot, adapters)
         del self._kept[source.slot]
         self._tree.remove(source)
         return slot, [] if slot == source.slot else [self._make_way(source.slot, slot)]
 
-    def _settle_on(self, victim: int, source: Content | None) -> tuple[int, list[Move]]:
+    def _settle_on(self, victim: int, source: Content | None, adapters: Adapters) -> tuple[int, list[Move]]:
         """In place of ``victim``'s content, from a copy of ``source`` if there is one."""
-        slot = self._beside(victim)
+        slot = self._beside(victim, adapters)
         if victim in self._kept and self._kept.get(slot) is not source and self._is_old(slot):
             victim = slot  # its content is hardly worth more, and need not be moved
         if lost := self._kept.pop(victim, None):
@@ -259,13 +279,15 @@ class Slots:
         ages = sorted(content.used for content in self._kept.values())
         return slot in self._kept and self._kept[slot].used <= ages[(len(ages) - 1) // 2]
 
-    def _beside(self, preferred: int) -> int:
-        """A free slot beside those that run, the preferred one if it is as good as any."""
+    def _beside(self, preferred: int, adapters: Adapters) -> int:
+        """A free slot beside those that run under these adapters, the preferred one if it is as good as any."""
         if not self._split:
             return preferred
+        alike = {slot for slot, content in self._running.items() if content.adapters == adapters}
 
-        def cost(slot: int) -> tuple[int, bool, int]:
-            neighbours = (slot - 1 in self._running) + (slot + 1 in self._running)
-            return -neighbours, slot != preferred, self._age(slot)
+        def cost(slot: int) -> tuple[int, int, bool, int]:
+            neighbours = (slot - 1 in alike) + (slot + 1 in alike)
+            distance = 0 if neighbours else min((abs(slot - one) for one in self._running), default=0)
+            return -neighbours, -distance, slot != preferred, self._age(slot)
 
         return min(self._free(), key=cost)
