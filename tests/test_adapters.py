@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_engine import Rig, words
 
 from bridge import ipc
-from bridge.worker.adapters import MOST_AT_ONCE, SCALE
+from bridge.worker.adapters import MOST_AT_ONCE
 from bridge.worker.backend import LoadError
 from bridge.worker.engine import Engine
 from bridge.worker.store import Store
@@ -137,9 +137,8 @@ def test_a_default_that_cannot_be_is_a_failed_load(adapters: list[ipc.Adapter], 
 @pytest.mark.parametrize(
     ("lora", "why"),
     [
-        ([("k", math.inf)], "the scale of shout is inf; allowed: -100 to 100"),
+        ([("k", math.inf)], "the scale of shout is inf"),
         ([("k", math.nan)], "the scale of shout is nan"),
-        ([("k", -SCALE - 1)], "the scale of shout is -101"),
         ([("k", 1.0), ("l", 1.0), ("k", 0.0)], "shout is named twice"),
         ([("k", 1.0)] * (MOST_AT_ONCE + 1), f"{MOST_AT_ONCE + 1} adapters; allowed: up to {MOST_AT_ONCE}"),
     ],
