@@ -68,13 +68,25 @@ class Sampling(Struct, frozen=True, array_like=True):
     grammar: str | None = None
 
 
+class Adapter(Struct, frozen=True, array_like=True):
+    """A LoRA adapter. ``key`` names what its file contains: no two contents have the same, here or on disk."""
+
+    key: str
+    path: str
+    scale: float = 1.0
+
+
 class Load(Struct, frozen=True, array_like=True, tag="load"):
-    """``cache_dir`` is where states of the KV cache outlive the worker, in up to ``cache_bytes``; "" is nowhere."""
+    """``cache_dir`` is where states of the KV cache outlive the worker, in up to ``cache_bytes``; "" is nowhere.
+
+    ``lora`` are adapters to load with the model. They are applied where a Generate names none, for as long as it lives.
+    """
 
     path: str
     options: Options
     cache_dir: str = ""
     cache_bytes: int = 0
+    lora: list[Adapter] = []
 
 
 class Message(Struct, frozen=True, array_like=True):
@@ -94,6 +106,7 @@ class Generate(Struct, frozen=True, array_like=True, tag="generate"):
     """``prompt`` is a text, or turns to be rendered by ``template`` (built-in) or the model's own.
 
     ``client`` is a number for who asks: clients get equal shares. ``label`` is what the client calls the request.
+    ``lora`` has the keys of loaded adapters and their scales; None means those of Load, and an empty list none.
     """
 
     rid: int
@@ -110,10 +123,11 @@ class Generate(Struct, frozen=True, array_like=True, tag="generate"):
     deterministic: bool = False
     queue_events: bool = False
     label: str | None = None
+    lora: list[tuple[str, float]] | None = None
 
 
 class Embed(Struct, frozen=True, array_like=True, tag="embed"):
-    """``dimensions`` is how many components of each vector are wanted, all if None."""
+    """``dimensions`` is how many components of each vector are wanted, all if None. Adapters are not applied."""
 
     rid: int
     texts: list[str]
@@ -147,7 +161,28 @@ class Park(Struct, frozen=True, array_like=True, tag="park"):
     rid: int
 
 
-Request = Generate | Embed | Tokenize | Detokenize | Cancel | ListQueue | Park
+class LoadAdapter(Struct, frozen=True, array_like=True, tag="load_adapter"):
+    """Makes an adapter there for Generate to name; one that is there already stays as it is."""
+
+    rid: int
+    key: str
+    path: str
+
+
+class UnloadAdapter(Struct, frozen=True, array_like=True, tag="unload_adapter"):
+    """Refused (busy) while requests use it, and (bad_argument) for one that came with Load."""
+
+    rid: int
+    key: str
+
+
+class ListAdapters(Struct, frozen=True, array_like=True, tag="list_adapters"):
+    rid: int
+
+
+Request = (
+    Generate | Embed | Tokenize | Detokenize | Cancel | ListQueue | Park | LoadAdapter | UnloadAdapter | ListAdapters
+)
 ToWorker = Load | Request
 
 # -- to the daemon ---------------------------------------------------------------------------------------------
@@ -278,6 +313,36 @@ class Parked(Struct, frozen=True, array_like=True, tag="parked"):
     saved: int  # states
 
 
+class LoadedAdapter(Struct, frozen=True, array_like=True):
+    """``size`` is its file's in bytes, of which little more than the matrices is in memory. ``default`` is its scale
+    where a Generate names no adapters, None if it came after Load. So many ``requests`` that run or wait use it now.
+    """
+
+    key: str
+    path: str
+    size: int
+    default: float | None
+    requests: int
+
+
+class AdapterLoaded(Struct, frozen=True, array_like=True, tag="adapter_loaded"):
+    rid: int
+    adapter: LoadedAdapter
+    load_ms: float  # 0 if it was there
+
+
+class AdapterUnloaded(Struct, frozen=True, array_like=True, tag="adapter_unloaded"):
+    rid: int
+    key: str
+
+
+class AdaptersListed(Struct, frozen=True, array_like=True, tag="adapters_listed"):
+    """In the order they were loaded."""
+
+    rid: int
+    adapters: list[LoadedAdapter]
+
+
 class Warning(Struct, frozen=True, array_like=True, tag="warning"):
     """Something is not as it should be, which harms no request. For the log."""
 
@@ -294,7 +359,10 @@ class Refused(Struct, frozen=True, array_like=True, tag="refused"):
     details: dict[str, Any] = {}
 
 
-Event = Accepted | Place | Text | Done | Embedded | Tokens | Detokenized | QueueListed | Parked | Warning | Refused
+Event = (
+    Accepted | Place | Text | Done | Embedded | Tokens | Detokenized | QueueListed | Parked
+    | AdapterLoaded | AdapterUnloaded | AdaptersListed | Warning | Refused
+)  # fmt: skip
 
 
 class Step(Struct, frozen=True, array_like=True, tag="step"):

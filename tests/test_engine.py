@@ -262,7 +262,7 @@ def test_a_sequence_that_cannot_go_on_ends_alone(monkeypatch: pytest.MonkeyPatch
     rig.step(2)
     sample = rig.backend._sample
     none = Sampled(-1, refusal=Refusal("bad_argument", "grammar: a dead end"))
-    monkeypatch.setattr(rig.backend, "_sample", lambda slot: none if slot == 0 else sample(slot))
+    monkeypatch.setattr(rig.backend, "_sample", lambda slot, accent: none if slot == 0 else sample(slot, accent))
     rig.run()
     assert rig.texts(stuck) == ["a", " b"]
     assert rig.refusal(stuck).message == "grammar: a dead end"

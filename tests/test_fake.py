@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import ipc
-from bridge.worker.backend import Aborted, BackendError, Batch, LoadError
+from bridge.worker.backend import Aborted, Adapters, BackendError, Batch, LoadError
 from bridge.worker.fake import N_EMBD, FakeBackend
 
 
@@ -78,6 +79,44 @@ def test_abort_comes_before_the_time_that_computing_takes() -> None:
     with pytest.raises(Aborted):
         backend.decode(batch)
     assert backend.rewind(0, 0) == 0
+
+
+def under(adapters: Adapters) -> FakeBackend:
+    """With a prompt of two words in slot 0, computed under these."""
+    backend = load()
+    for key, path in (("k", "/some/shout.gguf"), ("l", "nod")):
+        backend.load_adapter(key, path)
+    tokens = backend.tokenize("a b", special=True, parse_special=True)
+    backend.open(0, ipc.Sampling(), tokens)
+    backend.decode(run(tokens, 0, adapters))
+    return backend
+
+
+def run(tokens: list[int], position: int, adapters: Adapters) -> Batch:
+    batch = Batch(adapters=adapters)
+    batch.add(0, position, tokens, output=True)
+    return batch
+
+
+def test_an_adapter_is_heard_in_every_word() -> None:
+    adapters: Adapters = (("k", 1.0), ("l", -0.5))
+    backend = under(adapters)
+    said = [sampled.token for _ in range(2) for sampled in backend.decode(run([7], 2 + _, adapters))]
+    assert b"".join(map(backend.piece, said)) == b" b+shout+nod*-0.5 a+shout+nod*-0.5"
+
+
+def test_cells_that_were_computed_under_other_adapters_are_found_out() -> None:
+    for one, other in itertools.permutations([(), (("k", 1.0),), (("k", 0.5),), (("l", 1.0),)], 2):
+        backend = under(one)
+        backend.copy(0, 1)
+        backend.restore(0, backend.save(1))
+        with pytest.raises(AssertionError, match="other adapters"):
+            backend.decode(run([7], 2, other))
+
+
+def test_an_adapter_that_cannot_be_loaded() -> None:
+    with pytest.raises(BackendError):
+        load().load_adapter("k", "shout?load=fail")
 
 
 @pytest.mark.parametrize("text", ["a", "llama llama", "🦙"])

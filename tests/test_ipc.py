@@ -30,7 +30,10 @@ TIMINGS = ipc.Timings(1.0, 2.5, 0.0)
 REQUESTS: list[ipc.ToWorker] = [
     ipc.Load("/models/ö.gguf", ipc.Options()),
     ipc.Load("m", ipc.Options(8, 1, 2, 2, 1, -1, "off", "f16", "q8_0", True, True, False)),
+    ipc.Load("m", ipc.Options(), "/cache", 9, [ipc.Adapter("k", "/a.gguf", 0.5), ipc.Adapter("l", "/b.gguf")]),
     ipc.Generate(1, "Once", ipc.Sampling(), 16, [], True, 12.5),
+    ipc.Generate(1, "Once", ipc.Sampling(), 16, [], True, 12.5, lora=[]),
+    ipc.Generate(1, "Once", ipc.Sampling(), 16, [], True, 12.5, lora=[("k", -0.5), ("l", 1.0)]),
     ipc.Generate(
         2,
         [ipc.Message("user", "Hi", name="ann"), ipc.Message("tool", "", tool_call_id="c1")],
@@ -49,6 +52,9 @@ REQUESTS: list[ipc.ToWorker] = [
     ipc.Cancel(6),
     ipc.ListQueue(7),
     ipc.Park(8),
+    ipc.LoadAdapter(9, "k", "/a.gguf"),
+    ipc.UnloadAdapter(10, "k"),
+    ipc.ListAdapters(11),
 ]
 EVENTS: list[ipc.Event] = [
     ipc.Accepted(1, 3),
@@ -60,6 +66,9 @@ EVENTS: list[ipc.Event] = [
     ipc.Detokenized(5, "\ufffd"),
     ipc.QueueListed(7, [ipc.Queued(0, 3, "a", "low", 5, 2, 1, 9, 0.5, 20.0)]),
     ipc.Parked(8, 2),
+    ipc.AdapterLoaded(9, ipc.LoadedAdapter("k", "/a.gguf", 4096, None, 0), 1.5),
+    ipc.AdapterUnloaded(10, "k"),
+    ipc.AdaptersListed(11, [ipc.LoadedAdapter("k", "/a.gguf", 4096, 0.5, 2)]),
     ipc.Warning(0, "a damaged file"),
     ipc.Refused(2, "context_exceeded", "too long", {"n_prompt": 9, "n_ctx": 8}),
 ]

@@ -86,6 +86,17 @@ def test_work_ends_where_answers_do_of_late() -> None:
     assert pace.work(0, 0, 8, 1) == pytest.approx(8 * DECODE)
 
 
+def test_where_a_round_has_several_batches_a_token_takes_all_of_them() -> None:
+    pace = learnt((1, 1), (2, 2))
+    assert pace.work(0, 0, 10, 1, 2) == pytest.approx(10 * (pace.decode(1) + pace.decode(2)))
+
+
+def test_a_pass_takes_as_long_as_so_many_tokens_do() -> None:
+    assert Pace().a_pass == 0
+    assert learnt((1, 1)).a_pass == 0, "it is not known what a token takes"
+    assert learnt((1, 1), (1, 1000)).a_pass == int(DECODE / TOKEN)
+
+
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 300), st.integers(0, 10**10)), max_size=50))
 def test_any_times(batches: list[tuple[int, int, int]]) -> None:
     pace = Pace()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bridge.worker.prefix import PrefixTree, _Node
 
+REALMS = st.sampled_from("xy")
 TOKENS = st.lists(st.integers(0, 2), max_size=12)
 
 
@@ -43,25 +44,39 @@ def test_what_is_held_may_change() -> None:
     assert len(tree) == 0
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.none() | TOKENS), max_size=30), TOKENS)
+def test_what_is_held_in_one_realm_is_not_there_in_another() -> None:
+    tree: PrefixTree[str] = PrefixTree()
+    tree.insert("a", [1, 2, 3], "x")
+    tree.insert("b", [1, 2, 3])
+    assert tree.matches([1, 2], "x") == {"a": 2}
+    assert tree.matches([1, 2]) == {"b": 2}
+    assert tree.matches([1, 2], "y") == {}
+    tree.insert("a", [1], "y")
+    assert tree.matches([1, 2], "x") == {}
+    assert tree.matches([1, 2], "y") == {"a": 1}
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), REALMS, st.none() | TOKENS), max_size=30), TOKENS)
 def test_it_finds_what_comparing_with_everybody_finds(
-    changes: list[tuple[int, list[int] | None]], asked: list[int]
+    changes: list[tuple[int, str, list[int] | None]], asked: list[int]
 ) -> None:
     tree: PrefixTree[int] = PrefixTree()
-    held: dict[int, list[int]] = {}
-    for holder, tokens in changes:
+    held: dict[int, tuple[str, list[int]]] = {}
+    for holder, realm, tokens in changes:
         if tokens is None:
             tree.remove(holder)
             held.pop(holder, None)
         else:
-            tree.insert(holder, tokens)
-            held[holder] = tokens
-    for prompt in (asked, *held.values()):
-        expected = {holder: common(tokens, prompt) for holder, tokens in held.items()}
-        assert tree.matches(prompt) == {holder: length for holder, length in expected.items() if length}
-    everything = nodes(tree._root)
-    assert len(everything) <= 2 * len(held) + 1  # no node without a use
-    assert all(node.holders for node in everything[1:])
+            tree.insert(holder, tokens, realm)
+            held[holder] = realm, tokens
+    for prompt in (asked, *(tokens for _, tokens in held.values())):
+        for realm in "xy":
+            expected = {holder: common(tokens, prompt) for holder, (its, tokens) in held.items() if its == realm}
+            assert tree.matches(prompt, realm) == {holder: length for holder, length in expected.items() if length}
+    assert tree._roots.keys() == {realm for realm, tokens in held.values() if tokens}
+    everything = [node for root in tree._roots.values() for node in nodes(root)[1:]]
+    assert len(everything) <= 2 * len(held)  # no node without a use
+    assert all(node.holders for node in everything)
 
 
 def test_long_lists_alike_to_the_last_token() -> None:

@@ -47,8 +47,8 @@ class Rig:
             if isinstance(event, ipc.Done):
                 self.done[event.rid] = event
 
-    def answer(self, prompt: str, max_tokens: int = 8) -> ipc.Done:
-        rid = self.ask(prompt, max_tokens)
+    def answer(self, prompt: str, max_tokens: int = 8, **more: Any) -> ipc.Done:
+        rid = self.ask(prompt, max_tokens, **more)
         self.run()
         return self.done[rid]
 

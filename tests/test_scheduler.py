@@ -11,21 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import ipc
+from bridge.worker.backend import Adapters
 from bridge.worker.pace import Pace
 from bridge.worker.scheduler import ALONE_CHUNK, CHUNK, Scheduled, Scheduler
 from bridge.worker.sequence import Sequence
 from bridge.worker.slots import Copy, Placement, Slots, Swap
 
 WORTH_A_PASS = 64
+X: Adapters = (("x", 1.0),)
+HALF_X: Adapters = (("x", 0.5),)
 rids = itertools.count()
 
 
-def sequence(n_prompt: int, first: int | None = None, **more: Any) -> Sequence:
+def sequence(n_prompt: int, first: int | None = None, adapters: Adapters = (), **more: Any) -> Sequence:
     """Its prompt is unlike all others, unless ``first`` says where it begins."""
     rid = next(rids)
     first = 1000 * rid if first is None else first
     request = ipc.Generate(rid, "", ipc.Sampling(), 1, [], False, 0.0, **more)
-    return Sequence(request, list(range(first, first + n_prompt)))
+    return Sequence(request, list(range(first, first + n_prompt)), adapters)
 
 
 def advance(scheduled: Scheduled) -> None:
@@ -333,13 +336,85 @@ def test_alone_is_in_batches_of_its_own_cut_at_the_same_places() -> None:
     assert [shares(batch) for batch in steps(scheduler)] == [[(0, 1)], [(1, 1)]]
 
 
+# -- adapters --------------------------------------------------------------------------------------------------
+
+
+def sets_of(batches: list[Scheduled]) -> list[Adapters]:
+    return [scheduled.batch.adapters for scheduled in batches]
+
+
+def test_streams_under_the_same_adapters_share_a_batch() -> None:
+    scheduler = scheduler_with(*(sequence(1, adapters=adapters) for adapters in (X, (), X, HALF_X)), n_parallel=8)
+    assert [len(scheduled.batch) for scheduled in steps(scheduler)] == [1, 2, 1]
+    for _ in range(3):
+        batches = steps(scheduler)
+        assert {scheduled.batch.adapters: len(scheduled.batch) for scheduled in batches} == {(): 1, X: 2, HALF_X: 1}
+
+
+def test_a_round_begins_with_the_set_that_the_last_one_ended_with() -> None:
+    scheduler = scheduler_with(sequence(1), sequence(1, adapters=X), n_parallel=8, n_batch=2048)
+    rounds = [sets_of(steps(scheduler)) for _ in range(4)]
+    assert rounds == [[(), X], [X, ()], [(), X], [X, ()]]
+    scheduler.add(sequence(5, adapters=X))
+    assert sets_of(steps(scheduler)) == [(), X, X]
+    scheduler.add(sequence(5))
+    scheduler.add(sequence(ALONE_CHUNK, deterministic=True))
+    assert sets_of(steps(scheduler)) == [X, (), (), ()]
+
+
+def test_prompts_under_other_adapters_share_no_batch() -> None:
+    some = [sequence(5, adapters=adapters) for adapters in (X, (), X)]
+    batches = steps(scheduler_with(*some))
+    assert [scheduled.sampled for scheduled in batches] == [[some[1]], [some[0], some[2]]]
+
+
+def test_a_prompt_does_not_wait_for_one_that_begins_alike_under_other_adapters() -> None:
+    one, other, third = sequence(100, 0), sequence(90, 0, X), sequence(90, 0, X)
+    scheduler = scheduler_with(one, other, third, n_batch=2048)
+    steps(scheduler)
+    assert (other.cached, other.cells, third.slot) == (0, 90, -1)
+    steps(scheduler)
+    assert (third.cached, third.cells) == (89, 90)
+
+
+def test_a_long_prompt_may_delay_streams_by_twice_the_batches_of_all_sets() -> None:
+    scheduler = scheduler_with(sequence(1), sequence(1, adapters=X), n_batch=2048, pace=timed(1, 0.202, 0.002))
+    steps(scheduler)
+    scheduler.add(sequence(2 * CHUNK))
+    assert [len(scheduled.batch) for scheduled in steps(scheduler)] == [1, 1, int((1.2 * 2 * 0.202 - 0.202) / 0.002)]
+
+
+def test_a_further_set_among_prompts_pays_for_its_pass() -> None:
+    """A second has room for 100 tokens in one pass, and for 60 in two."""
+    scheduler = with_a_stream(timed(1, 0.4, 0.006))
+    scheduler.add(sequence(10))
+    scheduler.add(sequence(150, adapters=X))
+    prompts = steps(scheduler)[1:]
+    assert [len(scheduled.batch) for scheduled in prompts] == [10, 100 - 10 - 66]
+    assert sum(0.4 + 0.006 * len(scheduled.batch) for scheduled in prompts) <= 1.1
+
+
+def test_a_set_for_whose_pass_there_is_no_room_waits_its_turn() -> None:
+    first, second = sequence(95), sequence(95, adapters=X)
+    scheduler = with_a_stream(timed(1, 0.4, 0.006))
+    scheduler.add(first)
+    scheduler.add(second)
+    assert round_of(scheduler) == [[(0, 1)], [(1, 95)]]
+    assert second.cells == 0
+    steps(scheduler)
+    assert second.cells == 95
+
+
+Cell = tuple[int, Adapters]
+
+
 @given(st.data(), st.integers(1, 5), st.integers(0, 300), st.booleans())
 def test_any_series_of_requests(data: st.DataObject, n_parallel: int, more: int, rewinds: bool) -> None:
     """Every token of every sequence goes into its slot once, after those before it; nobody who can run stands still."""
     n_batch = n_parallel + more
     scheduler = scheduler_with(n_parallel=n_parallel, n_batch=n_batch, rewinds=rewinds)
     alive: list[Sequence] = []
-    cells: dict[int, list[int]] = defaultdict(list)  # by slot
+    cells: dict[int, list[Cell]] = defaultdict(list)  # by slot
     for action in data.draw(st.lists(st.sampled_from(["add", "step", "step", "step", "remove"]), max_size=40)):
         if action == "add":
             first = data.draw(st.sampled_from([0, 0, 5000, None]))
@@ -350,6 +425,7 @@ def test_any_series_of_requests(data: st.DataObject, n_parallel: int, more: int,
                     client=data.draw(st.integers(1, 3)),
                     deterministic=data.draw(st.integers(0, 9)) == 0,
                     priority=data.draw(st.sampled_from(ipc.PRIORITIES)),
+                    adapters=data.draw(st.sampled_from([(), (), X, HALF_X])),
                 )
             )
             scheduler.add(alive[-1])
@@ -366,7 +442,7 @@ def test_any_series_of_requests(data: st.DataObject, n_parallel: int, more: int,
             assert len({one.slot for one in running}) == len(running) <= n_parallel
             assert {one.slot for one in running} <= set(range(n_parallel))
             for one in running:
-                assert cells[one.slot] == one.tokens[: one.cells]
+                assert cells[one.slot] == [(token, one.adapters) for token in one.tokens[: one.cells]]
             batches = scheduler.schedule()
             assert bool(batches) == bool(alive)
             computed = {one.rid for scheduled in batches for one in scheduled.sampled}
@@ -375,13 +451,14 @@ def test_any_series_of_requests(data: st.DataObject, n_parallel: int, more: int,
                 batch = scheduled.batch
                 assert 0 < len(batch) <= n_batch
                 assert batch.slots == sorted(batch.slots)
+                assert {one.adapters for one, _ in scheduled.advanced} == {batch.adapters}
                 for slot, position, token in zip(batch.slots, batch.positions, batch.tokens, strict=True):
                     assert position == len(cells[slot])
-                    cells[slot].append(token)
+                    cells[slot].append((token, batch.adapters))
                 advance(scheduled)
 
 
-def _settle(cells: dict[int, list[int]], placement: Placement) -> None:
+def _settle(cells: dict[int, list[Cell]], placement: Placement) -> None:
     for move in placement.moves:
         match move:
             case Copy(source, target):

@@ -10,14 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge import ipc
+from bridge.worker.backend import Adapters
 from bridge.worker.sequence import Sequence
 from bridge.worker.slots import WORTH, Copy, Move, Placement, Restore, Saved, Slots, Swap
 
 rids = itertools.count()
 
 
-def sequence(tokens: list[int], **more: Any) -> Sequence:
-    return Sequence(ipc.Generate(next(rids), "", ipc.Sampling(), 1, [], False, 0.0, **more), list(tokens))
+def sequence(tokens: list[int], adapters: Adapters = (), **more: Any) -> Sequence:
+    return Sequence(ipc.Generate(next(rids), "", ipc.Sampling(), 1, [], False, 0.0, **more), list(tokens), adapters)
+
+
+def under(adapters: Adapters, tokens: list[int]) -> list[int]:
+    """What cells hold in which these tokens were computed under these adapters."""
+    return [ADAPTERS.index(adapters) * 10_000_000 + token for token in tokens]
 
 
 def run(first: int, count: int) -> list[int]:
@@ -26,6 +32,8 @@ def run(first: int, count: int) -> list[int]:
 
 
 HIGH, NORMAL, LOW = range(3)
+ADAPTERS: tuple[Adapters, ...] = ((), (("x", 1.0),), (("x", 0.5),), (("x", 1.0), ("y", 1.0)))
+_, X, HALF_X, _ = ADAPTERS
 A, B, C, D = (run(first, 40) for first in range(4))
 
 
@@ -62,7 +70,7 @@ class Table:
     def compute(self, one: Sequence, count: int) -> None:
         """So many tokens of it; when all are, it says one more."""
         cells = min(one.cells + count, len(one.tokens))
-        self.cells[one.slot] += one.tokens[one.cells : cells]
+        self.cells[one.slot] += under(one.adapters, one.tokens[one.cells : cells])
         one.cells = cells
         if cells == len(one.tokens):
             one.tokens.append(7_000_000 + cells)
@@ -72,9 +80,9 @@ class Table:
         if not self.slots.release(one, keep=keep):
             self.cells[one.slot].clear()
 
-    def answer(self, tokens: list[int]) -> int:
+    def answer(self, tokens: list[int], adapters: Adapters = ()) -> int:
         """A prompt comes, is computed, and ends; its slot."""
-        self.place(tokens)
+        self.place(sequence(tokens, adapters))
         one = self.running[-1]
         self.compute(one, len(tokens))
         self.end(one)
@@ -83,7 +91,13 @@ class Table:
     @property
     def kept(self) -> list[list[int]]:
         """The contents that are there to begin from, least recently used first."""
-        return [tokens for _, tokens in self.slots.kept]
+        return [content.tokens for content in self.slots.kept]
+
+    def cached(self, prompt: list[int], adapters: Adapters = ()) -> int:
+        return self.slots.cached(sequence(prompt, adapters))
+
+    def promised(self, prompt: list[int], priority: int = NORMAL, adapters: Adapters = ()) -> int:
+        return self.slots.promised(sequence(prompt, adapters, priority=ipc.PRIORITIES[priority]))
 
 
 def changed(move: Move) -> tuple[int, ...]:
@@ -114,6 +128,23 @@ def test_at_least_the_last_token_is_computed() -> None:
     assert table.place(A) == Placement(slot, len(A) - 1, ())
 
 
+def test_nothing_is_started_from_that_was_computed_under_other_adapters() -> None:
+    table = Table()
+    table.answer(A)
+    table.answer(A, X)
+    assert [table.cached(A + B, adapters) for adapters in ADAPTERS] == [len(A), len(A), 0, 0]
+    assert table.place(sequence(A + B, X)) == Placement(1, len(A), ())
+    assert table.place(sequence(A + B, HALF_X)).cells == 0
+    assert table.place(A + B).cells == len(A)
+
+
+def test_a_prompt_is_promised_to_those_under_the_same_adapters() -> None:
+    table = Table()
+    table.place(sequence(A, X))
+    assert table.promised(A + C, adapters=X) == len(A)
+    assert table.promised(A + C) == table.promised(A + C, adapters=HALF_X) == 0
+
+
 def test_what_a_turn_takes_back_may_be_half_of_what_it_goes_on_from() -> None:
     table = Table()
     slot = table.answer(A + B[:20])
@@ -126,7 +157,7 @@ def test_what_holds_much_else_is_copied_and_stays() -> None:
     placement = table.place(A + C)
     assert placement.moves == (Copy(slot, placement.slot),)
     assert table.kept == [A + B[:21]]
-    assert table.slots.cached(A + B[:10]) == len(A) + 9
+    assert table.cached(A + B[:10]) == len(A) + 9
 
 
 def test_what_holds_much_else_is_taken_where_there_is_no_other_slot() -> None:
@@ -152,7 +183,7 @@ def test_the_answer_of_one_that_runs_is_no_prefix_yet() -> None:
     table.compute(first, 40)
     table.compute(first, 1)
     table.compute(first, 1)
-    assert table.slots.cached(first.tokens + B) == len(A)
+    assert table.cached(first.tokens + B) == len(A)
 
 
 def test_a_short_prefix_is_not_worth_a_copy() -> None:
@@ -185,7 +216,7 @@ def test_what_is_not_to_be_kept_is_gone() -> None:
     table.place(A)
     table.compute(table.running[0], 40)
     table.end(table.running[0], keep=False)
-    assert table.slots.cached(A) == 0
+    assert table.cached(A) == 0
     assert table.kept == []
 
 
@@ -195,8 +226,8 @@ def test_what_is_forgotten_is_not_found_again() -> None:
     running = table.place(B).slot
     table.compute(table.running[0], 40)
     table.slots.forget({slot, running, 3})
-    assert table.slots.cached(A) == 0
-    assert table.slots.cached(B) == len(B) - 1, "that of one that runs is its own"
+    assert table.cached(A) == 0
+    assert table.cached(B) == len(B) - 1, "that of one that runs is its own"
 
 
 def test_alone_starts_from_nothing_and_leaves_it_to_others() -> None:
@@ -206,20 +237,20 @@ def test_alone_starts_from_nothing_and_leaves_it_to_others() -> None:
     assert table.place(alone).cells == 0
     assert table.kept == [A]
     table.compute(alone, 40)
-    assert table.slots.cached(A) == len(A) - 1
+    assert table.cached(A) == len(A) - 1
 
 
 def test_what_a_prompt_that_runs_will_have() -> None:
     table = Table()
     table.place(A + B)
     table.compute(table.running[0], 5)
-    assert table.slots.cached(A + C) == 5
-    assert table.slots.promised(A + C, NORMAL) == len(A)
-    assert table.slots.promised(A[:10], NORMAL) == 9
-    assert table.slots.promised(A + C, LOW) == len(A)
-    assert table.slots.promised(A + C, HIGH) == 0, "it need not wait for what is less urgent"
+    assert table.cached(A + C) == 5
+    assert table.promised(A + C, NORMAL) == len(A)
+    assert table.promised(A[:10], NORMAL) == 9
+    assert table.promised(A + C, LOW) == len(A)
+    assert table.promised(A + C, HIGH) == 0, "it need not wait for what is less urgent"
     table.end(table.running[0])
-    assert table.slots.promised(A + C, NORMAL) == 0
+    assert table.promised(A + C, NORMAL) == 0
 
 
 # -- models that cannot take back ------------------------------------------------------------------------------
@@ -228,9 +259,9 @@ def test_what_a_prompt_that_runs_will_have() -> None:
 def test_without_history_only_what_goes_on_from_the_very_end_is_of_use() -> None:
     table = Table(rewinds=False)
     slot = table.answer(A)
-    assert table.slots.cached(A) == 0
-    assert table.slots.cached(A[:30] + B) == 0
-    assert table.slots.cached(A + B) == len(A)
+    assert table.cached(A) == 0
+    assert table.cached(A[:30] + B) == 0
+    assert table.cached(A + B) == len(A)
     assert table.place(A + B) == Placement(slot, len(A), ())
 
 
@@ -239,7 +270,7 @@ def test_without_history_a_prompt_that_runs_is_copied_as_it_is() -> None:
     first = sequence(A + B)
     table.place(first)
     table.compute(first, 50)
-    assert table.slots.promised(A + B, NORMAL) == 0
+    assert table.promised(A + B, NORMAL) == 0
     assert table.place(A + C).cells == 0
     assert table.place(A + B).moves == (Copy(0, 2),)
 
@@ -291,7 +322,7 @@ def test_who_runs_are_neighbours() -> None:
     assert table.running[0].slot == 0
     assert table.place(D + A) == Placement(1, len(D), (Swap(3, 1),))
     assert sorted(table.kept) == [B, C]
-    assert table.slots.kept == [(3, B), (2, C)]
+    assert [(content.slot, content.tokens) for content in table.slots.kept] == [(3, B), (2, C)]
 
 
 def test_a_copy_is_made_beside_who_runs() -> None:
@@ -340,6 +371,26 @@ def test_a_gap_is_closed_by_the_fewer() -> None:
     assert table.slots.close_gap() is None
 
 
+def test_those_under_the_same_adapters_are_neighbours() -> None:
+    table = Table(6)
+    slots = [table.place(sequence(run(number, 20), adapters)).slot for number, adapters in enumerate([(), X] * 3)]
+    assert slots == [0, 5, 1, 4, 2, 3]
+
+
+def test_a_gap_between_those_under_the_same_adapters_is_closed_and_one_between_sets_is_left() -> None:
+    table = Table(6)
+    for number, adapters in enumerate([(), X] * 3):
+        table.place(sequence(run(number, 20), adapters))
+        table.compute(table.running[-1], 20)
+    first, last, middle, _, other, _ = list(table.running)
+    table.end(middle)
+    assert table.slots.close_gap() == (other, 2, Placement(1, 20, (Swap(2, 1),)))
+    table.running.remove(other)
+    table.slots.release(other, keep=True)
+    assert table.slots.close_gap() is None
+    assert (first.slot, last.slot) == (0, 5)
+
+
 def test_where_the_place_does_not_matter_nothing_is_moved() -> None:
     table = Table(split=False)
     for tokens in (A, B, C, D):
@@ -360,14 +411,25 @@ def neighbourhoods(slots: set[int]) -> int:
     return sum(slot - 1 not in slots for slot in slots)
 
 
+def of_sets(table: Table) -> dict[Adapters, set[int]]:
+    slots: defaultdict[Adapters, set[int]] = defaultdict(set)
+    for one in table.running:
+        slots[one.adapters].add(one.slot)
+    return slots
+
+
+def span(slots: set[int]) -> int:
+    return max(slots) - min(slots)
+
+
 @settings(max_examples=300)
-@given(st.data(), st.integers(1, 5), st.booleans(), st.booleans())
+@given(st.data(), st.integers(1, 7), st.booleans(), st.booleans())
 def test_any_series(data: st.DataObject, count: int, rewinds: bool, split: bool) -> None:
     table = Table(count, rewinds=rewinds, split=split)
     for action in data.draw(st.lists(st.sampled_from(["place", "place", "compute", "compute", "end"]), max_size=40)):
         if action == "place" and table.slots.free:
             prompt = [token for piece in data.draw(PROMPTS) for token in PIECES[piece]]
-            _place(data, table, prompt, rewinds=rewinds, split=split)
+            _place(data, table, prompt, data.draw(st.sampled_from(ADAPTERS)), rewinds=rewinds, split=split)
         elif table.running and action == "compute":
             table.compute(data.draw(st.sampled_from(table.running)), data.draw(st.integers(1, 60)))
         elif table.running and action == "end":
@@ -375,62 +437,69 @@ def test_any_series(data: st.DataObject, count: int, rewinds: bool, split: bool)
         if data.draw(st.booleans()):
             _close_gap(table, split=split)
         running = {one.slot for one in table.running}
-        kept = dict(table.slots.kept)
+        kept = {content.slot: content for content in table.slots.kept}
         assert len(running) == len(table.running) == count - table.slots.free
         assert not running & set(kept)
         assert running | set(kept) <= set(range(count))
-        for slot, tokens in kept.items():
-            assert table.cells[slot] == tokens
+        for slot, content in kept.items():
+            assert table.cells[slot] == under(content.adapters, content.tokens)
         for one in table.running:
-            assert table.cells[one.slot] == one.tokens[: one.cells]
+            assert table.cells[one.slot] == under(one.adapters, one.tokens[: one.cells])
 
 
 def _close_gap(table: Table, *, split: bool) -> None:
-    slots, kept = {one.slot for one in table.running}, sorted(table.kept)
+    slots, kept, before = {one.slot for one in table.running}, sorted(table.kept), of_sets(table)
     gap = table.slots.close_gap()
-    assert bool(gap) == (split and neighbourhoods(slots) > 1)
+    if len(before) <= 1:
+        assert bool(gap) == (split and neighbourhoods(slots) > 1)
+    if split and not gap:
+        assert not any({slot + 1} - slots and slot + 2 in alike for alike in before.values() for slot in alike)
     if gap:
         one, was, placement = gap
         assert (was in slots, placement.slot not in slots, placement.cells) == (True, True, one.cells)
         for move in placement.moves:
             table.move(move)
-        assert neighbourhoods({one.slot for one in table.running}) <= neighbourhoods(slots)
+        after = of_sets(table)
+        assert sum(map(neighbourhoods, after.values())) <= sum(map(neighbourhoods, before.values()))
+        assert sum(map(span, after.values())) < sum(map(span, before.values())), "it comes to an end"
         assert sorted(table.kept) == kept
 
 
-def _place(data: st.DataObject, table: Table, prompt: list[int], *, rewinds: bool, split: bool) -> None:
+def _place(
+    data: st.DataObject, table: Table, prompt: list[int], adapters: Adapters, *, rewinds: bool, split: bool
+) -> None:
     saved = None
     if data.draw(st.integers(0, 3)) == 0 and len(prompt) > 1:
         cells = data.draw(st.integers(1, len(prompt) - 1))
-        table.disk["file"] = prompt[:cells] + ([-1] * data.draw(st.integers(0, 50)) if rewinds else [])
+        more = [-1] * data.draw(st.integers(0, 50)) if rewinds else []
+        table.disk["file"] = under(adapters, prompt[:cells]) + more
         saved = Saved("file", cells)
     alone = data.draw(st.integers(0, 9)) == 0
-    before, running = table.slots.kept, {one.slot for one in table.running}
-    promise = 0 if alone else table.slots.cached(prompt)
-    empty = table.slots.free - len(before)
+    order, running = table.slots.kept, {one.slot for one in table.running}
+    promise = 0 if alone else table.cached(prompt, adapters)
+    empty = table.slots.free - len(order)
 
-    placement = table.place(sequence(prompt, deterministic=alone), saved)
+    placement = table.place(sequence(prompt, adapters, deterministic=alone), saved)
 
     assert placement.slot not in running
     assert placement.cells < len(prompt)
-    assert table.cells[placement.slot] == prompt[: placement.cells]
+    assert table.cells[placement.slot] == under(adapters, prompt[: placement.cells])
     if promise >= WORTH or (saved and saved.cells >= promise + WORTH):
         assert placement.cells >= promise
     if not rewinds:
         assert placement.cells in (0, promise, saved and saved.cells)
     if split:
         free = set(range(len(running) + table.slots.free + 1)) - running
-        assert neighbourhoods(running | {placement.slot}) == min(neighbourhoods(running | {slot}) for slot in free)
+        alike = {one.slot for one in table.running[:-1] if one.adapters == adapters}
+        assert neighbourhoods(alike | {placement.slot}) == min(neighbourhoods(alike | {slot}) for slot in free)
 
-    order = [tokens for _, tokens in before]
-    lost = list(order)
-    for tokens in table.kept:
-        lost.remove(tokens)
+    lost = [content for content in order if content not in table.slots.kept]
     assert len(lost) <= 1, "one slot was taken"
-    for tokens in lost:
+    for content in lost:
+        tokens = content.tokens
         goes_on = tokens[: placement.cells] == prompt[: placement.cells] and placement.cells > 0
-        if goes_on and len(tokens) - placement.cells <= placement.cells // 2:
+        if goes_on and content.adapters == adapters and len(tokens) - placement.cells <= placement.cells // 2:
             continue  # in place
         assert not empty, "there was room"
         # What is copied from is kept, and the next in line goes, or one of the older half that is in the way.
-        assert tokens in order[: max(2, (len(order) + 1) // 2)]
+        assert content in order[: max(2, (len(order) + 1) // 2)]

@@ -108,7 +108,7 @@ async def test_a_home_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: p
 
 
 async def test_the_folder_is_bounded(tmp_path: Path) -> None:
-    size = 84 + 2 * 4 * 51  # a file of 51 tokens: each in the head, and in the fake's state
+    size = 116 + 2 * 4 * 51  # a file of 51 tokens: each in the head, and in the fake's state
     async with daemon("echo", cache=Cache(dir=str(tmp_path), bytes=2 * size)) as place, await place.unix() as wire:
         for word in "abc":
             await wire.ask(f"INFER max_tokens=1 {word} {PROMPT}")

@@ -13,12 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bridge.worker.backend import Adapters
 from bridge.worker.slots import Saved
 from bridge.worker.store import DamagedState, Store
 
 TOKENS = [5, 6, 7, -1, 2**31 - 1]
 STATE = b"the state of five tokens"
-FILE = 8 + 32 + 32 + 12 + 4 * len(TOKENS) + len(STATE)  # bytes
+ADAPTERS: list[Adapters] = [(), (("x", 1.0),), (("x", 0.5),), (("x", 1.0), ("y", 1.0))]
+FILE = 8 + 32 + 32 + 32 + 12 + 4 * len(TOKENS) + len(STATE)  # bytes
 
 
 def store(folder: Path, key: str = "key", limit: int = 1 << 20, *, rewinds: bool = True) -> Store:
@@ -100,7 +102,7 @@ def test_the_longest_is_found(tmp_path: Path) -> None:
 def test_a_file_is_what_the_module_says(tmp_path: Path) -> None:
     put(store(tmp_path), TOKENS)
     data = only_file(tmp_path).read_bytes()
-    assert (len(data), data[:8], data[-len(STATE) :]) == (FILE, b"LBSTATE\x01", STATE)
+    assert (len(data), data[:8], data[-len(STATE) :]) == (FILE, b"LBSTATE\x02", STATE)
 
 
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:
@@ -112,6 +114,20 @@ def test_nobody_else_may_read_it(tmp_path: Path) -> None:
     path = only_file(tmp_path)
     for one, mode in ((path, 0o600), (path.parent, 0o700), (path.parent.parent, 0o700)):
         assert stat.S_IMODE(one.stat().st_mode) == mode, one
+
+
+def test_what_was_computed_under_other_adapters_is_another_state(tmp_path: Path) -> None:
+    one = store(tmp_path)
+    for number, adapters in enumerate(ADAPTERS[:3]):
+        assert one.write(TOKENS, lambda number=number: bytes([number]), adapters)
+    for again in (one, store(tmp_path)):
+        for number, adapters in enumerate(ADAPTERS[:3]):
+            found = again.find([*TOKENS, 9], adapters)
+            assert found
+            assert bytes(again.read(found.name)) == bytes([number])
+        assert again.find([*TOKENS, 9], ADAPTERS[3]) is None
+    assert not one.write(TOKENS, never, ADAPTERS[1])
+    assert len(files(tmp_path)) == 3
 
 
 # -- what is written, and what goes ----------------------------------------------------------------------------
@@ -269,7 +285,7 @@ def test_another_prompts_file(tmp_path: Path) -> None:
 @given(st.binary(max_size=200), st.booleans())
 def test_any_rubbish(tmp_path: Path, data: bytes, magic: bool) -> None:
     put(store(tmp_path), TOKENS)
-    only_file(tmp_path).write_bytes(b"LBSTATE\x01" * magic + data)
+    only_file(tmp_path).write_bytes(b"LBSTATE\x02" * magic + data)
     assert_never_wrong(tmp_path)
     for path in files(tmp_path):
         path.unlink()

@@ -28,8 +28,9 @@ What llama.cpp's memory functions do to a slot of ``n`` cells; test_llama_memory
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import gguf
 import numpy as np
@@ -49,13 +50,13 @@ _D_CONV, _D_INNER, _D_STATE, _DT_RANK = 4, 2 * _N_EMBD, 8, 4
 _ATTENTION_LAYER = 1  # of ``hybrid``
 
 
-def tiny_model(folder: Path, architecture: Architecture) -> Path:
-    """Writes the model into the folder."""
+def tiny_model(folder: Path, architecture: Architecture, plus: Mapping[str, Any] | None = None) -> Path:
+    """Writes the model into the folder. ``plus`` has what is added to tensors of these names."""
     path = folder / f"tiny-{architecture}.gguf"
     writer = gguf.GGUFWriter(path, _NAMES[architecture])
     _add_hyperparameters(writer, architecture)
     _add_vocabulary(writer)
-    _Weights(writer).add(architecture)
+    _Weights(writer, plus or {}).add(architecture)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -125,8 +126,9 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
 class _Weights:
     """A matrix keeps the scale of what it multiplies, times ``gain``."""
 
-    def __init__(self, writer: gguf.GGUFWriter) -> None:
+    def __init__(self, writer: gguf.GGUFWriter, plus: Mapping[str, Any]) -> None:
         self._writer = writer
+        self._plus = plus
         self._random = np.random.default_rng(0)
 
     def add(self, architecture: Architecture) -> None:
@@ -182,11 +184,14 @@ class _Weights:
     def _output(self) -> None:
         weights = 2.0 * self._random.standard_normal((_N_VOCAB, _N_EMBD), dtype=np.float32) / _N_EMBD**0.5
         weights[:_N_UNSAID] = 0.0
-        self._writer.add_tensor("output.weight", weights)
+        self._writer.add_tensor("output.weight", weights + self._more("output.weight"))
 
     def _matrix(self, name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
         weights = self._random.standard_normal((n_out, n_in), dtype=np.float32)
-        self._writer.add_tensor(name, weights * np.float32(gain / n_in**0.5))
+        self._writer.add_tensor(name, weights * np.float32(gain / n_in**0.5) + self._more(name))
+
+    def _more(self, name: str) -> Any:
+        return np.asarray(self._plus.get(name, 0), dtype=np.float32)
 
     def _ones(self, name: str, size: int, value: float = 1.0) -> None:
         self._writer.add_tensor(name, np.full(size, value, dtype=np.float32))

@@ -8,9 +8,11 @@ from typing import Protocol
 from bridge import ipc
 from bridge.config import Limits
 
-Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue | ipc.Park
+AskAdapters = ipc.LoadAdapter | ipc.UnloadAdapter | ipc.ListAdapters
+Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue | ipc.Park | AskAdapters
 Progress = ipc.Accepted | ipc.Place | ipc.Text
-Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized | ipc.QueueListed | ipc.Parked
+Adapters = ipc.AdapterLoaded | ipc.AdapterUnloaded | ipc.AdaptersListed
+Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized | ipc.QueueListed | ipc.Parked | Adapters
 
 
 class Asking:

@@ -22,7 +22,7 @@ from bridge import ipc, log
 from bridge.config import Limits
 from bridge.models.files import check_model_file
 from bridge.outbox import Outbox
-from bridge.providers.base import Answer, Ask, Asking, Progress
+from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
 from bridge.receipts import Totals
 from protocol.errors import BridgeError, ErrorCode
 
@@ -234,7 +234,7 @@ class LocalProvider:
     def _admit(self, request: Ask, size: int) -> None:
         if self._outbox.broken or self._home.fileno() < 0:
             raise self._crashed("has just died")
-        if isinstance(request, ipc.ListQueue | ipc.Park):
+        if isinstance(request, ipc.ListQueue | ipc.Park | AskAdapters):
             return  # they compute nothing, and a full queue is what one wants to look at
         if size > self.limits.queue_bytes:
             most = self.limits.queue_bytes

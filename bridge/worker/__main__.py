@@ -42,10 +42,10 @@ def _serve() -> None:
     started = time.monotonic()
     try:
         backend = _load(sys.argv[1], load)
+        engine = Engine(backend, store=_store(load, backend), lora=load.lora)
     except LoadError as error:
         home.sendall(ipc.encode(ipc.LoadFailed(str(error))))
         return
-    engine = Engine(backend, store=_store(load, backend))
     gc.freeze()  # what is there now stays, and need not be gone through between two steps
     engines.append(engine)
     home.sendall(ipc.encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))

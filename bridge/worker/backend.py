@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 from bridge import ipc
 
+# LoRA adapters by their keys, with scales other than 0, in the order of the keys: equal if they compute the same.
+Adapters = tuple[tuple[str, float], ...]
+
 
 class BackendError(Exception):
     """Computing failed; the model is still there."""
@@ -33,12 +36,16 @@ class Refusal(Exception):
 
 @dataclass(slots=True)
 class Batch:
-    """One call of llama_decode. The lists have an element a token; ``outputs`` are the indices to sample at."""
+    """One call of llama_decode, under these adapters for all of it.
+
+    The lists have an element a token; ``outputs`` are the indices to sample at.
+    """
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    adapters: Adapters = ()
 
     def add(self, slot: int, position: int, tokens: Sequence[int], *, output: bool) -> None:
         """Appends a run of one sequence's tokens; with ``output`` the last of them is sampled at."""
@@ -111,7 +118,10 @@ class Backend(Protocol):
         ...
 
     def decode(self, batch: Batch) -> list[Sampled]:
-        """Computes the batch and samples one token for each of its outputs, in their order. Raises Aborted."""
+        """Computes the batch and samples one token for each of its outputs, in their order. Raises Aborted.
+
+        Its adapters are loaded. Other ones than the last batch's cost some time (tests/bench/RESULTS.md).
+        """
         ...
 
     def abort(self) -> None:
@@ -163,6 +173,16 @@ class Backend(Protocol):
     @property
     def split(self) -> bool:
         """Whether each slot has cells of its own, and slots that run are computed fastest as neighbours."""
+        ...
+
+    # LoRA adapters.
+
+    def load_adapter(self, key: str, path: str) -> None:
+        """From a file that was held against the model's. The key is new. Raises BackendError."""
+        ...
+
+    def unload_adapter(self, key: str) -> None:
+        """Of one that no batch will name any more."""
         ...
 
     # Embeddings.

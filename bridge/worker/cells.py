@@ -6,6 +6,7 @@ from functools import partial
 
 from bridge import ipc
 from bridge.worker.backend import Backend, BackendError
+from bridge.worker.sequence import Sequence
 from bridge.worker.slots import Copy, Move, Placement, Restore, Saved, Slots, Swap
 from bridge.worker.store import DamagedState, Store
 
@@ -59,17 +60,18 @@ class Cells:
             self._store.forget(name)
             raise
 
-    def saved(self, prompt: list[int]) -> Saved | None:
-        """What the disk has of this prompt."""
-        return self._store.find(prompt) if self._store else None
+    def saved(self, sequence: Sequence) -> Saved | None:
+        """What the disk has of its prompt."""
+        return self._store.find(sequence.tokens, sequence.adapters) if self._store else None
 
     def save(self) -> int:
         """Writes what the free slots hold to disk, the latest used last; returns how many states were written."""
         written = 0
         if self._store:
-            for slot, tokens in self._slots.kept:
+            for content in self._slots.kept:
+                save = partial(self._backend.save, content.slot)
                 try:
-                    written += self._store.write(tokens, partial(self._backend.save, slot))
+                    written += self._store.write(content.tokens, save, content.adapters)
                 except (BackendError, OSError) as error:
                     self._warnings.append(f"a state of the KV cache could not be saved: {error}")
         return written

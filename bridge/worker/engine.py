@@ -7,9 +7,10 @@ computes it. One thread runs it. Only ``cancelled_in_flight`` may be called from
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from bridge import ipc
+from bridge.worker.adapters import AdapterTable
 from bridge.worker.backend import Aborted, Backend, BackendError, Refusal, Sampled
 from bridge.worker.cells import Cells
 from bridge.worker.embedding import EmbedQueue
@@ -27,8 +28,9 @@ class Engine:
         backend: Backend,
         clock: Callable[[], float] = time.monotonic,
         store: Store | None = None,
+        lora: Iterable[ipc.Adapter] = (),
     ) -> None:
-        """``store`` has the states that outlive us."""
+        """``store`` has the states that outlive us, ``lora`` the adapters of Load. Raises LoadError for these."""
         self._backend = backend
         self._clock = clock
         self._n_ctx = backend.info.n_ctx
@@ -40,6 +42,7 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._watched = 0  # of them, those that want to know their place
         self._embeds = EmbedQueue(backend, clock)
+        self._adapters = AdapterTable(backend, list(lora))
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
         self._unwanted: set[int] = set()  # rids whose Cancel is on its way to ``handle``
@@ -73,6 +76,12 @@ class Engine:
                 case ipc.Park():
                     saved = self._cells.save()
                     self._events += [*self._cells.warnings(), ipc.Parked(request.rid, saved)]
+                case ipc.LoadAdapter():
+                    self._events.append(self._adapters.load(request))
+                case ipc.UnloadAdapter():
+                    self._events.append(self._adapters.unload(request))
+                case ipc.ListAdapters():
+                    self._events.append(self._adapters.list(request.rid))
         except Refusal as refusal:
             self._refuse(request.rid, refusal)
         except BackendError as error:
@@ -100,7 +109,8 @@ class Engine:
             message = f"logit_bias: no token {past[0]} in this model; allowed: 0 to {n_vocab - 1}"
             raise Refusal("bad_argument", message)
         self._backend.check(request.sampling)
-        sequence = Sequence(request, prompt)
+        sequence = Sequence(request, prompt, self._adapters.check(request.lora))
+        self._adapters.use(sequence.adapters, +1)
         self._sequences[sequence.rid] = sequence
         self._scheduler.add(sequence)
         self._events.append(ipc.Accepted(sequence.rid, sequence.n_prompt))
@@ -280,6 +290,7 @@ class Engine:
 
     def _drop(self, sequence: Sequence, *, keep: bool = True) -> None:
         del self._sequences[sequence.rid]
+        self._adapters.use(sequence.adapters, -1)
         self._watched -= sequence.tells_place
         must_go = self._scheduler.remove(sequence, keep=keep)
         if sequence.slot >= 0:

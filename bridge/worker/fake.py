@@ -6,6 +6,10 @@ word with the blank before it. A word that begins with ``!`` is an order, carrie
     !eos  end the answer      !error  decode fails           !segv !abort !kill  die of that signal
     !bytes  say a 4-byte character in two tokens             !hang  never return from this step
 
+An adapter puts the name of its file behind every word that is said, and its scale if that is not 1: ``a+shout*0.5``.
+Any path is one, but for ``name?load=fail``. A cell knows what adapters it was computed under, and who goes on from it
+under others dies.
+
 Any path loads. What follows a ``?`` in it sets the model up: ``name?step_ms=5&prefill_ms=1&load_ms=100&load=fail``
 (``load`` may be ``fail`` or one of the signals; ``prefill_ms`` is a prompt token's, ``step_ms`` a whole step's).
 """
@@ -23,11 +27,12 @@ import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 from urllib.parse import parse_qsl
 
 from bridge import ipc
-from bridge.worker.backend import Aborted, BackendError, Batch, EmbedLimits, LoadError, Refusal, Sampled
+from bridge.worker.backend import Aborted, Adapters, BackendError, Batch, EmbedLimits, LoadError, Refusal, Sampled
 from bridge.worker.chat import ChatTemplate
 
 N_VOCAB = 1 << 20
@@ -57,9 +62,10 @@ class FakeBackend:
         self._prefill = float(settings.get("prefill_ms", 0)) / 1000
         self._pieces: dict[int, bytes] = dict(enumerate(_FIXED))
         self._ids: dict[bytes, int] = {}
-        self._cells: defaultdict[int, list[int]] = defaultdict(list)  # slot -> what its KV cells hold
+        self._cells: defaultdict[int, list[int]] = defaultdict(list)  # slot -> tokens, with the mark of the adapters
         self._prompts: dict[int, list[int]] = {}  # of the slots that run
         self._logprobs: dict[int, int] = {}
+        self._adapters: dict[str, str] = {}  # key -> name
         self._aborting = threading.Event()
         self._template = ChatTemplate(settings.get("template", _TEMPLATE), bos="", eos="")
         self.info = _describe(load.options)
@@ -110,24 +116,30 @@ class FakeBackend:
             self._logprobs[slot] = sampling.logprobs
 
     def decode(self, batch: Batch) -> list[Sampled]:
+        mark = _mark(batch.adapters)
         for position, slot, token in zip(batch.positions, batch.slots, batch.tokens, strict=True):
             assert slot in self._prompts, f"nobody runs in slot {slot}"
-            assert len(self._cells[slot]) == position, f"slot {slot} has {len(self._cells[slot])} cells, not {position}"
-            self._cells[slot].append(token)
+            cells = self._cells[slot]
+            assert len(cells) == position, f"slot {slot} has {len(cells)} cells, not {position}"
+            assert not cells or cells[-1] // N_VOCAB == mark, f"slot {slot} was computed under other adapters"
+            cells.append(mark * N_VOCAB + token)
         prefilled = len(batch) - len(batch.outputs)
         self._compute(self._step + self._prefill * prefilled)
-        return [self._sample(batch.slots[index]) for index in batch.outputs]
+        accent = self._accent(batch.adapters)
+        return [self._sample(batch.slots[index], accent) for index in batch.outputs]
 
     def _compute(self, seconds: float) -> None:
         if seconds and self._aborting.wait(seconds):
             self._aborting.clear()
             raise Aborted
 
-    def _sample(self, slot: int) -> Sampled:
+    def _sample(self, slot: int, accent: bytes) -> Sampled:
         prompt = self._prompts[slot]
         said = len(self._cells[slot]) - len(prompt)
-        begun = self._cells[slot][-1] == _EMOJI_HEAD
+        begun = self._cells[slot][-1] % N_VOCAB == _EMOJI_HEAD
         token = _EMOJI_TAIL if begun else self._obey(prompt[said % len(prompt)], again=said >= len(prompt))
+        if accent and token >= len(_FIXED):
+            token = self._id(self.piece(token) + accent)
         if slot not in self._logprobs:
             return Sampled(token)
         piece = self.piece(token)
@@ -162,6 +174,22 @@ class FakeBackend:
         self._prompts[to] = self._prompts.pop(slot)
         if slot in self._logprobs:
             self._logprobs[to] = self._logprobs.pop(slot)
+
+    # -- adapters ----------------------------------------------------------------------------------------------
+
+    def load_adapter(self, key: str, path: str) -> None:
+        assert key not in self._adapters
+        path, _, setting = path.partition("?")
+        if setting == "load=fail":
+            raise BackendError("the fake was told to fail")
+        self._adapters[key] = Path(path).stem
+
+    def unload_adapter(self, key: str) -> None:
+        del self._adapters[key]
+
+    def _accent(self, adapters: Adapters) -> bytes:
+        names = ((self._adapters[key], scale) for key, scale in adapters)
+        return "".join(f"+{name}" if scale == 1 else f"+{name}*{scale:g}" for name, scale in names).encode()
 
     # -- cells -------------------------------------------------------------------------------------------------
 
@@ -223,6 +251,11 @@ def _describe(options: ipc.Options) -> ipc.ModelInfo:
         n_ctx=n_ctx,
         n_parallel=n_parallel,
     )
+
+
+def _mark(adapters: Adapters) -> int:
+    """What cells that were computed under these have besides their token; 0 for none. A cell has 31 bits."""
+    return 1 + zlib.crc32(repr(adapters).encode()) % ((1 << 31) // N_VOCAB - 1) if adapters else 0
 
 
 def _die(how: str) -> NoReturn:

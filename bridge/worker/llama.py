@@ -26,6 +26,7 @@ from bridge.worker.llama_callbacks import AbortFlag, Log
 from bridge.worker.llama_cells import LlamaCells
 from bridge.worker.llama_chat import Chat
 from bridge.worker.llama_embed import Embedder
+from bridge.worker.llama_lora import LlamaLora
 from bridge.worker.llama_options import DEFAULT_N_CTX, context_params, model_params, resolve, suit_flash_attn
 from bridge.worker.llama_sampling import Samplers
 from bridge.worker.llama_vocab import Vocab
@@ -44,6 +45,7 @@ class LlamaBackend(LlamaCells):
         self._vocab = Vocab(self._model)
         self._chat = Chat(self._vocab, self._meta("tokenizer.chat_template"))
         self._samplers = Samplers(self._vocab, self._options["n_threads"])
+        self._lora = LlamaLora(self._model, self._log)
         self._abort = AbortFlag()
         self._can_generate = self._meta("attention.causal", architecture=True) != "false"
         self._embedder = self._init_embedder()
@@ -188,6 +190,8 @@ class LlamaBackend(LlamaCells):
 
     def decode(self, batch: Batch) -> list[Sampled]:
         began = time.monotonic()
+        if batch.adapters != self._lora.active:
+            self._lora.use(batch.adapters, self._context)
         code = C.llama_decode(
             self._context, self._batch.fill(batch.tokens, batch.positions, batch.slots, batch.outputs)
         )
@@ -207,6 +211,12 @@ class LlamaBackend(LlamaCells):
 
     def move(self, slot: int, to: int) -> None:
         self._samplers.move(slot, to)
+
+    def load_adapter(self, key: str, path: str) -> None:
+        self._lora.load(key, path)
+
+    def unload_adapter(self, key: str) -> None:
+        self._lora.unload(key, self._context)
 
     # -- embeddings --------------------------------------------------------------------------------------------
 

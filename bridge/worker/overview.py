@@ -35,8 +35,8 @@ class Overview:
 
     def _left(self, sequence: Sequence) -> float:
         """Seconds of work, in the company that there is now."""
-        streams = max(1, len(self._scheduler.running))
-        return self._pace.work(sequence.to_compute, sequence.n_picked, sequence.max_tokens, streams)
+        company = self._scheduler.sets or [1]
+        return self._pace.work(sequence.to_compute, sequence.n_picked, sequence.max_tokens, *company)
 
 
 def _queued(sequence: Sequence, place: int, estimate: float, now: float) -> ipc.Queued:

@@ -45,10 +45,17 @@ class Pace:
         """How many a batch computes in this time, at least one; any number where that is not known."""
         return max(1, int((seconds - self.decode(1)) / self._prefill)) if self._prefill else _UNKNOWN
 
-    def work(self, prompt_tokens: int, tokens: int, max_tokens: int, streams: int) -> float:
-        """Seconds until a sequence with so much to compute, and so much said, will be done: an estimate."""
+    @property
+    def a_pass(self) -> int:
+        """The tokens of prompts that take as long as a further batch does besides its tokens; 0 if not known."""
+        return int(self.decode(1) / self._prefill) if self._prefill else 0
+
+    def work(self, prompt_tokens: int, tokens: int, max_tokens: int, *streams: int) -> float:
+        """Seconds until a sequence with so much to compute, and so much said, will be done: an estimate. For its every
+        token there is a batch of each of these numbers of streams.
+        """
         likely = min(max_tokens, self._picked or max_tokens)
-        return prompt_tokens * self._prefill + max(1.0, likely - tokens) * self.decode(streams)
+        return prompt_tokens * self._prefill + max(1.0, likely - tokens) * sum(map(self.decode, streams))
 
 
 def _average(old: float, new: float) -> float:

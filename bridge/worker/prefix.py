@@ -1,4 +1,8 @@
-"""Who already holds the longest prefix of this prompt: a radix tree over token lists."""
+"""Who already holds the longest prefix of this prompt: a radix tree over token lists.
+
+What was computed under other adapters is another thing, however alike the tokens are: so there is a tree for each
+``realm``, which here is anything hashable.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +42,19 @@ class PrefixTree(Generic[H]):
     """Each holder has one list of tokens. A look-up costs the length of the prompt, however many holders there are."""
 
     def __init__(self) -> None:
-        self._root: _Node[H] = _Node([], set())
-        self._tokens: dict[H, list[int]] = {}
+        self._roots: dict[Hashable, _Node[H]] = {}  # by realm; none is empty
+        self._held: dict[H, tuple[Hashable, list[int]]] = {}
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._held)
 
-    def insert(self, holder: H, tokens: list[int]) -> None:
+    def insert(self, holder: H, tokens: list[int], realm: Hashable = ()) -> None:
         """What it held before is forgotten."""
         self.remove(holder)
-        self._tokens[holder] = tokens
-        node, at = self._root, 0
+        if not tokens:
+            return
+        self._held[holder] = realm, tokens
+        node, at = self._roots.setdefault(realm, _Node([], set())), 0
         while at < len(tokens):
             child = node.children.get(tokens[at])
             if child is None:
@@ -61,11 +67,12 @@ class PrefixTree(Generic[H]):
             node, at = child, at + common
 
     def remove(self, holder: H) -> None:
-        tokens = self._tokens.pop(holder, None)
-        if tokens is None:
+        if holder not in self._held:
             return
+        realm, tokens = self._held.pop(holder)
         path: list[_Node[H]] = []
-        node, at = self._root, 0
+        root = self._roots[realm]
+        node, at = root, 0
         while at < len(tokens):
             child = node.children[tokens[at]]
             child.holders.discard(holder)
@@ -76,11 +83,15 @@ class PrefixTree(Generic[H]):
             node, at = child, at + len(child.edge)
         for node in reversed(path):
             node.join_only_child()
+        if not root.children:
+            del self._roots[realm]
 
-    def matches(self, tokens: list[int]) -> dict[H, int]:
-        """Every holder that begins as ``tokens`` do, with how many tokens it shares with them."""
+    def matches(self, tokens: list[int], realm: Hashable = ()) -> dict[H, int]:
+        """Every holder of the realm that begins as ``tokens`` do, with how many tokens it shares with them."""
         shared: dict[H, int] = {}
-        node, at = self._root, 0
+        if realm not in self._roots:
+            return shared
+        node, at = self._roots[realm], 0
         while at < len(tokens) and (child := node.children.get(tokens[at])):
             common = _common(child.edge, tokens, at)
             at += common

@@ -21,8 +21,16 @@ Then ``schedule`` makes the batches. A sequence knows which of its tokens are no
 
 The room is what running streams can be asked to wait. Where there are none it is ``CHUNK`` tokens, so that the first in
 the queue need not wait for all others, and a long prompt leaves a quarter of it to those behind it. Where there are
-some, a long prompt gets what delays them by twice the time of their own batch at most (``LONG_WAIT``), and a short one,
-of at most CHUNK tokens, is let in within ``SHORT_WAIT``, for nobody reads so fast. Batches are timed for that: pace.py.
+some, a long prompt gets what delays them by twice the time of their own batches at most (``LONG_WAIT``), and a short
+one, of at most CHUNK tokens, is let in within ``SHORT_WAIT``, for nobody reads so fast. Batches are timed for that:
+pace.py.
+
+A batch is computed under one set of LoRA adapters. Those who want the same ones, with the same scales, share batches,
+and a round has batches for each set that somebody wants: one for its streams, and for its prompts those that 2. makes.
+So all sets go on at one pace, and the more there are the slower. What a stream waits for from token to token is thus a
+batch of each set, and that, not its own alone, is the time that LONG_WAIT is of. A further set among the prompts of
+a round is a further pass over the weights, whose time is taken off their room. Going from set to set costs llama.cpp
+some time, too: so a round begins with the set that the last one ended with.
 
 A sequence that asked to be computed ``alone`` (deterministic) gets batches of its own, cut at multiples of
 ``ALONE_CHUNK``, so that what it computes never depends on who else is there.
@@ -32,10 +40,11 @@ The scheduler only decides. It owns no memory of the backend and touches no cloc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from bridge import ipc
-from bridge.worker.backend import Batch
+from bridge.worker.backend import Adapters, Batch
 from bridge.worker.pace import Pace
 from bridge.worker.sequence import Sequence
 from bridge.worker.slots import WORTH, Placement, Saved, Slots
@@ -43,12 +52,15 @@ from bridge.worker.waiting import WaitingRoom
 
 CHUNK = 256  # tokens; measured: tests/bench/RESULTS.md
 ALONE_CHUNK = 64
-LONG_WAIT = 1.2  # of the time of a batch of the streams; with what a batch may take longer than the last, 2
+LONG_WAIT = 1.2  # of the time of the streams' batches; with what a batch may take longer than the last, 2
 SHORT_WAIT = 1.0  # seconds
 
 
+Part = tuple[Sequence, int]  # and how many of its tokens are computed
+
+
 class Scheduled:
-    """A batch and what it does for whom.
+    """A batch and what it does for whom. Its ``parts`` are sequences under the same adapters, with counts of tokens.
 
     ``advanced`` are the sequences in it with the count of cells they will have; ``sampled`` those that get a token, in
     the order of the batch's outputs.
@@ -56,8 +68,8 @@ class Scheduled:
 
     __slots__ = ("advanced", "batch", "sampled")
 
-    def __init__(self, parts: list[tuple[Sequence, int]]) -> None:
-        self.batch = Batch()
+    def __init__(self, parts: list[Part]) -> None:
+        self.batch = Batch(adapters=parts[0][0].adapters)
         self.advanced: list[tuple[Sequence, int]] = []
         self.sampled: list[Sequence] = []
         for sequence, count in sorted(parts, key=lambda part: part[0].slot):
@@ -82,7 +94,7 @@ class Scheduler:
         n_batch: int,
         pace: Pace,
         worth_a_pass: int,
-        saved: Callable[[list[int]], Saved | None] = lambda prompt: None,
+        saved: Callable[[Sequence], Saved | None] = lambda sequence: None,
     ) -> None:
         self._slots = slots
         self._n_batch = n_batch
@@ -91,10 +103,17 @@ class Scheduler:
         self._saved = saved
         self.waiting = WaitingRoom()
         self.running: list[Sequence] = []  # oldest first
+        self._sets: Counter[Adapters] = Counter()  # of those that run
+        self._set: Adapters = ()  # of the last batch
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
         yield from self.waiting
+
+    @property
+    def sets(self) -> list[int]:
+        """How many run under each set of adapters."""
+        return list(self._sets.values())
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
@@ -108,6 +127,9 @@ class Scheduler:
         if sequence.slot < 0:
             return False
         self.running.remove(sequence)
+        self._sets[sequence.adapters] -= 1
+        if not self._sets[sequence.adapters]:
+            del self._sets[sequence.adapters]
         return not self._slots.release(sequence, keep=keep)
 
     # -- who begins --------------------------------------------------------------------------------------------
@@ -125,9 +147,10 @@ class Scheduler:
             free -= 1  # also for one that waits for another's prompt: its slot must be there when that is computed
             if not sequence.alone and self._is_being_computed(sequence):
                 continue
-            placement = self._slots.place(sequence, None if sequence.alone else self._saved(sequence.tokens))
+            placement = self._slots.place(sequence, None if sequence.alone else self._saved(sequence))
             self.waiting.admit(sequence)
             self.running.append(sequence)
+            self._sets[sequence.adapters] += 1
             sequence.cells = sequence.cached = placement.cells
             yield sequence, placement
             self.waiting.charge(sequence.client, sequence.to_compute)
@@ -138,8 +161,7 @@ class Scheduler:
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """A good part of it, by others that it may wait for: less urgent ones may be long in coming."""
-        promised = self._slots.promised(sequence.tokens, sequence.priority)
-        return promised >= self._slots.cached(sequence.tokens) + WORTH
+        return self._slots.promised(sequence) >= self._slots.cached(sequence) + WORTH
 
     # -- what is computed --------------------------------------------------------------------------------------
 
@@ -149,47 +171,70 @@ class Scheduler:
         for sequence in self.running:
             if sequence.to_compute == 1 and sequence.n_picked:
                 self.waiting.charge(sequence.client, 1)
-        batches = [Scheduled([(sequence, 1) for sequence in streams])] if streams else []
+        batches = [Scheduled(parts) for parts in self._by_set([(sequence, 1) for sequence in streams])]
         if len(streams) == len(self.running):  # the usual round, of many: nobody has more to compute
             return batches
-        parts: list[tuple[Sequence, int]] = []
-        for part in self._prompt_parts()[0]:
-            parts.append(part)
-            if sum(count for _, count in parts) >= self._worth_a_pass:
-                batches.append(Scheduled(parts))
-                parts = []
-        if parts:
-            batches.append(Scheduled(parts))
-        return batches + [self._alone(sequence) for sequence in self.running if sequence.alone]
+        for parts in self._by_set(self._prompt_parts()[0]):
+            batches += self._passes(parts)
+        alone = [(sequence, self._alone(sequence)) for sequence in self.running if sequence.alone]
+        return batches + [Scheduled([part]) for parts in self._by_set(alone) for part in parts]
 
-    def _alone(self, sequence: Sequence) -> Scheduled:
-        count = min(sequence.to_compute, ALONE_CHUNK - sequence.cells % ALONE_CHUNK, self._n_batch)
-        return Scheduled([(sequence, count)])
+    def _by_set(self, parts: list[Part]) -> list[list[Part]]:
+        """Those under the same adapters together, first those that are set."""
+        if not parts:
+            return []
+        if len(self._sets) == 1:
+            self._set = parts[0][0].adapters
+            return [parts]
+        of_set: dict[Adapters, list[Part]] = {self._set: []}
+        for part in parts:
+            of_set.setdefault(part[0].adapters, []).append(part)
+        self._set = [adapters for adapters, some in of_set.items() if some][-1]
+        return [some for some in of_set.values() if some]
 
-    def _prompt_parts(self, priority: int = len(ipc.PRIORITIES)) -> tuple[list[tuple[Sequence, int]], int]:
-        """What the next batch takes of the prompts that run and are as urgent, and the room that is left then."""
-        room, for_long = self._room()
-        parts = []
+    def _passes(self, parts: list[Part]) -> Iterator[Scheduled]:
+        """Batches of prompts, each as soon as it is worth a pass."""
+        some: list[Part] = []
+        for part in parts:
+            some.append(part)
+            if sum(count for _, count in some) >= self._worth_a_pass:
+                yield Scheduled(some)
+                some = []
+        if some:
+            yield Scheduled(some)
+
+    def _alone(self, sequence: Sequence) -> int:
+        return min(sequence.to_compute, ALONE_CHUNK - sequence.cells % ALONE_CHUNK, self._n_batch)
+
+    def _prompt_parts(self, priority: int = len(ipc.PRIORITIES)) -> tuple[list[Part], int]:
+        """What the next round takes of the prompts that run and are as urgent, and the room that is left then."""
+        room, for_long, a_pass = self._room()
+        parts: list[Part] = []
+        sets: set[Adapters] = set()
         prompts = [one for one in self.running if one.to_compute > 1 and not one.alone and one.priority <= priority]
         for sequence in sorted(prompts, key=lambda one: one.priority):
-            count = min(room, sequence.to_compute)
-            if sequence.n_prompt - sequence.cached > CHUNK:
-                count = min(count, for_long)
-                for_long -= count
-            if count:
+            extra = a_pass if sets and sequence.adapters not in sets else 0
+            is_long = sequence.n_prompt - sequence.cached > CHUNK
+            count = min(sequence.to_compute, (min(room, for_long) if is_long else room) - extra)
+            if count > 0:
                 parts.append((sequence, count))
-                room -= count
+                sets.add(sequence.adapters)
+                room -= count + extra
+                for_long -= count + extra if is_long else 0
         return parts, room
 
-    def _room(self) -> tuple[int, int]:
-        """Tokens of prompts that the next round may have, and how many of them of long ones."""
+    def _room(self) -> tuple[int, int, int]:
+        """Tokens of prompts that the next round may have, how many of them of long ones, and those in whose time there
+        is another pass. Nobody minds that one where nobody reads.
+        """
         streams = [sequence for sequence in self.running if sequence.to_compute == 1 and sequence.n_picked]
         most = min(self._n_batch, CHUNK)
         if not streams:
             others = len(self.waiting) + len(self.running) > 1
-            return most, max(1, most * 3 // 4) if others else most
+            return most, max(1, most * 3 // 4) if others else most, 0
         alone = sum(sequence.alone for sequence in streams)
-        wait = LONG_WAIT * (self._pace.decode(len(streams) - alone) + alone * self._pace.decode(1))
+        sets = Counter(sequence.adapters for sequence in streams if not sequence.alone)
+        wait = LONG_WAIT * (sum(map(self._pace.decode, sets.values())) + alone * self._pace.decode(1))
         for_long = self._pace.prompt_tokens(wait)
         for_short = self._pace.prompt_tokens(max(wait, SHORT_WAIT))
-        return min(most, for_short), min(most, for_long)
+        return min(most, for_short), min(most, for_long), self._pace.a_pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bridge import ipc
+from bridge.worker.backend import Adapters
 from bridge.worker.detokenize import TextStream
 
 
@@ -17,12 +18,13 @@ class Sequence:
     """
 
     __slots__ = (
-        "alone", "cached", "cells", "client", "computed", "deadline", "discarded", "first_token", "label", "logprobs",
-        "max_tokens", "n_prompt", "place", "priority", "received", "rid", "said", "sampling", "seconds", "slot",
-        "started", "stream", "tells_place", "text", "tokens",
+        "adapters", "alone", "cached", "cells", "client", "computed", "deadline", "discarded", "first_token", "label",
+        "logprobs", "max_tokens", "n_prompt", "place", "priority", "received", "rid", "said", "sampling", "seconds",
+        "slot", "started", "stream", "tells_place", "text", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: ipc.Generate, prompt: list[int]) -> None:
+    def __init__(self, request: ipc.Generate, prompt: list[int], adapters: Adapters = ()) -> None:
+        self.adapters = adapters  # that all of it is computed under
         self.rid = request.rid
         self.tokens = prompt
         self.n_prompt = len(prompt)

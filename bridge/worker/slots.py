@@ -7,22 +7,28 @@ starts from that instead of computing it again:
 - from a copy, where others run on it, or go on needing what else the slot holds;
 - from a state that was saved to disk (store.py), where that holds more than any slot.
 
+All three only where it was computed under the adapters that the prompt is for: the same words give other cells under
+others.
+
 Nothing is kept apart for this: a free slot's content is overwritten when the slot is needed, one of the least recently
 used.
 
 In a split cache the slots that run should be neighbours: llama.cpp computes neighbours in one pass over the weights and
 needs another pass for each gap. So a sequence is placed beside those that run, what is in the way changes places with
 it, and a gap that was left by one that ended is closed. That costs what a few tokens cost (tests/bench/RESULTS.md),
-once; a gap costs a pass in every batch.
+once; a gap costs a pass in every batch. Under several sets of adapters each has batches of its own, and neighbours are
+those under the same. The first of a set begins as far from the others as it can, which leaves both room to grow.
 
 It only decides. What is to be done with the cells comes back as a Placement; cells.py does it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bridge.worker.backend import Adapters
 from bridge.worker.prefix import PrefixTree
 from bridge.worker.sequence import Sequence
 
@@ -75,6 +81,7 @@ class Content:
 
     slot: int
     tokens: list[int]
+    adapters: Adapters = ()
     owner: Sequence | None = None
     used: int = 0  # when last: the higher the later
 
@@ -103,26 +110,25 @@ class Slots:
         return self._count - len(self._running)
 
     @property
-    def kept(self) -> list[tuple[int, list[int]]]:
-        """The free slots that hold something, with the tokens of their cells; least recently used first."""
-        return [(content.slot, content.tokens) for content in sorted(self._kept.values(), key=lambda one: one.used)]
+    def kept(self) -> list[Content]:
+        """What the free slots hold; least recently used first."""
+        return sorted(self._kept.values(), key=lambda one: one.used)
 
     # -- what a prompt can start from --------------------------------------------------------------------------
 
-    def cached(self, prompt: list[int]) -> int:
-        """Tokens of it that some slot holds. At least its last token is always left to compute."""
-        return self._best(prompt)[1]
+    def cached(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that some slot holds. At least the last token is always left to compute."""
+        return self._best(sequence)[1]
 
-    def promised(self, prompt: list[int], priority: int) -> int:
-        """Tokens of it that some slot will hold when the prompt that runs there, as urgent as this, is computed."""
+    def promised(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that some slot will hold when that which runs there, as urgent as it, is computed."""
         if not self._rewinds:
             return 0
-        shared = self._tree.matches(prompt).items()
-        urgent = (length for content, length in shared if content.owner and content.owner.priority <= priority)
-        return min(max(urgent, default=0), len(prompt) - 1)
+        shared = self._tree.matches(sequence.tokens, sequence.adapters).items()
+        urgent = (length for held, length in shared if held.owner and held.owner.priority <= sequence.priority)
+        return min(max(urgent, default=0), len(sequence.tokens) - 1)
 
-    def _usable(self, content: Content, length: int, prompt: list[int]) -> int:
-        length = min(length, len(prompt) - 1)
+    def _usable(self, content: Content, length: int) -> int:
         if self._rewinds:
             return min(length, content.cells)
         return content.cells if content.cells <= length else 0
@@ -131,24 +137,25 @@ class Slots:
 
     def place(self, sequence: Sequence, saved: Saved | None = None) -> Placement:
         """Gives a slot to it; one must be free. A sequence that runs by itself starts from nothing of others'."""
-        source, cells = (None, 0) if sequence.alone else self._best(sequence.tokens)
+        source, cells = (None, 0) if sequence.alone else self._best(sequence)
         if saved and saved.cells >= cells + WORTH:
             source, cells = None, saved.cells
         else:
             saved = None
         victim = self._victim(source)
         if source and source.owner is None and (victim is None or source.cells - cells <= cells // 2):
-            slot, moves = self._settle_in(source)
+            slot, moves = self._settle_in(source, sequence.adapters)
         else:
             assert victim is not None
             if source and cells < WORTH:
                 source, cells = None, 0
-            slot, moves = self._settle_on(victim, source)
+            slot, moves = self._settle_on(victim, source, sequence.adapters)
             if saved:
                 moves.append(Restore(slot, saved.name))
         sequence.slot = slot
-        content = self._running[slot] = Content(slot, sequence.tokens[: sequence.n_prompt], sequence)
-        self._tree.insert(content, content.tokens)
+        content = Content(slot, sequence.tokens[: sequence.n_prompt], sequence.adapters, sequence)
+        self._running[slot] = content
+        self._tree.insert(content, content.tokens, content.adapters)
         return Placement(slot, cells, tuple(moves))
 
     def release(self, sequence: Sequence, *, keep: bool) -> bool:
@@ -158,7 +165,7 @@ class Slots:
             self._tree.remove(content)
             return False
         content.owner, content.tokens = None, sequence.tokens[: sequence.cells]
-        self._tree.insert(content, content.tokens)
+        self._tree.insert(content, content.tokens, content.adapters)
         self._kept[content.slot] = content
         self._touch(content)
         return True
@@ -177,9 +184,10 @@ class Slots:
         slots = sorted(self._running)
         if not self._split or not slots or slots[-1] - slots[0] == len(slots) - 1:
             return None
-        gaps = [slot for slot in range(slots[0], slots[-1]) if slot not in self._running]
-        from_below = gaps[0] - slots[0] < slots[-1] - gaps[-1]  # the fewer move
-        source, target = (slots[0], gaps[-1]) if from_below else (slots[-1], gaps[0])
+        found = self._find_gap(slots)
+        if found is None:
+            return None
+        source, target = found
         content = self._running.pop(source)
         assert content.owner
         move = self._make_way(source, target)
@@ -187,14 +195,31 @@ class Slots:
         self._running[target] = content
         return content.owner, source, Placement(target, content.cells, (move,))
 
+    def _find_gap(self, running: list[int]) -> tuple[int, int] | None:
+        """A slot to move at one end of those of a set, where they are fewer, and a free one beside its others."""
+        of_set: defaultdict[Adapters, list[int]] = defaultdict(list)
+        for slot in running:
+            of_set[self._running[slot].adapters].append(slot)
+        for slots in of_set.values():
+            free = [slot for slot in range(slots[0], slots[-1]) if slot not in self._running]
+            if not free:
+                continue
+            ends = [(slots[-1] - free[-1], slots[-1], free), (free[0] - slots[0], slots[0], free[::-1])]
+            for _, source, targets in sorted(ends, key=lambda end: end[0]):
+                others = set(slots) - {source}
+                for target in targets:
+                    if {target - 1, target + 1} & others:
+                        return source, target
+        return None
+
     # -- where -------------------------------------------------------------------------------------------------
 
-    def _best(self, prompt: list[int]) -> tuple[Content | None, int]:
-        """What holds most of it: rather what is free than what runs, rather what holds little else."""
+    def _best(self, sequence: Sequence) -> tuple[Content | None, int]:
+        """What holds most of its prompt: rather what is free than what runs, rather what holds little else."""
         best: tuple[int, bool, int] = (0, False, 0)
         found = None
-        for content, length in self._tree.matches(prompt).items():
-            cells = self._usable(content, length, prompt)
+        for content, length in self._tree.matches(sequence.tokens, sequence.adapters).items():
+            cells = self._usable(content, min(length, len(sequence.tokens) - 1))
             rank = (cells, content.owner is None, cells - content.cells)
             if cells and rank > best:
                 best, found = rank, content
@@ -205,16 +230,16 @@ class Slots:
         others = [slot for slot in self._free() if source is None or self._kept.get(slot) is not source]
         return min(others, key=self._age, default=None)
 
-    def _settle_in(self, source: Content) -> tuple[int, list[Move]]:
+    def _settle_in(self, source: Content, adapters: Adapters) -> tuple[int, list[Move]]:
         """On what is there, if need be at another place."""
-        slot = self._beside(source.slot)
+        slot = self._beside(source.slot, adapters)
         del self._kept[source.slot]
         self._tree.remove(source)
         return slot, [] if slot == source.slot else [self._make_way(source.slot, slot)]
 
-    def _settle_on(self, victim: int, source: Content | None) -> tuple[int, list[Move]]:
+    def _settle_on(self, victim: int, source: Content | None, adapters: Adapters) -> tuple[int, list[Move]]:
         """In place of ``victim``'s content, from a copy of ``source`` if there is one."""
-        slot = self._beside(victim)
+        slot = self._beside(victim, adapters)
         if victim in self._kept and self._kept.get(slot) is not source and self._is_old(slot):
             victim = slot  # its content is hardly worth more, and need not be moved
         if lost := self._kept.pop(victim, None):
@@ -254,13 +279,15 @@ class Slots:
         ages = sorted(content.used for content in self._kept.values())
         return slot in self._kept and self._kept[slot].used <= ages[(len(ages) - 1) // 2]
 
-    def _beside(self, preferred: int) -> int:
-        """A free slot beside those that run, the preferred one if it is as good as any."""
+    def _beside(self, preferred: int, adapters: Adapters) -> int:
+        """A free slot beside those that run under these adapters, the preferred one if it is as good as any."""
         if not self._split:
             return preferred
+        alike = {slot for slot, content in self._running.items() if content.adapters == adapters}
 
-        def cost(slot: int) -> tuple[int, bool, int]:
-            neighbours = (slot - 1 in self._running) + (slot + 1 in self._running)
-            return -neighbours, slot != preferred, self._age(slot)
+        def cost(slot: int) -> tuple[int, int, bool, int]:
+            neighbours = (slot - 1 in alike) + (slot + 1 in alike)
+            distance = 0 if neighbours else min((abs(slot - one) for one in self._running), default=0)
+            return -neighbours, -distance, slot != preferred, self._age(slot)
 
         return min(self._free(), key=cost)

@@ -5,6 +5,7 @@ A file holds one sequence's state, in a folder named for the ``state_key`` that 
     8 bytes   b"LBSTATE" and the format's version
     32 bytes  BLAKE2b of all that follows
     32 bytes  BLAKE2b of the state key
+    32 bytes  BLAKE2b of the adapters it was computed under, by their keys and scales; of nothing where there are none
     4, 8      counts of tokens and of the state's bytes, little-endian
     4 each    the tokens
     ...       the state, as llama_state_seq_get_data gives it
@@ -23,12 +24,13 @@ from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
+from bridge.worker.backend import Adapters
 from bridge.worker.prefix import PrefixTree
 from bridge.worker.slots import Saved
 
-_MAGIC = b"LBSTATE\x01"
+_MAGIC = b"LBSTATE\x02"
 _DIGEST = 32
-_HEAD = struct.Struct(f"<{len(_MAGIC)}s{_DIGEST}s{_DIGEST}sIQ")
+_HEAD = struct.Struct(f"<{len(_MAGIC)}s{_DIGEST}s{_DIGEST}s{_DIGEST}sIQ")
 _SUFFIX = ".state"
 
 
@@ -42,7 +44,7 @@ class Store:
     def __init__(self, folder: Path, key: str, *, limit: int, rewinds: bool = True) -> None:
         """``rewinds`` says whether a state is of use to what parts from it before its end."""
         self._root = folder
-        self._key = _digest(key.encode())
+        self._key = _digest(_MAGIC, key.encode())
         self._folder = folder / self._key.hex()[:32]
         self._limit = limit
         self._rewinds = rewinds
@@ -66,7 +68,7 @@ class Store:
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                tokens, _ = self._head(path.name, file.read(_HEAD.size), size, file.read)
+                tokens, _, realm = self._head(path.name, file.read(_HEAD.size), size, file.read)
         except DamagedState as error:
             self._lose(path.name, error)
         except FileNotFoundError:
@@ -74,10 +76,10 @@ class Store:
         except OSError as error:
             self._warnings.append(f"a state of the KV cache could not be read: {error}")
         else:
-            self._know(path.name, tokens)
+            self._know(path.name, tokens, realm)
 
-    def _know(self, name: str, tokens: list[int]) -> None:
-        self._tree.insert(name, tokens)
+    def _know(self, name: str, tokens: list[int], realm: bytes) -> None:
+        self._tree.insert(name, tokens, realm)
         self._lengths[name] = len(tokens)
 
     def forget(self, name: str) -> None:
@@ -91,26 +93,26 @@ class Store:
         self._warnings.append(f"{self._folder / name} is damaged and was removed: {error}")
         self.forget(name)
 
-    def _head(self, name: str, head: bytes, size: int, read: Callable[[int], bytes]) -> tuple[list[int], int]:
-        """The tokens, and how long the state is."""
+    def _head(self, name: str, head: bytes, size: int, read: Callable[[int], bytes]) -> tuple[list[int], int, bytes]:
+        """The tokens, how long the state is, and the digest of the adapters."""
         if len(head) < _HEAD.size:
             raise DamagedState("it is too short")
-        magic, _, key, n_tokens, n_state = _HEAD.unpack(head)
+        magic, _, key, realm, n_tokens, n_state = _HEAD.unpack(head)
         if magic != _MAGIC or key != self._key:
             raise DamagedState("it does not begin as it should")
         if size != _HEAD.size + 4 * n_tokens + n_state:
             raise DamagedState(f"it has {size} bytes, not those that it says")
         packed = read(4 * n_tokens)
-        if name != _name(packed):
+        if name != _name(packed, realm):
             raise DamagedState("it has other tokens than its name says")
-        return array("i", packed).tolist(), n_state
+        return array("i", packed).tolist(), n_state, realm
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def find(self, prompt: list[int]) -> Saved | None:
+    def find(self, prompt: list[int], adapters: Adapters = ()) -> Saved | None:
         """What has the longest beginning of the prompt. At least the prompt's last token is left to compute."""
         best = None
-        for name, length in self._tree.matches(prompt).items():
+        for name, length in self._tree.matches(prompt, _realm(adapters)).items():
             cells = min(length, len(prompt) - 1)
             if not self._rewinds and self._lengths[name] != cells:
                 continue
@@ -127,7 +129,7 @@ class Store:
                 file.readinto(data)
             view = memoryview(data)
             at = _HEAD.size
-            tokens, n_state = self._head(
+            tokens, n_state, _ = self._head(
                 name, bytes(data[:at]), len(data), lambda count: view[at : at + count].tobytes()
             )
             if _digest(view[len(_MAGIC) + _DIGEST :]) != data[len(_MAGIC) : len(_MAGIC) + _DIGEST]:
@@ -144,9 +146,10 @@ class Store:
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    def write(self, tokens: list[int], save: Callable[[], bytes | bytearray]) -> bool:
+    def write(self, tokens: list[int], save: Callable[[], bytes | bytearray], adapters: Adapters = ()) -> bool:
         """Returns whether there was need and room. Raises OSError, and what ``save`` raises."""
-        shared = self._tree.matches(tokens)
+        realm = _realm(adapters)
+        shared = self._tree.matches(tokens, realm)
         if any(self._covers(name, length, len(tokens)) for name, length in shared.items()):
             return False
         state = save()
@@ -154,8 +157,8 @@ class Store:
         size = _HEAD.size + len(packed) + len(state)
         if size > self._limit:
             return False
-        rest = _HEAD.pack(b"", b"", self._key, len(tokens), len(state))[len(_MAGIC) + _DIGEST :]
-        name = _name(packed)
+        rest = _HEAD.pack(b"", b"", self._key, realm, len(tokens), len(state))[len(_MAGIC) + _DIGEST :]
+        name = _name(packed, realm)
         partial = self._folder / f".{name}.{os.getpid()}"
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -169,7 +172,7 @@ class Store:
             for older, length in shared.items():
                 if older != name and length == self._lengths[older]:  # this one begins with all of that one
                     self.forget(older)
-        self._know(name, tokens)
+        self._know(name, tokens, realm)
         self._prune()
         return True
 
@@ -196,9 +199,14 @@ class Store:
                     path.unlink()
 
 
-def _name(packed: bytes) -> str:
+def _name(packed: bytes, realm: bytes) -> str:
     """Of a state of these tokens."""
-    return _digest(packed).hex()[:32] + _SUFFIX
+    return _digest(realm, packed).hex()[:32] + _SUFFIX
+
+
+def _realm(adapters: Adapters) -> bytes:
+    """Of states that were computed under these."""
+    return _digest(repr(adapters).encode() if adapters else b"")
 
 
 def _digest(*parts: bytes | bytearray | memoryview) -> bytes:
