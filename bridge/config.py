@@ -72,6 +72,10 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True):
     dir: str = ""
     bytes: Positive = 4 * 1024**3
 
+    @property
+    def folder(self) -> str:
+        return os.path.expanduser(self.dir)
+
 
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"

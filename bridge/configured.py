@@ -9,7 +9,6 @@ import msgspec
 import trio
 
 from bridge import log
-from bridge.adapters import split_lora
 from bridge.config import Config, ConfigError, Model
 from bridge.daemon import Daemon
 from bridge.entry import Terms
@@ -79,7 +78,7 @@ class Configured:
         try:
             found = await library.prepare(model.path, model.quant, lambda progress: None)
             options = msgspec.convert(model, LoadOptions, from_attributes=True)
-            spec = found.spec(options, await split_lora(library, model.lora))
+            spec = found.spec(options, await self._daemon.adapters.resolve(model.lora))
             terms = Terms(model.keep_alive, model.pin)
             name = model.name or found.name
             if model.preload:

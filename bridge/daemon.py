@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.library import Library
 from bridge.pool import ModelPool
@@ -18,6 +19,7 @@ class Daemon:
 
     config: Config
     library: Library
+    adapters: Adapters
     pool: ModelPool
     stop: Callable[[], None]  # begins the drain; returns at once
     reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed

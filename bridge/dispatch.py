@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import __version__, generation, ipc, loading
+from bridge import __version__, generation, ipc, loading, lora
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -178,6 +178,7 @@ LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final
     commands.Show: loading.show,
     commands.Pull: loading.pull,
     commands.Remove: loading.remove,
+    commands.Lora: lora.lora,
     commands.Queue: _queue,
     commands.Infer: generation.infer,
     commands.InferStream: generation.infer_stream,

@@ -68,6 +68,7 @@ class Entry:
     asked: bool = False  # by LOAD or the configuration, not just by a request
     proven: bool = False  # it was loaded once
     freed: bool = False  # it is unloaded because somebody asked for that
+    adapters: dict[str, str] = field(default_factory=dict)  # what LORA loaded: names and paths
     users: int = 0
     waiting: int = 0
     last_used: float = 0.0

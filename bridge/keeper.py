@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import trio
 
 from bridge import ipc, log
+from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.entry import Entry, State
 from bridge.planner import Planned, Planner
@@ -35,14 +37,17 @@ class Keeper:
     Resource handling: cancelling the nursery ends every provider at once.
     """
 
-    def __init__(self, nursery: trio.Nursery, config: Config, registry: Registry, planner: Planner) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, config: Config, registry: Registry, planner: Planner, adapters: Adapters
+    ) -> None:
         self.config = config
         self.providers: dict[Entry, Provider] = {}
         self._nursery = nursery
         self._registry = registry
         self._planner = planner
+        self._adapters = adapters
         self._starting: dict[Entry, trio.CancelScope] = {}
-        self._devices: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)  # one load at a time on each
+        self._queues: defaultdict[str, deque[Entry]] = defaultdict(deque)  # of each device: the first one loads
         self._changed = trio.Event()
         self._expiry = trio.Event()  # set when a model leaves earlier than the next one was to
         self._wakes_at = math.inf
@@ -56,7 +61,9 @@ class Keeper:
             entry = self._registry.entries[effect.name]
             match effect:
                 case Start():
-                    self._starting[entry] = trio.CancelScope()  # now, for its task may begin after that of a Stop
+                    # Now, for tasks begin in any order.
+                    self._starting[entry] = trio.CancelScope()
+                    self._queues[self._planner.device(entry.spec)].append(entry)
                     self._nursery.start_soon(self._keep, entry)
                 case Stop():
                     self._nursery.start_soon(self._stop, entry)
@@ -113,16 +120,31 @@ class Keeper:
         """Raises BridgeError (load_failed)."""
         gives_up = trio.current_time() + self.config.limits.load
         while True:
-            async with self._devices[self._planner.device(entry.spec)]:
+            async with self._turn(entry):
                 proposal = await self.plan(entry)
-                if proposal.room.fits and not proposal.room.leave:
+                while proposal.room.leave:
+                    await self._clear(proposal.room.leave)
+                    proposal = await self.plan(entry)
+                if proposal.room.fits:
                     entry.memory = proposal.planned.memory
-                    provider = self._make(entry, proposal.planned)
+                    provider = await self._make(entry, proposal.planned)
                     await provider.load()
                     return provider
-                await self._clear(proposal.room.leave)
-            if not proposal.room.leave:
-                await self._wait_for_memory(entry, proposal, gives_up)
+            await self._wait_for_memory(entry, proposal, gives_up)
+
+    @asynccontextmanager
+    async def _turn(self, entry: Entry) -> AsyncIterator[None]:
+        """One load at a time on each device, in the order that they were asked for."""
+        queue = self._queues[self._planner.device(entry.spec)]
+        if entry not in queue:
+            queue.append(entry)
+        try:
+            while queue[0] is not entry:
+                await self.change()
+            yield
+        finally:
+            queue.remove(entry)
+            self.notify()
 
     async def _wait_for_memory(self, entry: Entry, proposal: Proposal, gives_up: float) -> None:
         """Others have to end before there is room. Not while it has its turn on the device: what is smaller may fit."""
@@ -168,9 +190,10 @@ class Keeper:
         while any(entry.memory != NONE for entry in leaving):
             await self.change()
 
-    def _make(self, entry: Entry, planned: Planned) -> Provider:
-        cache = self.config.cache
-        load = ipc.Load(entry.spec.path, planned.options, os.path.expanduser(cache.dir), cache.bytes)
+    async def _make(self, entry: Entry, planned: Planned) -> Provider:
+        cache, spec = self.config.cache, entry.spec
+        lora = await self._adapters.of_load(spec.path, spec.lora)
+        load = ipc.Load(spec.path, planned.options, cache.folder, cache.bytes, lora)
         return LocalProvider(entry.name, self.config.backend, load, self.config.limits, entry.totals)
 
     # -- ends --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from bridge.jobs import Jobs, Progress, run_job
 from bridge.models.catalogue import Catalogue, Known
 from bridge.models.converted import cached
 from bridge.models.default import models_dir
+from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
 from bridge.models.weights import needs_converting
 from protocol.commands import LoadOptions
@@ -51,7 +52,7 @@ class Library:
 
     def reconfigure(self, config: Config) -> None:
         settings = config.store
-        self._fake = config.backend == "fake"
+        self.fake = config.backend == "fake"
         self._settings = settings
         self._store = Path(settings.dir).expanduser() if settings.dir else models_dir()
         self._catalogue = Catalogue(
@@ -61,22 +62,27 @@ class Library:
             discover=settings.discover,
         )
 
-    async def _look(self, look: Callable[[], T]) -> T:
+    async def look(self, look: Callable[[], T]) -> T:
+        """Calls it in the thread that looks at files."""
         return await trio.to_thread.run_sync(look, limiter=self._one, abandon_on_cancel=True)
 
     # -- what there is -----------------------------------------------------------------------------------------
 
     async def known(self) -> list[Known]:
-        return [] if self._fake else await self._look(self._catalogue.models)
+        return [] if self.fake else await self.look(self._catalogue.models)
 
     async def find(self, reference: str, unknown: BridgeError | None = None) -> Found:
         """A model that is on this machine. Raises BridgeError: not_found, ambiguous, forbidden."""
-        if self._fake:
+        if self.fake:
             if unknown is not None:
                 raise unknown
             return Found(reference)
-        known = await self._look(partial(self._catalogue.find, reference))
+        known = await self.look(partial(self._catalogue.find, reference))
         return Found(known.path, known.name, known.stamp)
+
+    async def check_path(self, path: str) -> str:
+        """The real path of a file that may be read. Raises BridgeError: not_found, forbidden."""
+        return path if self.fake else await self.look(partial(self._catalogue.check_path, path))
 
     async def is_ready(self, reference: str) -> bool:
         """Whether it can be loaded as it is. Raises BridgeError: ambiguous, forbidden."""
@@ -89,7 +95,7 @@ class Library:
 
     async def remove(self, name: str) -> Known:
         """Raises BridgeError: not_found, ambiguous, forbidden."""
-        return await self._look(partial(self._catalogue.remove, name))
+        return await self.look(partial(self._catalogue.remove, name))
 
     # -- what has to be made -----------------------------------------------------------------------------------
 
@@ -98,7 +104,7 @@ class Library:
 
         Raises BridgeError: what ``find`` and ``pull`` raise, convert_failed, unsupported.
         """
-        if self._fake:
+        if self.fake:
             return Found(reference)
         try:
             found = await self.find(reference)
@@ -109,13 +115,16 @@ class Library:
             found = await self.find(pulled["path"])
         if quant is None and not needs_converting(found.path):
             return found
-        made = await self._look(partial(cached, found.path, self._store, quant))
+        made = await self.look(partial(cached, found.path, self._store, quant))
         if made is None:
             arguments = [found.path, "--store", str(self._store)]
             arguments += ["--quant", quant] if quant else []
             arguments += ["--python", self._settings.convert_python] if self._settings.convert_python else []
             made = (await self._run("convert", arguments, tell))["path"]
-        return replace(await self.find(str(made)), name=found.name if quant is None else None)
+        name = found.name
+        if quant and name:
+            name = f"{split_quant(name)[0]}:{quant.upper()}"
+        return replace(await self.find(str(made)), name=name)
 
     async def pull(self, source: str, sha256: str | None, tell: Tell) -> dict[str, Any]:
         """Fetches it into the store: ``path``, ``name``, ``size``, ``sha256``. Raises BridgeError."""

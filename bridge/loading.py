@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 
 from bridge import ipc, jobs
-from bridge.adapters import split_lora
 from bridge.call import Call
 from bridge.entry import Entry, State, Terms
 from bridge.keeper import Proposal
@@ -28,7 +27,7 @@ AVAILABLE = "available"  # the state of a model that is on the disk and was not 
 async def load(call: Call, command: commands.Load) -> Ok:
     try:
         found = await _find(call, command)
-        spec = found.spec(_options(command), await split_lora(call.daemon.library, command.lora))
+        spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
         terms = Terms(command.keep_alive, command.pin)
         entry = call.daemon.pool.begin_load(command.name or found.name, spec, call.peer.number, terms, command.path)
     except BridgeError as error:
@@ -81,7 +80,7 @@ def _rounded(value: float | None) -> float | None:
 
 async def plan(call: Call, command: commands.Plan) -> Ok:
     found = await call.daemon.library.prepare(command.path, command.quant, lambda progress: None)
-    spec = found.spec(_options(command), await split_lora(call.daemon.library, command.lora))
+    spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
     fits = proposal.room.fits or bool(proposal.room.wait_for)
     return Ok("It fits" if fits else "It does not fit", _proposal(proposal) | {"path": found.path})

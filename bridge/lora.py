@@ -59,7 +59,9 @@ async def _unload(call: Call, command: commands.Lora) -> Ok:
     path = entry.adapters.get(name)
     if path is None:
         there = ", ".join(entry.adapters) or "none"
-        raise BridgeError(ErrorCode.NOT_FOUND, f"No adapter {command.adapter} was loaded for {entry.name}; there: {there}")
+        raise BridgeError(
+            ErrorCode.NOT_FOUND, f"No adapter {command.adapter} was loaded for {entry.name}; there: {there}"
+        )
     if provider := call.daemon.pool.provider(entry):
         answer = await provider.ask(ipc.ListAdapters(0), call.asking)
         assert isinstance(answer, ipc.AdaptersListed)

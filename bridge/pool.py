@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.entry import Entry, Spec, State, Terms
 from bridge.keeper import Keeper, Proposal
@@ -25,10 +26,10 @@ class ModelPool:
     Resource handling: cancelling ``nursery`` ends every provider at once.
     """
 
-    def __init__(self, nursery: trio.Nursery, config: Config, library: Library) -> None:
+    def __init__(self, nursery: trio.Nursery, config: Config, library: Library, adapters: Adapters) -> None:
         self._library = library
         self._registry = Registry(config.pool.keep_alive)
-        self._keeper = Keeper(nursery, config, self._registry, Planner(config))
+        self._keeper = Keeper(nursery, config, self._registry, Planner(config), adapters)
 
     @property
     def entries(self) -> list[Entry]:

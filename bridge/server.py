@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from bridge import log
+from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
@@ -52,8 +53,9 @@ class Server:
         try:
             async with trio.open_nursery() as workers:
                 library = Library(workers, self._config)
-                pool = ModelPool(workers, self._config, library)
-                self._daemon = Daemon(self._config, library, pool, self.stop, self.reload)
+                adapters = Adapters(library)
+                pool = ModelPool(workers, self._config, library, adapters)
+                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
                 self._configured = Configured(self._daemon, self._read, workers)
                 await self._configured.begin()
                 async with trio.open_nursery() as clients:

@@ -22,7 +22,7 @@ import orjson
 import trio
 
 from bridge import loading
-from bridge.config import Config, Limits, Model
+from bridge.config import Config, Limits, Model, Store
 from bridge.server import Server
 from protocol.address import Tcp
 from protocol.commands import LoadOptions
@@ -194,6 +194,7 @@ async def daemon(
     with tempfile.TemporaryDirectory(prefix="lb-") as folder:
         path = os.path.join(folder, "bridge.sock")
         fields = {"socket": path, "tcp": ["127.0.0.1:0"], "backend": "fake"}
+        fields |= {"store": Store(dir=os.path.join(folder, "models"), discover=False)}
         fields |= {"models": [Model(path=model) for model in models]} | config
         server = Server(Config(limits=limits or Limits(), load=load or LoadOptions(), **fields))
         async with trio.open_nursery() as nursery:

@@ -15,7 +15,9 @@ from model_disk import Disk, refusal, write
 
 from bridge.models import watch
 from bridge.models.catalogue import Catalogue
+from bridge.models.converted import Converted
 from bridge.models.reference import parse
+from bridge.models.weights import examine
 
 
 @pytest.fixture
@@ -269,6 +271,17 @@ def test_removing_a_model(disk: Disk) -> None:
     assert json.loads((disk.store / ".sources.json").read_bytes()) == {"http://x/y": "other.gguf"}
     assert catalogue.remove(str(other)).name == "other"
     assert catalogue.models() == []
+
+
+def test_removing_a_model_removes_what_was_made_of_it(disk: Disk) -> None:
+    path, other = (write(disk.store / name, content) for name, content in (("a.gguf", b"GGUF1"), ("b.gguf", b"GGUF2")))
+    made = []
+    for source in (path, other):
+        kept = Converted(disk.store)
+        with kept.locked(lambda: None):
+            made.append(write(kept.place(examine(source), "-Q4_0", lambda size: None)))
+    disk.catalogue().remove("a")
+    assert [file.exists() for file in (path, made[0], other, made[1])] == [False, False, True, True]
 
 
 def test_removing_a_converted_model(disk: Disk) -> None:

@@ -10,7 +10,7 @@ import pytest
 from published import safetensors
 
 from bridge.models import converted
-from bridge.models.converted import Converted, cached, suffix_of
+from bridge.models.converted import Converted, all_cached, cached, suffix_of
 from bridge.models.weights import examine
 
 PART = safetensors({"t": ("F16", (3, 4), bytes(24))})
@@ -107,6 +107,16 @@ def test_cached_reads_no_weights(folder: Path, store: Path, monkeypatch: pytest.
     path = keep(folder, store)
     monkeypatch.setattr(converted, "_read", lambda *_: pytest.fail("it was read"))
     assert cached(folder, store) == path
+
+
+def test_all_that_was_made_of_it(folder: Path, store: Path) -> None:
+    assert all_cached(folder, store) == []
+    paths = [keep(folder, store, suffix) for suffix in ("", "-Q4_0", "-F32-Q8_0")]
+    other = model(folder.with_name("other"))
+    (other / "config.json").write_text('{"architectures": ["OtherForCausalLM"]}')
+    keep(other, store)
+    assert all_cached(folder, store) == sorted(paths)
+    assert all_cached(folder / "nothing", store) == []
 
 
 def test_a_changed_source_is_not_cached(folder: Path, store: Path) -> None:

@@ -58,7 +58,7 @@ async def test_a_load_waits_for_who_computes() -> None:
 
 
 async def test_a_load_does_not_wait_for_ever() -> None:
-    limits = Limits(load=0.3)
+    limits = Limits(load=1.5)
     async with daemon("a?mb=200&step_ms=2", pool=ROOM_FOR_TWO, limits=limits) as place, await place.unix() as wire:
         async with await place.unix() as other:
             await other.start("INFER_STREAM model=a max_tokens=1000000 x")
@@ -87,18 +87,17 @@ async def test_who_is_pinned_stays() -> None:
 
 
 async def test_one_load_at_a_time() -> None:
-    async with daemon() as place:
-        async with trio.open_nursery() as nursery:
-            for name in "abc":
+    async with daemon() as place, trio.open_nursery() as nursery:
+        for name in "abc":
 
-                async def load(name: str = name) -> None:
-                    async with await place.unix() as wire:
-                        assert (await wire.ask(f"LOAD {name}?load_ms=150"))["status"] == "ok"
+            async def load(name: str = name) -> None:
+                async with await place.unix() as wire:
+                    assert (await wire.ask(f"LOAD {name}?load_ms=150"))["status"] == "ok"
 
-                nursery.start_soon(load)
-            await eventually(lambda: _count(place, "ready", 1))
-            assert (await place.models()).keys() == {"a", "b", "c"}
-            assert not await _count(place, "ready", 3)
+            nursery.start_soon(load)
+        await eventually(lambda: _count(place, "ready", 1))
+        assert (await place.models()).keys() == {"a", "b", "c"}
+        assert not await _count(place, "ready", 3)
 
 
 async def _count(place: Inside, wanted: str, least: int) -> bool:

@@ -105,7 +105,7 @@ def test_the_engine_is_behind_one_door() -> None:
 def test_only_handlers_translate_between_wire_and_worker() -> None:
     # bridge.planner makes of LOAD's options, with what suits the machine, the worker's.
     both = who_imports("protocol.commands") & who_imports("bridge.ipc")
-    assert both <= {"bridge.dispatch", "bridge.generation", "bridge.loading", "bridge.planner"}
+    assert both <= {"bridge.dispatch", "bridge.generation", "bridge.loading", "bridge.lora", "bridge.planner"}
 
 
 @pytest.mark.parametrize("module", ["bridge.registry", "bridge.entry", "bridge.room", "bridge.worker.scheduler"])

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bridge.models import paths
+from bridge.models.converted import all_cached
 from bridge.models.index import Index, Known, known_by_path, size_of
 from bridge.models.reference import LocalPath, Name, Reference, control_character, parse
 from bridge.models.store import forget_file
@@ -84,13 +85,17 @@ class Catalogue:
         self._read.clear()
 
     def remove(self, name: str) -> Known:
-        """Deletes the model's files and what is noted of them. Raises BridgeError: as ``find``, and forbidden for one
-        that does not lie in our own store; OSError."""
+        """Deletes the model's files, what was made of them, and what is noted of them.
+
+        Raises BridgeError: as ``find``, and forbidden for one that does not lie in our own store; OSError.
+        """
         known = self.find(name)
         if known.source != "store":
             where = os.path.dirname(known.path)
             message = f"{known.name} lies in {where}; only what lies in {self._store} can be removed"
             raise BridgeError(ErrorCode.FORBIDDEN, message, allowed=[str(self._store)])
+        for path in all_cached(known.path, self._store):
+            path.unlink(missing_ok=True)
         for file in known.files:  # the first shard first: without it the others are no model
             Path(file).unlink(missing_ok=True)
             forget_file(self._store, os.path.relpath(file, self._store))

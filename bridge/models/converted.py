@@ -50,12 +50,13 @@ class Converted:
 
     def find(self, weights: Weights, suffix: str) -> Path | None:
         """The result if it is there, and the index knows all of the sources. Reads none of them."""
-        digests = {name: self._known_digest(path) for name, path in weights.files.items()}
-        known = {name: digest for name, digest in digests.items() if digest is not None}
-        if len(known) < len(digests):
-            return None
-        path = self._path(known, suffix)
-        return path if path.is_file() else None
+        path = self._known_path(weights, suffix)
+        return path if path and path.is_file() else None
+
+    def all(self, weights: Weights) -> list[Path]:
+        """All results of these sources, if the index knows them. Reads none of them."""
+        path = self._known_path(weights, "")
+        return sorted(self.folder.glob(f"{path.stem}*.gguf")) if path else []
 
     def place(self, weights: Weights, suffix: str, on_read: Callable[[int], None]) -> Path:
         """Where the result belongs, there or not; for whoever holds the lock. ``on_read`` gets the bytes of each read.
@@ -104,6 +105,11 @@ class Converted:
             os.fsync(opened.fileno())
         publish(file, path)
 
+    def _known_path(self, weights: Weights, suffix: str) -> Path | None:
+        digests = {name: self._known_digest(path) for name, path in weights.files.items()}
+        known = {name: digest for name, digest in digests.items() if digest is not None}
+        return self._path(known, suffix) if len(known) == len(digests) else None
+
     def _path(self, digests: Mapping[str, str], suffix: str) -> Path:
         whole = hashlib.blake2b(_RECIPE, digest_size=_DIGEST_SIZE)
         for name, digest in sorted(digests.items()):
@@ -141,6 +147,14 @@ def cached(path: str | Path, store: Path, quant: str | None = None, outtype: str
         return Converted(store).find(examine(Path(path)), suffix_of(outtype, quant))
     except (BridgeError, OSError):
         return None
+
+
+def all_cached(path: str | Path, store: Path) -> list[Path]:
+    """All GGUFs that this was converted or quantised to. Fast, as ``cached``, and raises no BridgeError either."""
+    try:
+        return Converted(store).all(examine(Path(path)))
+    except (BridgeError, OSError):
+        return []
 
 
 def suffix_of(outtype: str, quant: str | None) -> str:

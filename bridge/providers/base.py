@@ -42,6 +42,7 @@ class Provider(Protocol):
     info: ipc.ModelInfo
     load_ms: float
     limits: Limits  # in force from when they are set
+    adapters: set[str]  # the keys of those that are there; of whoever asks for them
 
     @property
     def pid(self) -> int: ...

@@ -65,6 +65,7 @@ class LocalProvider:
         self._backend = backend
         self._load = load
         self.limits = limits
+        self.adapters = {adapter.key for adapter in load.lora}
         self._pending: dict[int, _Pending] = {}
         self._waiting_bytes = 0
         self._last_rid = 0
