@@ -92,12 +92,12 @@ class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     so the KV cache has n_ctx * n_parallel cells.
     """
 
-    n_ctx: Annotated[int, Meta(ge=8, le=16_777_216)] | None = None
+    n_ctx: Annotated[int, Meta(ge=8, le=16_777_216)] | Literal["auto"] | None = None
     n_parallel: Annotated[int, Meta(ge=1, le=256)] | None = None
     n_batch: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     n_ubatch: Annotated[int, Meta(ge=1, le=65_536)] | None = None
-    n_threads: Annotated[int, Meta(ge=1, le=512)] | None = None
-    n_gpu_layers: Annotated[int, Meta(ge=-1, le=65_536)] | None = None  # -1: all of them
+    n_threads: Annotated[int, Meta(ge=1, le=512)] | Literal["auto"] | None = None
+    n_gpu_layers: Annotated[int, Meta(ge=-1, le=65_536)] | Literal["auto"] | None = None  # -1: all of them
     flash_attn: Literal["auto", "on", "off"] | None = None
     type_k: CacheType | None = None
     type_v: CacheType | None = None
