@@ -59,8 +59,8 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``n_layers_gpu`` counts the output as one. ``n_ctx_max`` is the largest n_ctx that fits with these options, 0 if
-    none does. ``why`` has a sentence for each option that was chosen and not asked for.
+    """``n_layers_gpu``, of ``n_layers``, counts the output as one. ``n_ctx_max`` is the largest n_ctx that fits with
+    these options, in steps of 256, and 0 if none does. ``why`` has a reason for each option that was not asked for.
     """
 
     options: LoadOptions

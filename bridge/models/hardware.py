@@ -101,7 +101,7 @@ def usable_cpus(root: Path = Path("/")) -> int:
     """Those that we may run on; fewer if our cgroup has a quota of their time."""
     usable = len(os.sched_getaffinity(0))
     for folder in _cgroups(root, ""):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = (folder / "cpu.max").read_text().split()
             usable = min(usable, max(1, math.ceil(int(quota) / int(period))))  # int() refuses "max"
     return usable
