@@ -37,13 +37,16 @@ async def test_the_least_recently_used_makes_room() -> None:
 
 
 async def test_who_computes_does_not_leave() -> None:
-    async with daemon("a?mb=100&step_ms=2", "b?mb=100", pool=ROOM_FOR_TWO) as place, await place.unix() as wire:
-        async with await place.unix() as other:
-            await other.start("INFER_STREAM model=a max_tokens=1000000 x")
-            await wire.ask("INFER model=b max_tokens=1 x")
-            await wire.ask("LOAD c?mb=100")
-            await until(place, a="ready", b="unloaded", c="ready")
-            assert (await other.line())["type"] == "token"
+    async with (
+        daemon("a?mb=100&step_ms=2", "b?mb=100", pool=ROOM_FOR_TWO) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
+        await other.start("INFER_STREAM model=a max_tokens=1000000 x")
+        await wire.ask("INFER model=b max_tokens=1 x")
+        await wire.ask("LOAD c?mb=100")
+        await until(place, a="ready", b="unloaded", c="ready")
+        assert (await other.line())["type"] == "token"
 
 
 async def test_a_load_waits_for_who_computes() -> None:
@@ -59,13 +62,16 @@ async def test_a_load_waits_for_who_computes() -> None:
 
 async def test_a_load_does_not_wait_for_ever() -> None:
     limits = Limits(load=1.5)
-    async with daemon("a?mb=200&step_ms=2", pool=ROOM_FOR_TWO, limits=limits) as place, await place.unix() as wire:
-        async with await place.unix() as other:
-            await other.start("INFER_STREAM model=a max_tokens=1000000 x")
-            reply = await wire.ask("LOAD b?mb=200")
-            assert reply["code"] == "load_failed"
-            assert "a did not end in time" in reply["message"]
-            await until(place, a="ready", b="gone")
+    async with (
+        daemon("a?mb=200&step_ms=2", pool=ROOM_FOR_TWO, limits=limits) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
+        await other.start("INFER_STREAM model=a max_tokens=1000000 x")
+        reply = await wire.ask("LOAD b?mb=200")
+        assert reply["code"] == "load_failed"
+        assert "a did not end in time" in reply["message"]
+        await until(place, a="ready", b="gone")
 
 
 async def test_fault_25_too_little_memory_is_told_with_need_and_have() -> None:
@@ -213,10 +219,13 @@ async def test_options_of_load_can_be_given_anew_while_it_is_unloaded() -> None:
 
 
 async def test_free_all() -> None:
-    async with daemon("a", "b?step_ms=1", "c?load_ms=60000", pool=Pool(), wait=False) as place:
-        async with await place.unix() as wire, await place.unix() as other:
-            await place.until_ready("b")
-            await other.start("INFER_STREAM model=b max_tokens=100 x")
-            assert sorted((await wire.ask("FREE all"))["freed"]) == ["a", "b", "c"]
-            assert (await other.final())["finish_reason"] == "length"
-            assert await place.models() == {}
+    async with (
+        daemon("a", "b?step_ms=1", "c?load_ms=60000", pool=Pool(), wait=False) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
+        await place.until_ready("b")
+        await other.start("INFER_STREAM model=b max_tokens=100 x")
+        assert sorted((await wire.ask("FREE all"))["freed"]) == ["a", "b", "c"]
+        assert (await other.final())["finish_reason"] == "length"
+        assert await place.models() == {}
