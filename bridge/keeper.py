@@ -126,7 +126,7 @@ class Keeper:
                     await self._clear(proposal.room.leave)
                     proposal = await self.plan(entry)
                 if proposal.room.fits:
-                    entry.memory = proposal.planned.memory
+                    entry.memory, entry.chosen = proposal.planned.memory, proposal.planned.why
                     provider = await self._make(entry, proposal.planned)
                     await provider.load()
                     return provider

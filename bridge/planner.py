@@ -75,7 +75,7 @@ def _plan(asked: LoadOptions, path: str, free: Memory) -> Planned:
     model = read_model_files(path)
     hardware = detect(build=fit.repacking_matters(model))
     plan = fit.plan(model, asked, hardware, room=fit.Room(free.host, (free.gpu,)))
-    parts = {part: getattr(plan.need, part) for part in ("weights", "kv", "compute", "process", "total")}
+    parts = {part: getattr(plan.need, part) for part in ("weights", "kv", "compute", "process", "loaded", "total")}
     return Planned(
         options=ipc.Options(**msgspec.structs.asdict(plan.options)),
         memory=Memory(plan.need.host, plan.need.gpu),

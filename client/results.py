@@ -108,10 +108,14 @@ class QueuedRequest(Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """What a model is: the metadata of its file, and how it was loaded."""
+    """What a model is: the metadata of its file, and how it was loaded, if it is.
+
+    ``why`` says of options that the daemon chose why they are what they are.
+    """
 
     name: str
     path: str = ""
+    state: str = ""
     architecture: str = ""
     parameters: int = 0
     quantization: str = ""
@@ -123,6 +127,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
     capabilities: list[str] = []
     options: dict[str, Any] = {}
+    why: dict[str, str] = {}
     pid: int | None = None
     load_ms: float = 0.0
 
