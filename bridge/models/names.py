@@ -11,7 +11,7 @@ SUFFIX = ".gguf"
 # The types that llama-quantize knows (tools/quantize/quantize.cpp), those that ggml had once (Q4_0_4_4), what
 # converters call the unquantised ones (FP16), and the mixes with which some publishers extend the list (Q4_K_XL, UD-).
 _QUANT = re.compile(
-    r"(?P<base>.+)[._-](?P<quant>(?:UD-)?(?:"
+    r"(?P<base>.+?)[._-](?P<quant>(?:UD-)?(?:"
     r"Q[1-8]_[01](?:_[48]_[48])?|Q[2-8]_K(?:_(?:XXS|XS|S|M|L|XL))?|IQ[1-5]_(?:XXS|XS|S|M|NL)(?:_XL)?|"
     r"TQ[12]_0|MXFP4(?:_MOE)?|NVFP4|BF16|FP?16|FP?32))",
     re.IGNORECASE,

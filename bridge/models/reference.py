@@ -144,9 +144,14 @@ def parse(text: str) -> Reference:
 
 def check_characters(text: str) -> None:
     """Raises BridgeError (not_found) for control characters, such as a newline, and for what UTF-8 cannot say."""
-    if found := _CONTROL.search(text):
+    if found := control_character(text):
         message = f"No model is called so: it has the character U+{ord(found[0]):04X} at {found.start()}"
         raise BridgeError(ErrorCode.NOT_FOUND, message)
+
+
+def control_character(text: str) -> re.Match[str] | None:
+    """The first one of a text that is therefore no model's name."""
+    return _CONTROL.search(text)
 
 
 def _is_path(text: str) -> bool:
