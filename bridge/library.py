@@ -133,11 +133,17 @@ class Library:
         return replace(await self.find(str(made)), name=name)
 
     async def pull(self, source: str, sha256: str | None, tell: Tell) -> dict[str, Any]:
-        """Fetches it into the store: ``path``, ``name``, ``size``, ``sha256``. Raises BridgeError."""
+        """Fetches it into the store: its ``name``, ``path``, ``files``, ``size``, and whether it was ``fetched`` or there.
+
+        Raises BridgeError: what bridge/models/pull.py says, forbidden.
+        """
         if not self._settings.pull:
-            raise BridgeError(ErrorCode.FORBIDDEN, "PULL is switched off: store.pull")
+            raise BridgeError(ErrorCode.FORBIDDEN, "PULL is switched off here, by store.pull of the configuration")
         arguments = [source, "--store", str(self._store)]
-        return await self._run("pull", arguments + (["--sha256", sha256] if sha256 else []), tell)
+        pulled = await self._run("pull", arguments + (["--sha256", sha256] if sha256 else []), tell)
+        known = await self.look(partial(self._catalogue.find, pulled["path"]))
+        about = {"name": known.name, "path": known.path, "files": known.files, "size": known.size}
+        return about | {"fetched": pulled["fetched"]}
 
     async def _run(self, program: str, arguments: list[str], tell: Tell) -> dict[str, Any]:
         command = (f"bridge.models.{program}", *arguments)
