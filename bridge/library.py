@@ -133,7 +133,7 @@ class Library:
         return replace(await self.find(str(made)), name=name)
 
     async def pull(self, source: str, sha256: str | None, tell: Tell) -> dict[str, Any]:
-        """Fetches it into the store: its ``name``, ``path``, ``files``, ``size``, and whether it was ``fetched`` or there.
+        """Fetches it into the store: ``name``, ``path``, ``files``, ``size``, and whether it was ``fetched``.
 
         Raises BridgeError: what bridge/models/pull.py says, forbidden.
         """
