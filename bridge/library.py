@@ -121,12 +121,28 @@ class Library:
             found = await self.find(pulled["path"])
         if quant is None and not needs_converting(found.path):
             return found
-        made = await self.look(partial(cached, found.path, self._store, quant))
+        made = await self._converted(found, quant)
         if made is None:
             arguments = [found.path, "--store", str(self._store)]
             arguments += ["--quant", quant] if quant else []
             arguments += ["--python", self._settings.convert_python] if self._settings.convert_python else []
-            made = (await self._run("convert", arguments, tell))["path"]
+            made = Path((await self._run("convert", arguments, tell))["path"])
+        return await self._as_made(found, made, quant)
+
+    async def prepared(self, reference: str, quant: str | None) -> Found:
+        """The same, but nothing is made. Raises BridgeError: what ``find`` does, not_found for what is to be made."""
+        found = await self.find(reference)
+        if self.fake or (quant is None and not needs_converting(found.path)):
+            return found
+        made = await self._converted(found, quant)
+        if made is None:
+            raise BridgeError(ErrorCode.NOT_FOUND, f"{reference} has to be converted first, which LOAD does")
+        return await self._as_made(found, made, quant)
+
+    async def _converted(self, found: Found, quant: str | None) -> Path | None:
+        return await self.look(partial(cached, found.path, self._store, quant))
+
+    async def _as_made(self, found: Found, made: Path, quant: str | None) -> Found:
         name = found.name
         if quant and name:
             name = f"{split_quant(name)[0]}:{quant.upper()}"
