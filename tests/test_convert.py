@@ -59,6 +59,9 @@ def main():
         raise ValueError("no such\\ntensor")
     if kind == "Trusts":
         raise ValueError("Please pass the argument `trust_remote_code=True`")
+    if kind == "Fills":
+        target.write_bytes(b"GGUF")
+        raise OSError(28, "No space left on device")
     if kind == "Dies":
         os.abort()
     if kind == "Forgets":
@@ -195,6 +198,14 @@ def test_the_same_content_elsewhere_is_the_same(converter: Path, tmp_path: Path,
     assert len(runs(converter)) == 1
 
 
+def test_progress_is_told_whatever_the_user_likes(
+    converter: Path, tmp_path: Path, store: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    *steps, last = run(weights(tmp_path / "model"), store)
+    assert steps[-1]["done"] == last["ok"]["size"] == tiny.stat().st_size
+
+
 def test_the_converter_sees_what_counts_and_no_code(converter: Path, tmp_path: Path, store: Path) -> None:
     source = weights(tmp_path / "model name")
     (source / "tokenizer.json").write_text("{}")
@@ -222,6 +233,7 @@ def test_relative_paths(converter: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ("Raises", "ValueError: no such\ntensor"),
         ("Dies", "exit status -6"),
         ("Forgets", "exit status 0"),
+        ("Fills", "OSError: [Errno 28] No space left on device"),
         ("Trusts", "it needs Python code that came with it, which is never run"),
     ],
 )
