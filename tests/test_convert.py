@@ -43,7 +43,7 @@ logger = logging.getLogger("hf-to-gguf")
 def main():
     logging.basicConfig(level=logging.INFO)
     *options, folder = sys.argv[1:]
-    options = dict(zip(options[::2], options[1::2]))
+    options = dict(option.split("=", 1) for option in options)
     target = Path(options["--outfile"])
     kind = json.loads(Path(folder, "config.json").read_text())["architectures"][0]
     trusted = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)["trust_remote_code"]
@@ -189,6 +189,10 @@ def test_it_is_converted_once(converter: Path, tmp_path: Path, store: Path, tiny
     assert run(source, store) == [{"ok": {"path": str(path), "size": size, "cached": True}}]
     assert cached(source, store) == path
     assert len(runs(converter)) == 1
+    config = source / "config.json"
+    os.utime(config, ns=(0, 0))
+    reading = {"phase": "hash", "done": config.stat().st_size, "total": config.stat().st_size, "unit": "bytes"}
+    assert run(source, store) == [reading, {"ok": {"path": str(path), "size": size, "cached": True}}]
     assert results(store) == [path.name]
 
 
@@ -207,14 +211,14 @@ def test_progress_is_told_whatever_the_user_likes(
 
 
 def test_the_converter_sees_what_counts_and_no_code(converter: Path, tmp_path: Path, store: Path) -> None:
-    source = weights(tmp_path / "model name")
+    source = weights(tmp_path / "--model name")
     (source / "tokenizer.json").write_text("{}")
     for name in ("evil.py", "README.md", "torch.py"):
         (source / name).write_text("raise SystemExit")
     made(source, store, "--outtype", "bf16")
     [seen] = runs(converter)
     assert seen["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert Path(seen["folder"]).name == seen["options"]["--model-name"] == "model name"
+    assert Path(seen["folder"]).name == seen["options"]["--model-name"] == "--model name"
     assert seen["options"]["--outtype"] == "bf16"
     assert seen["trusted"] is False
 

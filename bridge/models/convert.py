@@ -104,7 +104,7 @@ def convert(order: Order, report: Report) -> dict[str, Any]:
         if not (weights.is_gguf or (order.quant and kept.find(weights, order.whole_suffix))):
             _check_converter(order.python)
         with kept.locked(lambda: report.progress("wait", 0, None, "bytes")):
-            path = kept.place(weights, order.suffix, _Reading(weights, report).count)
+            path = kept.place(weights, order.suffix, _Reading(kept.unread(weights), report).count)
             there = path.is_file()
             if not there:
                 _make(order, weights, kept, path, report)
@@ -118,9 +118,9 @@ def _outcome(path: Path, *, cached: bool) -> dict[str, Any]:
 
 
 class _Reading:
-    def __init__(self, weights: Weights, report: Report) -> None:
+    def __init__(self, total: int, report: Report) -> None:
         self._done = 0
-        self._total = sum(path.stat().st_size for path in weights.files.values())
+        self._total = total
         self._report = report
 
     def count(self, size: int) -> None:
@@ -177,7 +177,7 @@ def _check_converter(python: str) -> None:
 
 def _run_converter(order: Order, weights: Weights, scratch: Path, target: Path, report: Report) -> None:
     folder = _stage(weights, scratch / "source")
-    arguments = ["--outfile", str(target), "--outtype", order.outtype, "--model-name", weights.name, str(folder)]
+    arguments = [f"--outfile={target}", f"--outtype={order.outtype}", f"--model-name={weights.name}", str(folder)]
     log = scratch / "log"
     error = ""
     with (
