@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,18 +10,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
+from bridge.jobs import Progress, run_job
 from bridge.models import download, pypi
 from bridge.models.default import ModelWheel
 from bridge.models.pull import pull
 from bridge.models.report import Report
-from bridge.models.store import PARTIAL, SOURCES, note_sources, sources
+from bridge.models.store import ABANDONED, PARTIAL, SOURCES, Partial, note_sources, sources
 from protocol.errors import BridgeError
 from tests.made_up_hub import MadeUpHub, made_up_hub
 from tests.web import HEAD, Page, Web, gguf
@@ -37,21 +41,8 @@ def sha256(content: bytes) -> str:
 
 
 @pytest.fixture
-def web() -> Iterator[Web]:
-    with Web().serving() as web:
-        yield web
-
-
-@pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "models"
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def models(store: Path) -> dict[str, bytes]:
@@ -231,19 +222,6 @@ ONE = {"tiny-Q4_K_M.gguf": CONTENT, "tiny-Q8_0.gguf": OTHER, "README.md": b"hell
 MANY = {f"Q8_0/big-Q8_0-0000{number + 1}-of-00003.gguf": content for number, content in enumerate(SHARDS)}
 
 
-@pytest.fixture
-def the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[MadeUpHub]:
-    constants = pytest.importorskip("huggingface_hub.constants", reason="needs huggingface_hub")
-    for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "AGENT_HARNESSES_PATH"):
-        monkeypatch.setattr(constants, name, str(tmp_path / name))
-    with made_up_hub() as made_up:
-        monkeypatch.setattr(constants, "ENDPOINT", made_up.url)
-        template = made_up.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield made_up
-
-
 def test_a_model_of_the_hub(the_hub: MadeUpHub, store: Path) -> None:
     the_hub.add(REPO, ONE)
     done = get(REPO, store)
@@ -370,7 +348,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str
     def make(members: dict[str, bytes]) -> Path:
         info = "tiny_model-1.0.dist-info"
         path = index / "tiny_model-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(path, "w") as archive:
             for name, content in members.items():
                 archive.writestr(name, content)
             archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
@@ -473,8 +451,8 @@ def test_it_says_why_it_failed(web: Web, store: Path) -> None:
     assert last["failed"]["code"] == "not_found"
 
 
+@pytest.mark.needs("huggingface_hub")
 def test_the_endpoint_and_the_login_are_the_librarys_own(store: Path, tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub")
     with made_up_hub() as made_up:
         made_up.add(REPO, ONE)
         environ = {"HF_ENDPOINT": made_up.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_secret"}
@@ -551,6 +529,56 @@ def test_who_has_nobody_to_tell_stops(web: Web, store: Path) -> None:
     process.stderr.close()
 
 
+def processes_with(word: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word in (command := path.read_bytes().decode(errors="replace")):
+                found.append(command)
+    return found
+
+
+def test_ended_while_pip_works_it_takes_pip_with_it(web: Web, store: Path, index: Callable[..., Path]) -> None:
+    wheel = index({"tiny_model/tiny.gguf": CONTENT})
+    web.pages["/links"] = Page(f'<a href="{wheel.name}">x</a>'.encode(), headers={"Content-Type": "text/html"})
+    web.pages[f"/{wheel.name}"] = Page(wheel.read_bytes(), ranges=False, gate=threading.Event())
+    process = spawn(store, WHEEL, environ={"PIP_FIND_LINKS": f"{web.url}/links"})
+    assert web.halfway.wait(PATIENCE)
+    assert any("pip" in command for command in processes_with(str(store / PARTIAL)))
+    process.terminate()
+    finish(process)
+    assert processes_with(str(store)) == []
+    assert [path.name for path in (store / PARTIAL).iterdir()] == []
+    web.pages[f"/{wheel.name}"] = Page(wheel.read_bytes(), ranges=False)
+    last = finish(spawn(store, WHEEL, environ={"PIP_FIND_LINKS": f"{web.url}/links"}))[-1]
+    assert last["ok"]["fetched"] is True
+
+
+async def test_as_a_job_it_is_cancelled_and_goes_on(web: Web, store: Path) -> None:
+    """As the daemon runs it."""
+    url = f"{web.url}/m.gguf"
+    web.pages["/m.gguf"] = page = Page(CONTENT, gate=threading.Event())
+    arguments = ["bridge.models.pull", url, "--store", str(store)]
+    steps: list[Progress] = []
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_job, arguments, steps.append)
+            await trio.to_thread.run_sync(web.halfway.wait)
+            while not steps:  # noqa: ASYNC110 - the first line is on its way
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert processes_with(url) == []
+        assert page.gate
+        page.gate.set()
+        done = await run_job(arguments, steps.append)
+    assert (done["path"], done["fetched"]) == (str(store / "m.gguf"), True)
+    assert steps[-1] == Progress("download", len(CONTENT), len(CONTENT), "bytes")
+    assert web.seen[-1].status == 206
+    with pytest.raises(BridgeError) as caught:
+        await run_job(["bridge.models.pull", f"{web.url}/none.gguf", "--store", str(store)], steps.append)
+    assert caught.value.code == "not_found"
+
+
 # -- a full disk ---------------------------------------------------------------------------------------------------
 
 
@@ -591,6 +619,28 @@ def test_a_disk_that_fills_up(web: Web, small_disk: Path, chunked: bool) -> None
     get(f"{web.url}/m.gguf", small_disk)
     assert models(small_disk)["m.gguf"] == CONTENT
     assert web.sent == len(CONTENT) - len(part)
+
+
+# -- what nobody came back for -------------------------------------------------------------------------------------
+
+
+def test_partial_files_that_nobody_came_back_for_are_removed(web: Web, store: Path) -> None:
+    for name in ("old", "locked", "new"):
+        web.pages[f"/{name}.gguf"] = Page(CONTENT, cuts=[100_000] + [0] * download.ATTEMPTS)
+        failure(f"{web.url}/{name}.gguf", store)
+    web.pages["/m.gguf"] = Page(CONTENT)
+    get(f"{web.url}/m.gguf", store)
+    long_ago = time.time() - ABANDONED - 60
+    for name in ("old", "locked"):
+        part = store / PARTIAL / f"{sha256(f'{web.url}/{name}.gguf'.encode())}.part"
+        os.utime(part, (long_ago, long_ago))
+    for path in (store / PARTIAL).glob("*.json"):
+        os.utime(path, (long_ago, long_ago))
+    with Partial(store, f"{web.url}/locked.gguf"):
+        assert get(f"{web.url}/m.gguf", store)["fetched"] is False
+    left = {json.loads(path.read_bytes())["source"].rpartition("/")[2] for path in (store / PARTIAL).glob("*.json")}
+    assert left == {"locked.gguf", "new.gguf", "m.gguf"}
+    assert len(partials(store)) == 2
 
 
 # -- the notes -----------------------------------------------------------------------------------------------------

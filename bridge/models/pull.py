@@ -23,7 +23,7 @@ from bridge.models.gguf import GgufError, read_header
 from bridge.models.pypi import WheelFile
 from bridge.models.reference import Hub, Reference, Url, Wheel, parse
 from bridge.models.report import Report, run
-from bridge.models.store import CHUNK, Partial, check_space, is_full, note_sources
+from bridge.models.store import CHUNK, Partial, check_space, is_full, note_sources, remove_abandoned
 from protocol.errors import BridgeError, ErrorCode
 
 _NAME = re.compile(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]{0,200}\.gguf", re.IGNORECASE)
@@ -57,6 +57,7 @@ def pull(
     progress = _Progress(report, origins)
     try:
         store.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(store)
         fetched = _bring(store, origins, progress)
         note_sources(store, {str(reference), origins[0].source}, origins[0].file)
         paths = [store / origin.file for origin in origins]

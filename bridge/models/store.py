@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import msgspec
 from protocol.errors import BridgeError
 
 CHUNK = 1 << 20
+ABANDONED = 30 * 24 * 3600  # seconds
 PARTIAL = ".partial"
 SOURCES = ".sources.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -123,6 +125,19 @@ class Partial:
         self.note_published(name, sha256)
         os.close(self._file)
         self._file = -1
+
+
+def remove_abandoned(store: Path) -> None:
+    """Partial files that nobody has added to for long, but for those that a process works at."""
+    for path in (store / PARTIAL).glob("*.part"):
+        if time.time() - path.stat().st_mtime < ABANDONED:
+            continue
+        with path.open("rb") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            notes = path.with_suffix(".json")
+            if _read_record(notes, "").file is None:  # else they tell of a model
+                notes.unlink(missing_ok=True)
 
 
 def check_space(path: Path, need: int) -> None:
