@@ -130,6 +130,12 @@ def web(hasty: None) -> Iterator[Web]:
 
 
 @pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Where the folder of pulled models is to be."""
+    return tmp_path / "models"
+
+
+@pytest.fixture
 def the_hub(hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeUpHub]:
     """A Hub on loopback, that the library in this process asks; it reads nobody's login."""
     if reason := lack("huggingface_hub"):

