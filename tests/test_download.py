@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,19 +25,6 @@ from tests.web import Page, Web, gguf
 CONTENT = gguf(200_000)
 OTHER = gguf(200_000, fill=1)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def web() -> Iterator[Web]:
-    with Web().serving() as web:
-        yield web
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def remote(web: Web, path: str = "/m.gguf", **more: object) -> Remote:
@@ -140,6 +126,13 @@ def test_without_either_it_begins_anew(web: Web, tmp_path: Path) -> None:
     assert bring(tmp_path, remote(web)) == CONTENT
     assert "range" not in web.seen[-1].headers
     assert web.sent == len(CONTENT) + 50_000
+
+
+@pytest.mark.parametrize("etag", ['"\u00e9"', '"' + "x" * 600 + '"'])
+def test_an_odd_etag_is_not_sent_back(web: Web, tmp_path: Path, etag: str) -> None:
+    web.pages["/m.gguf"] = Page(CONTENT, etag=etag, cuts=[50_000])
+    assert bring(tmp_path, remote(web)) == CONTENT
+    assert "if-range" not in web.seen[-1].headers
 
 
 def test_with_a_digest_known_beforehand_it_goes_on_whatever_the_etag(web: Web, tmp_path: Path) -> None:
@@ -367,6 +360,12 @@ def test_https_never_becomes_http() -> None:
         client.get("http://127.0.0.1:1/m.gguf")
 
 
+@pytest.mark.parametrize("location", ["http://[::1", "http://127.0.0.1:99999/", "http://\u00e9 \u00e9/", "//"])
+def test_a_redirect_to_nowhere_is_an_error(web: Web, tmp_path: Path, location: str) -> None:
+    web.pages["/m.gguf"] = Page(location=location)
+    assert failure(tmp_path, remote(web)).code == "pull_failed"
+
+
 # -- what cannot be reached ----------------------------------------------------------------------------------------
 
 
@@ -379,6 +378,11 @@ def test_nobody_there_is_pull_failed(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert error.code == "pull_failed"
     assert "refused" in error.message
     assert "kept" not in error.message
+
+
+@pytest.mark.parametrize("url", ["http://[::1/m.gguf", "http://127.0.0.1:99999/m.gguf", "http://\u2603\u200b/m.gguf"])
+def test_what_is_no_address_is_pull_failed(tmp_path: Path, url: str) -> None:
+    assert failure(tmp_path, Remote("the source", "m.gguf", url)).code == "pull_failed"
 
 
 def test_a_stall_is_a_break(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
