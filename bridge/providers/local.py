@@ -94,8 +94,8 @@ class LocalProvider:
     # -- life --------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        if self._backend == "llama":
-            check_model_file(self._load.path)
+        if self._backend == "llama":  # in a thread: a disk may be slow, and a large vocabulary takes 50 ms
+            await trio.to_thread.run_sync(check_model_file, self._load.path, abandon_on_cancel=True)
         try:
             self._spawn()
         except OSError as error:  # no process, no memory or no file descriptor left
