@@ -14,7 +14,8 @@ from functools import partial
 from bridge import ipc
 from bridge.entry import Entry
 from bridge.library import Library
-from bridge.models.gguf import GgufError, read_header, read_model
+from bridge.models.files import read_model_files
+from bridge.models.gguf import GgufError, read_header
 from bridge.models.lora import AdapterInfo, check_adapter, content_key, parse_lora
 from bridge.providers.base import Asking, Provider
 from protocol.errors import BridgeError, ErrorCode
@@ -86,10 +87,7 @@ class Adapters:
 
 
 def _check(model: str, path: str) -> Checked:
-    try:
-        headers = read_model(model)
-    except GgufError as error:
-        raise BridgeError(ErrorCode.LOAD_FAILED, f"{model}: {error}") from None
+    headers = read_model_files(model)
     try:
         header = read_header(path)
     except GgufError as error:

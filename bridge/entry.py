@@ -74,6 +74,7 @@ class Entry:
     last_used: float = 0.0
     idle_limit: float = 0.0  # seconds; keep_alive, or what the last request said
     memory: Memory = NONE  # that it has, or is about to take
+    chosen: dict[str, str] = field(default_factory=dict)  # options, and why each is what it is
     crashes: deque[float] = field(default_factory=lambda: deque(maxlen=CRASHES_BEFORE_REST))
     restarts: int = 0
     totals: Totals = field(default_factory=Totals)

@@ -19,7 +19,7 @@ from bridge.planner import Planned, Planner
 from bridge.providers.base import Provider
 from bridge.providers.local import LocalProvider
 from bridge.registry import Effect, Registry, Start, Stop
-from bridge.room import NONE, Memory, Room, make_room
+from bridge.room import NONE, Memory, Resident, Room, make_room
 from protocol.errors import BridgeError
 
 
@@ -126,7 +126,7 @@ class Keeper:
                     await self._clear(proposal.room.leave)
                     proposal = await self.plan(entry)
                 if proposal.room.fits:
-                    entry.memory = proposal.planned.memory
+                    entry.memory, entry.chosen = proposal.planned.memory, proposal.planned.why
                     provider = await self._make(entry, proposal.planned)
                     await provider.load()
                     return provider
@@ -158,17 +158,17 @@ class Keeper:
             raise self._planner.no_memory(entry.spec, proposal.planned, proposal.free, f"; {busy} did not end in time")
 
     async def plan(self, entry: Entry) -> Proposal:
-        """Raises BridgeError (load_failed)."""
-        others = [one for one in self._registry.residents() if one.name != entry.name]
+        """As things are when it returns. Raises BridgeError (load_failed)."""
         free = await self._free(entry)
         planned = await self._planner.plan(entry.spec, free)
-        room = make_room(planned.memory, free, others)
-        if not room.fits and planned.elastic:
+        if planned.elastic and not free.covers(planned.memory):
             # What is left to us to choose is chosen for all that there could be.
-            movable = [one.memory for one in others if not one.pinned and not one.busy]
+            movable = [one.memory for one in self._others(entry) if not one.pinned and not one.busy]
             planned = await self._planner.plan(entry.spec, sum(movable, free))
-            room = make_room(planned.memory, free, others)
-        return Proposal(planned, free, room)
+        return Proposal(planned, free, make_room(planned.memory, free, self._others(entry)))
+
+    def _others(self, entry: Entry) -> list[Resident]:
+        return [one for one in self._registry.residents() if one.name != entry.name]
 
     async def _free(self, entry: Entry) -> Memory:
         """What is neither taken nor promised: of the budget, and of what the machine has."""

@@ -17,9 +17,11 @@ import trio
 from bridge.config import Config
 from bridge.entry import DEFAULTS, Spec, Stamp
 from bridge.jobs import Jobs, Progress, run_job
+from bridge.models.about import describe
 from bridge.models.catalogue import Catalogue, Known
 from bridge.models.converted import cached
 from bridge.models.default import models_dir
+from bridge.models.files import read_model_files
 from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
 from bridge.models.weights import needs_converting
@@ -78,7 +80,11 @@ class Library:
                 raise unknown
             return Found(reference)
         known = await self.look(partial(self._catalogue.find, reference))
-        return Found(known.path, known.name, known.stamp)
+        return Found(known.path, None if known.source == "path" else known.name, known.stamp)
+
+    async def describe(self, path: str) -> dict[str, Any]:
+        """What a model's files say of it. Raises BridgeError (load_failed)."""
+        return {} if self.fake else await self.look(lambda: describe(read_model_files(path)))
 
     async def check_path(self, path: str) -> str:
         """The real path of a file that may be read. Raises BridgeError: not_found, forbidden."""
@@ -127,11 +133,17 @@ class Library:
         return replace(await self.find(str(made)), name=name)
 
     async def pull(self, source: str, sha256: str | None, tell: Tell) -> dict[str, Any]:
-        """Fetches it into the store: ``path``, ``name``, ``size``, ``sha256``. Raises BridgeError."""
+        """Fetches it into the store: ``name``, ``path``, ``files``, ``size``, and whether it was ``fetched``.
+
+        Raises BridgeError: what bridge/models/pull.py says, forbidden.
+        """
         if not self._settings.pull:
-            raise BridgeError(ErrorCode.FORBIDDEN, "PULL is switched off: store.pull")
+            raise BridgeError(ErrorCode.FORBIDDEN, "PULL is switched off here, by store.pull of the configuration")
         arguments = [source, "--store", str(self._store)]
-        return await self._run("pull", arguments + (["--sha256", sha256] if sha256 else []), tell)
+        pulled = await self._run("pull", arguments + (["--sha256", sha256] if sha256 else []), tell)
+        known = await self.look(partial(self._catalogue.find, pulled["path"]))
+        about = {"name": known.name, "path": known.path, "files": known.files, "size": known.size}
+        return about | {"fetched": pulled["fetched"]}
 
     async def _run(self, program: str, arguments: list[str], tell: Tell) -> dict[str, Any]:
         command = (f"bridge.models.{program}", *arguments)

@@ -169,19 +169,26 @@ def _resident(pid: int) -> int:
 
 
 async def show(call: Call, command: commands.Show) -> Ok:
-    """Of one that is not loaded, what its file says. Wakes nobody."""
+    """Of one that is not loaded, what its files say. Wakes nobody."""
     pool = call.daemon.pool
-    entry = pool.pick(command.model)
+    try:
+        entry = pool.pick(command.model)
+    except BridgeError as unknown:
+        if command.model is None:
+            raise
+        found = await call.daemon.library.find(command.model, unknown)
+        return await _show_file(call, found.name or command.model, found.path, AVAILABLE)
     if entry.state is State.UNLOADED:
-        return Ok(entry.name, {"name": entry.name, "path": entry.spec.path, "state": entry.state})
+        return await _show_file(call, entry.name, entry.spec.path, entry.state)
     provider = pool.provider(entry) or await pool.load(entry)
     info = msgspec.structs.asdict(provider.info)
-    about = (
-        {"name": entry.name, "path": entry.spec.path, "state": entry.state}
-        | info
-        | {"options": without_none(info["options"])}
-    )
-    return Ok(entry.name, about | {"pid": provider.pid, "load_ms": provider.load_ms})
+    about = {"name": entry.name, "path": entry.spec.path, "state": entry.state} | info
+    about["options"] = without_none(info["options"])
+    return Ok(entry.name, about | {"why": entry.chosen, "pid": provider.pid, "load_ms": provider.load_ms})
+
+
+async def _show_file(call: Call, name: str, path: str, state: str) -> Ok:
+    return Ok(name, {"name": name, "path": path, "state": state} | await call.daemon.library.describe(path))
 
 
 # -- the store -------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class ModelPool:
     def __init__(self, nursery: trio.Nursery, config: Config, library: Library, adapters: Adapters) -> None:
         self._library = library
         self._registry = Registry(config.pool.keep_alive)
-        self._keeper = Keeper(nursery, config, self._registry, Planner(config), adapters)
+        self._keeper = Keeper(nursery, config, self._registry, Planner(config, library), adapters)
 
     @property
     def entries(self) -> list[Entry]:

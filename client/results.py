@@ -108,10 +108,14 @@ class QueuedRequest(Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """What a model is: the metadata of its file, and how it was loaded."""
+    """What a model is: the metadata of its file, and how it was loaded, if it is.
+
+    ``why`` says of options that the daemon chose why they are what they are.
+    """
 
     name: str
     path: str = ""
+    state: str = ""
     architecture: str = ""
     parameters: int = 0
     quantization: str = ""
@@ -123,6 +127,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
     capabilities: list[str] = []
     options: dict[str, Any] = {}
+    why: dict[str, str] = {}
     pid: int | None = None
     load_ms: float = 0.0
 
@@ -179,10 +184,13 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class Pulled(Struct, frozen=True, kw_only=True):
+    """``fetched`` is false where all of it was there already. Size in bytes."""
+
     name: str = ""
     path: str = ""
+    files: list[str] = []
     size: int = 0
-    sha256: str | None = None
+    fetched: bool = True
 
 
 class Removed(Struct, frozen=True, kw_only=True):

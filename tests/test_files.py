@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from bridge.models.files import check_model_file
+from bridge.models.files import read_model_files
 from protocol.errors import BridgeError, ErrorCode
 
 EMPTY = b"GGUF\x03\0\0\0" + bytes(16)  # a header without keys and tensors
@@ -17,7 +17,7 @@ EMPTY = b"GGUF\x03\0\0\0" + bytes(16)  # a header without keys and tensors
 
 def refusal(path: Path | str) -> str:
     with pytest.raises(BridgeError) as caught:
-        check_model_file(str(path))
+        read_model_files(str(path))
     assert caught.value.code == ErrorCode.LOAD_FAILED
     start = f"Failed to load model: {path}: "
     assert caught.value.message.startswith(start)
@@ -31,13 +31,13 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_file_that_begins_right(path: Path) -> None:
     path.write_bytes(EMPTY)
-    check_model_file(str(path))
+    read_model_files(str(path))
 
 
 def test_a_link_to_one(path: Path, tmp_path: Path) -> None:
     path.write_bytes(EMPTY)
     (tmp_path / "link").symlink_to(path)
-    check_model_file(str(tmp_path / "link"))
+    read_model_files(str(tmp_path / "link"))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"FUGG", b"ggjt\x01", b"<!DOCTYPE html>"])
@@ -61,7 +61,7 @@ def test_all_files_of_a_model(tmp_path: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-    check_model_file(str(first))
+    read_model_files(str(first))
     second.write_bytes(b"GGUF")
     assert refusal(first) == f"{second.name}: its header goes on to byte 8, but the file has 4: it is cut short"
 
@@ -92,7 +92,7 @@ def test_a_name_with_a_newline(tmp_path: Path) -> None:
     path = tmp_path / "two\nlines.gguf"
     assert refusal(path) == "No such file or directory"
     path.write_bytes(EMPTY)
-    check_model_file(str(path))
+    read_model_files(str(path))
 
 
 @pytest.mark.parametrize("path", ["nul\0", "x" * 5000, "", "surrogate \ud800"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from helpers import Inside, Line, daemon, eventually
 
-from bridge.config import Limits, Model, Pool
+from bridge.config import Cache, Limits, Model, Pool
 from protocol.commands import LoadOptions
 
 MB = 1 << 20
@@ -37,13 +38,16 @@ async def test_the_least_recently_used_makes_room() -> None:
 
 
 async def test_who_computes_does_not_leave() -> None:
-    async with daemon("a?mb=100&step_ms=2", "b?mb=100", pool=ROOM_FOR_TWO) as place, await place.unix() as wire:
-        async with await place.unix() as other:
-            await other.start("INFER_STREAM model=a max_tokens=1000000 x")
-            await wire.ask("INFER model=b max_tokens=1 x")
-            await wire.ask("LOAD c?mb=100")
-            await until(place, a="ready", b="unloaded", c="ready")
-            assert (await other.line())["type"] == "token"
+    async with (
+        daemon("a?mb=100&step_ms=2", "b?mb=100", pool=ROOM_FOR_TWO) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
+        await other.start("INFER_STREAM model=a max_tokens=1000000 x")
+        await wire.ask("INFER model=b max_tokens=1 x")
+        await wire.ask("LOAD c?mb=100")
+        await until(place, a="ready", b="unloaded", c="ready")
+        assert (await other.line())["type"] == "token"
 
 
 async def test_a_load_waits_for_who_computes() -> None:
@@ -59,13 +63,16 @@ async def test_a_load_waits_for_who_computes() -> None:
 
 async def test_a_load_does_not_wait_for_ever() -> None:
     limits = Limits(load=1.5)
-    async with daemon("a?mb=200&step_ms=2", pool=ROOM_FOR_TWO, limits=limits) as place, await place.unix() as wire:
-        async with await place.unix() as other:
-            await other.start("INFER_STREAM model=a max_tokens=1000000 x")
-            reply = await wire.ask("LOAD b?mb=200")
-            assert reply["code"] == "load_failed"
-            assert "a did not end in time" in reply["message"]
-            await until(place, a="ready", b="gone")
+    async with (
+        daemon("a?mb=200&step_ms=2", pool=ROOM_FOR_TWO, limits=limits) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
+        await other.start("INFER_STREAM model=a max_tokens=1000000 x")
+        reply = await wire.ask("LOAD b?mb=200")
+        assert reply["code"] == "load_failed"
+        assert "a did not end in time" in reply["message"]
+        await until(place, a="ready", b="gone")
 
 
 async def test_fault_25_too_little_memory_is_told_with_need_and_have() -> None:
@@ -149,6 +156,16 @@ async def test_looking_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None
             assert time.monotonic() - began < 30
 
 
+async def test_what_was_computed_is_there_when_it_comes_back(tmp_path: Path) -> None:
+    cache = Cache(dir=str(tmp_path))
+    async with daemon("a", pool=Pool(keep_alive=0.0), cache=cache, load=LoadOptions(n_parallel=1)) as place:
+        words = " ".join(str(number) for number in range(40))
+        async with await place.unix() as wire:
+            assert (await wire.ask(f"INFER max_tokens=1 {words}"))["usage"]["cached_tokens"] == 0
+            await until(place, a="unloaded")
+            assert (await wire.ask(f"INFER max_tokens=1 {words}"))["usage"]["cached_tokens"] == 39
+
+
 async def test_a_stream_keeps_it() -> None:
     async with daemon("a?step_ms=20", pool=Pool(keep_alive=0.05)) as place, await place.unix() as wire:
         await wire.start("INFER_STREAM max_tokens=20 x")
@@ -213,10 +230,13 @@ async def test_options_of_load_can_be_given_anew_while_it_is_unloaded() -> None:
 
 
 async def test_free_all() -> None:
-    async with daemon("a", "b?step_ms=1", "c?load_ms=60000", pool=Pool(), wait=False) as place:
-        async with await place.unix() as wire, await place.unix() as other:
-            await place.until_ready("b")
-            await other.start("INFER_STREAM model=b max_tokens=100 x")
-            assert sorted((await wire.ask("FREE all"))["freed"]) == ["a", "b", "c"]
-            assert (await other.final())["finish_reason"] == "length"
-            assert await place.models() == {}
+    async with (
+        daemon("a", "b?step_ms=1", "c?load_ms=60000", pool=Pool(), wait=False) as place,
+        await place.unix() as wire,
+        await place.unix() as other,
+    ):
+        await place.until_ready("b")
+        await other.start("INFER_STREAM model=b max_tokens=100 x")
+        assert sorted((await wire.ask("FREE all"))["freed"]) == ["a", "b", "c"]
+        assert (await other.final())["finish_reason"] == "length"
+        assert await place.models() == {}

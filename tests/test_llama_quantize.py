@@ -210,8 +210,8 @@ def test_a_disk_without_room(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(QuantizeError) as caught:
         in_process(tiny, tmp_path / "x.gguf", "q8_0", 1)
     assert caught.value.code == "convert_failed"
-    assert caught.value.details["need_bytes"] == pytest.approx(size, rel=0.3)  # all but the vocabulary
-    assert caught.value.details["have_bytes"] == size // 2
+    assert caught.value.details["need"] == pytest.approx(size, rel=0.3)  # all but the vocabulary
+    assert caught.value.details["have"] == size // 2
     assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
 
 

@@ -98,7 +98,7 @@ def convert(order: Order, report: Report) -> dict[str, Any]:
             _run_quantize("--check", order.quant)  # before hours of converting
         if not (weights.is_gguf or (order.quant and kept.find(weights, order.whole_suffix))):
             _check_converter(order.python)
-        with kept.locked(lambda: report.progress("wait", 0, None, "conversions")):
+        with kept.locked(lambda: report.progress("wait", 0, None, "bytes")):
             path = kept.place(weights, order.suffix, _Reading(weights, report).count)
             there = path.is_file()
             if not there:
@@ -148,8 +148,8 @@ def _check_room(order: Order, weights: Weights, folder: Path) -> None:
     if need > have:
         raise failed(
             f"converting {order.source} takes at least {need:,} bytes, and {order.store} has {have:,} left",
-            need_bytes=need,
-            have_bytes=have,
+            need=need,
+            have=have,
         )
 
 
@@ -197,6 +197,9 @@ def _run_converter(order: Order, weights: Weights, scratch: Path, target: Path, 
     sys.stderr.write(chatter)
     if status != 0 or not target.is_file():
         reason = error or _last_error(chatter) or f"exit status {status}"
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code that came with it, which is never run"
+        reason = reason.replace(str(folder), str(order.source))
         raise failed(f"the converter refuses {order.source}: {reason[:_REASON_LIMIT]}")
 
 

@@ -31,7 +31,7 @@ class Record(msgspec.Struct, frozen=True):
     """What is known of a source: of what came last, whether it is whole and published as ``file`` or not."""
 
     source: str
-    validator: str | None = None  # for If-Range: a strong ETag, or the date of the last change (RFC 9110, 13.1.5)
+    validator: str | None = None  # a strong ETag, or the date of the last change (RFC 9110, 13.1.5)
     size: int | None = None  # of all of it, in bytes
     sha256: str | None = None  # what it should be; once it is published, what it is
     file: str | None = None  # the name in the store under which it, or an earlier version, was published
@@ -102,17 +102,6 @@ class Partial:
             self.size += count
             view = view[count:]
 
-    def check_space(self, size: int) -> None:
-        """Raises BridgeError (pull_failed) if a file of so many bytes has no room for what is still to come."""
-        disk = os.fstatvfs(self._file)
-        need, have = size - self.size, disk.f_bavail * disk.f_frsize
-        if need > have:
-            message = f"The disk of {self._store} has {have:,} bytes free, {need:,} are still to come"
-            raise BridgeError("pull_failed", message, need=need, have=have)
-
-    def start(self, count: int) -> bytes:
-        return os.pread(self._file, count, 0)
-
     def digest(self, on_bytes: Callable[[int], None] = lambda done: None) -> str:
         """The SHA-256 of what is there, in hexadecimal; reads only what this object did not write itself."""
         while data := os.pread(self._file, CHUNK, self._hashed):
@@ -134,6 +123,15 @@ class Partial:
         self.note_published(name, sha256)
         os.close(self._file)
         self._file = -1
+
+
+def check_space(path: Path, need: int) -> None:
+    """Raises BridgeError (pull_failed) if the disk of this file or folder has no room for so many bytes more."""
+    disk = os.statvfs(path)
+    have = disk.f_bavail * disk.f_frsize
+    if need > have:
+        message = f"The disk of {path.parent} has {have:,} bytes free, {need:,} are still to come"
+        raise BridgeError("pull_failed", message, need=need, have=have)
 
 
 def is_full(error: OSError) -> bool:

@@ -20,7 +20,6 @@ import trio
 
 from bridge import ipc, log
 from bridge.config import Limits
-from bridge.models.files import check_model_file
 from bridge.outbox import Outbox
 from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
 from bridge.receipts import Totals
@@ -91,8 +90,6 @@ class LocalProvider:
     # -- life --------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        if self._backend == "llama":
-            check_model_file(self._load.path)
         try:
             self._spawn()
         except OSError as error:  # no process, no memory or no file descriptor left
