@@ -6,6 +6,7 @@ want the same share.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,11 +57,11 @@ class Library:
         settings = config.store
         self.fake = config.backend == "fake"
         self._settings = settings
-        self._store = Path(settings.dir).expanduser() if settings.dir else models_dir()
+        self._store = _folder(settings.dir) if settings.dir else models_dir()
         self._catalogue = Catalogue(
             self._store,
-            [Path(folder).expanduser() for folder in settings.directories],
-            [Path(folder).expanduser() for folder in settings.allow],
+            list(map(_folder, settings.directories)),
+            list(map(_folder, settings.allow)),
             discover=settings.discover,
         )
 
@@ -101,7 +102,11 @@ class Library:
 
     async def remove(self, name: str) -> Known:
         """Raises BridgeError: not_found, ambiguous, forbidden."""
-        return await self.look(partial(self._catalogue.remove, name))
+        try:
+            return await self.look(partial(self._catalogue.remove, name))
+        except OSError as error:
+            message = f"{name} cannot be removed: {error.filename}: {error.strerror}"
+            raise BridgeError(ErrorCode.FORBIDDEN, message) from None
 
     # -- what has to be made -----------------------------------------------------------------------------------
 
@@ -164,3 +169,8 @@ class Library:
     async def _run(self, program: str, arguments: list[str], tell: Tell) -> dict[str, Any]:
         command = (f"bridge.models.{program}", *arguments)
         return await self._jobs.join(command, partial(run_job, command), tell)
+
+
+def _folder(setting: str) -> Path:
+    """Not Path.expanduser, which raises for a user that is not there."""
+    return Path(os.path.expanduser(setting))
