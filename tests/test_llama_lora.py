@@ -113,6 +113,19 @@ def test_an_adapter_of_16_bits(llama: LlamaBackend, tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(llama, (("one", 1.0),)), logits(merged), atol=0.05)
 
 
+@pytest.mark.parametrize("adapters", [X, BOTH], ids=repr)
+def test_an_embedding_changes_as_the_weights_do(
+    backend: LlamaBackend, loras: dict[str, TinyLora], architecture: Architecture, adapters: Adapters, tmp_path: Path
+) -> None:
+    merged = load(tiny_model(tmp_path, architecture, total(*(loras[key].change(scale) for key, scale in adapters))))
+    plain, changed, expected = (
+        np.frombuffer(one.embed([one.tokenize(TEXT[:20], special=True, parse_special=False)], under)[0], "<f4")
+        for one, under in ((backend, ()), (backend, adapters), (merged, ()))
+    )
+    assert np.abs(plain - expected).max() > 0.05, "it changes nothing"
+    np.testing.assert_allclose(changed, expected, atol=CLOSE)
+
+
 # -- coming and going ------------------------------------------------------------------------------------------
 
 
