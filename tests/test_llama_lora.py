@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,30 @@ def test_states_on_disk_are_for_the_same_adapters(architecture: Architecture, tm
         done = later.answer(f"{TEXT}And then? ", lora=lora)
         assert done.usage.cached_tokens == (len(TEXT) + 1 if lora in SETS[:3] else 0)
         assert_same(done, alone(tmp_path, architecture, f"{TEXT}And then? ", lora))
+
+
+def test_any_mixture(architecture: Architecture, tmp_path: Path) -> None:
+    """Turns of conversations, copies, cancelled prompts, more callers than slots, under any adapters, in any order."""
+    chance = random.Random(4)
+    rig = LoraRig(tmp_path / "together", architecture)
+    said = [TEXT, TEXT * 2, TEXT[:20]]
+    asked: dict[int, tuple[str, int]] = {}
+    for _ in range(30):
+        one = chance.choice(said) + chance.choice(["", "Why? ", "Go on. "]), chance.randrange(4)
+        asked[rig.ask(one[0], lora=SETS[one[1]])] = one
+        for _ in range(chance.randrange(5)):
+            rig.step()
+        if chance.random() < 0.2:
+            rig.engine.handle(ipc.Cancel(chance.choice(list(asked))))
+    rig.run()
+    expected: dict[tuple[str, int], ipc.Done] = {}
+    for rid, (prompt, number) in asked.items():
+        if rig.done[rid].finish_reason == "cancelled":
+            continue
+        if (prompt, number) not in expected:
+            expected[prompt, number] = alone(tmp_path, architecture, prompt, SETS[number])
+        assert_same(rig.done[rid], expected[prompt, number])
+    assert any(done.usage.cached_tokens for done in rig.done.values())
 
 
 def test_alone_means_bit_by_bit(tmp_path: Path) -> None:
