@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from bridge import __version__, generation, ipc, loading, lora
+from bridge import __version__, generation, ipc, loading
+from bridge import lora as adapters
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -113,7 +114,11 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
     for text in texts:
         _refuse_long(text)
     request = ipc.Embed(0, texts, call.received, command.dimensions)
-    name, answer = await _ask(call, command.model, request, command.keep_alive)
+    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as (name, provider):
+        if command.lora is not None:
+            lora = await call.daemon.adapters.ready(call.daemon.pool.pick(name), provider, command.lora)
+            request = msgspec.structs.replace(request, lora=lora)
+        answer = await provider.ask(request, call.asking)
     assert isinstance(answer, ipc.Embedded)
     call.totals.add(answer)
     encode = _as_base64 if command.encoding == "base64" else _as_floats
@@ -149,8 +154,8 @@ async def _detokenize(call: Call, command: commands.Detokenize) -> Ok:
     return Ok("Detokenized", answer.text, {"model": name})
 
 
-async def _ask(call: Call, model: str | None, request: Ask, keep_alive: float | None = None) -> tuple[str, Answer]:
-    async with call.daemon.pool.use(model, keep_alive=keep_alive) as (name, provider):
+async def _ask(call: Call, model: str | None, request: Ask) -> tuple[str, Answer]:
+    async with call.daemon.pool.use(model) as (name, provider):
         return name, await provider.ask(request, call.asking)
 
 
@@ -178,7 +183,7 @@ LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final
     commands.Show: loading.show,
     commands.Pull: loading.pull,
     commands.Remove: loading.remove,
-    commands.Lora: lora.lora,
+    commands.Lora: adapters.lora,
     commands.Queue: _queue,
     commands.Infer: generation.infer,
     commands.InferStream: generation.infer_stream,

@@ -347,6 +347,7 @@ class Embed(Command, frozen=True):
     text: str | Annotated[list[str], Meta(min_length=1, max_length=2048)] = ""
     model: Reference | None = None
     encoding: Literal["float", "base64"] = "float"
+    lora: Adapters | None = None
     keep_alive: KeepAlive | None = None
     dimensions: Count | None = None  # of the vector, the first ones; otherwise all
 
