@@ -15,8 +15,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import __version__, generation, ipc, loading
-from bridge import lora as adapters
+from bridge import __version__, generation, ipc, loading, lora
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -116,8 +115,8 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
     request = ipc.Embed(0, texts, call.received, command.dimensions)
     async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as (name, provider):
         if command.lora is not None:
-            lora = await call.daemon.adapters.ready(call.daemon.pool.pick(name), provider, command.lora)
-            request = msgspec.structs.replace(request, lora=lora)
+            keys = await call.daemon.adapters.ready(call.daemon.pool.pick(name), provider, command.lora)
+            request = msgspec.structs.replace(request, lora=keys)
         answer = await provider.ask(request, call.asking)
     assert isinstance(answer, ipc.Embedded)
     call.totals.add(answer)
@@ -183,7 +182,7 @@ LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final
     commands.Show: loading.show,
     commands.Pull: loading.pull,
     commands.Remove: loading.remove,
-    commands.Lora: adapters.lora,
+    commands.Lora: lora.lora,
     commands.Queue: _queue,
     commands.Infer: generation.infer,
     commands.InferStream: generation.infer_stream,
