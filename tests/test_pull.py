@@ -12,13 +12,8 @@ from pathlib import Path
 
 import pytest
 import trio
-
-from bridge.jobs import Progress, run_job
-from bridge.models import download
-from bridge.models.store import SOURCES, sources
-from protocol.errors import BridgeError
-from tests.made_up_hub import MadeUpHub, made_up_hub
-from tests.pulling import (
+from made_up_hub import MadeUpHub, made_up_hub
+from pulling import (
     CONTENT,
     OTHER,
     PATIENCE,
@@ -31,7 +26,12 @@ from tests.pulling import (
     sha256,
     spawn,
 )
-from tests.web import HEAD, Page, Web, gguf
+from web import HEAD, Page, Web, gguf
+
+from bridge.jobs import Progress, run_job
+from bridge.models import download
+from bridge.models.store import SOURCES, sources
+from protocol.errors import BridgeError
 
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pulling import CONTENT, PATIENCE, failure, finish, get, models, partials, processes_with, sha256, spawn
+from web import Page, Web
 
 from bridge.models import pypi
 from bridge.models.default import ModelWheel
 from bridge.models.store import PARTIAL, sources
-from tests.pulling import CONTENT, PATIENCE, failure, finish, get, models, partials, processes_with, sha256, spawn
-from tests.web import Page, Web
 
 WHEEL = "pypi:tiny-model==1.0/tiny.gguf"
 
