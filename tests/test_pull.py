@@ -325,6 +325,12 @@ def test_it_says_why_it_failed(web: Web, store: Path) -> None:
     assert last["failed"]["code"] == "not_found"
 
 
+@pytest.mark.parametrize("arguments", [[], ["--store"], ["a/b", "--sha256"], ["--unknown"], ["a/b", "c/d"]])
+def test_wrong_arguments_are_said_as_any_failure_is(store: Path, arguments: list[str]) -> None:
+    (last,) = finish(spawn(store, *arguments))
+    assert last["failed"]["code"] == "bad_argument"
+
+
 @pytest.mark.needs("huggingface_hub")
 def test_the_endpoint_and_the_login_are_the_librarys_own(store: Path, tmp_path: Path) -> None:
     with made_up_hub() as made_up:
