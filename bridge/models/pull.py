@@ -188,7 +188,7 @@ class _File:
         if not self._path.exists():
             return False
         if self._is_ours():
-            return origin.immutable or (origin.sha256 is not None and origin.sha256 == record.sha256)
+            return origin.immutable if origin.sha256 is None else origin.sha256 == record.sha256
         if origin.sha256 is not None and origin.size in (None, self.size) and self._digest_there() == origin.sha256:
             self._partial.note_published(origin.file, origin.sha256)
             return True
