@@ -14,11 +14,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from made_up_hub import MadeUpHub, made_up_hub
+from web import Web
 
-from bridge.models import download
 from bridge.models.default import ModelError, check_model, default_model_path
-from tests.made_up_hub import MadeUpHub, made_up_hub
-from tests.web import Web
 
 NAMED_TESTS = 8
 
@@ -117,7 +116,7 @@ def socket_path() -> Iterator[Path]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Downloads go straight to their server, and hardly wait before they ask again."""
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
+    monkeypatch.setattr("bridge.models.download.BACKOFF", 0.001)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
+from web import gguf
 
 from bridge.models.pull import pull
 from bridge.models.report import Report
 from bridge.models.store import PARTIAL
 from protocol.errors import BridgeError
-from tests.web import gguf
 
 CONTENT = gguf(300_000)
 OTHER = gguf(300_000, fill=1)
@@ -50,7 +51,7 @@ def failure(text: str, store: Path, **options: Any) -> BridgeError:
 def spawn(store: Path, *arguments: str, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "bridge.models.pull", "--store", str(store), *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environ or {})
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environ or {})
     )
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from web import Page, Web, gguf
 
 from bridge.models import download
 from bridge.models.download import ATTEMPTS, Remote
 from bridge.models.store import PARTIAL, Partial
 from protocol.errors import BridgeError
-from tests.web import Page, Web, gguf
 
 CONTENT = gguf(200_000)
 OTHER = gguf(200_000, fill=1)
@@ -231,7 +232,7 @@ def test_a_web_page_does_not_cost_what_came_before(web: Web, tmp_path: Path) -> 
 
 
 def test_the_first_bytes_may_come_one_by_one(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.web.PIECE", 1)
+    monkeypatch.setattr("web.PIECE", 1)
     web.pages["/m.gguf"] = Page(CONTENT[:300])
     assert bring(tmp_path, remote(web)) == CONTENT[:300]
     web.pages["/n.gguf"] = Page(b"GGUX" + CONTENT[4:300])
@@ -438,7 +439,7 @@ def test_what_came_before_there_was_no_room_is_kept(web: Web, tmp_path: Path) ->
     """A limit on the process: the write that passes it is cut short, as on a full disk, and the next one fails."""
     web.pages["/m.gguf"] = Page(CONTENT)
     command = [sys.executable, "-c", PROGRAM, f"{web.url}/m.gguf", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n", done.stderr
     assert part(tmp_path) == CONTENT[:100_000]
     web.seen.clear()

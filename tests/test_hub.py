@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_up_hub import COMMIT, MadeUpHub
+from web import Page, gguf
 
 from bridge.models import hub
 from bridge.models.hub import choose
 from bridge.models.store import Partial
 from protocol.errors import BridgeError
-from tests.made_up_hub import COMMIT, MadeUpHub
-from tests.web import Page, gguf
 
 REPO = "user/tiny-GGUF"
 CONTENT = gguf(5000)

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from pulling import CONTENT, PATIENCE, failure, get, partials, sha256
+from web import Page, Web
 
 from bridge.models import download
 from bridge.models.store import (
@@ -22,8 +24,6 @@ from bridge.models.store import (
     replace,
     sources,
 )
-from tests.pulling import CONTENT, PATIENCE, failure, get, partials, sha256
-from tests.web import Page, Web
 
 
 def test_what_came_is_there_for_the_next_one(store: Path) -> None:

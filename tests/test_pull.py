@@ -12,13 +12,8 @@ from pathlib import Path
 
 import pytest
 import trio
-
-from bridge.jobs import Progress, run_job
-from bridge.models import download
-from bridge.models.store import SOURCES, sources
-from protocol.errors import BridgeError
-from tests.made_up_hub import MadeUpHub, made_up_hub
-from tests.pulling import (
+from made_up_hub import MadeUpHub, made_up_hub
+from pulling import (
     CONTENT,
     OTHER,
     PATIENCE,
@@ -31,7 +26,12 @@ from tests.pulling import (
     sha256,
     spawn,
 )
-from tests.web import HEAD, Page, Web, gguf
+from web import HEAD, Page, Web, gguf
+
+from bridge.jobs import Progress, run_job
+from bridge.models import download
+from bridge.models.store import SOURCES, sources
+from protocol.errors import BridgeError
 
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]
 
@@ -323,6 +323,12 @@ def test_it_says_why_it_failed(web: Web, store: Path) -> None:
     (last,) = finish(process)
     assert process.returncode == 1
     assert last["failed"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--store"], ["a/b", "--sha256"], ["--unknown"], ["a/b", "c/d"]])
+def test_wrong_arguments_are_said_as_any_failure_is(store: Path, arguments: list[str]) -> None:
+    (last,) = finish(spawn(store, *arguments))
+    assert last["failed"]["code"] == "bad_argument"
 
 
 @pytest.mark.needs("huggingface_hub")

