@@ -196,7 +196,7 @@ async def _show_file(call: Call, name: str, path: str, state: str) -> Ok:
 
 async def pull(call: Call, command: commands.Pull) -> Ok:
     tell = _teller(call, command.progress)
-    pulled = await call.daemon.library.pull(command.source, command.sha256, tell)
+    pulled = await call.daemon.library.pull(command.source, tell, sha256=command.sha256, name=command.name)
     return Ok("Model pulled", pulled)
 
 

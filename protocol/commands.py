@@ -170,9 +170,10 @@ class Pull(Command, frozen=True):
 
     VERB = "PULL"
     TEXT = "source"
-    DOC = "PULL [sha256=...] [progress=false] source - fetches a model into the daemon's store"
+    DOC = "PULL [name=...] [sha256=...] [progress=false] source - fetches a model into the daemon's store"
 
     source: str = ""
+    name: Name | None = None
     sha256: Sha256 | None = None
     progress: bool = True
 
