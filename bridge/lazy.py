@@ -14,6 +14,7 @@ class LazyGroup(click.Group):
     ELSEWHERE: typing.ClassVar = {
         "bench": "bridge.bench",
         "chat": "bridge.cli_text",
+        "doctor": "bridge.doctor",
         "embed": "bridge.cli_text",
         "free": "bridge.cli_models",
         "infer": "bridge.cli_text",

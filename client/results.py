@@ -184,10 +184,13 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class Pulled(Struct, frozen=True, kw_only=True):
+    """``fetched`` is false where all of it was there already. Size in bytes."""
+
     name: str = ""
     path: str = ""
+    files: list[str] = []
     size: int = 0
-    sha256: str | None = None
+    fetched: bool = True
 
 
 class Removed(Struct, frozen=True, kw_only=True):

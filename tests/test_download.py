@@ -9,33 +9,23 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from web import Page, Web, gguf
 
 from bridge.models import download
 from bridge.models.download import ATTEMPTS, Remote
 from bridge.models.store import PARTIAL, Partial
 from protocol.errors import BridgeError
-from tests.web import Page, Web, gguf
 
 CONTENT = gguf(200_000)
 OTHER = gguf(200_000, fill=1)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def web() -> Iterator[Web]:
-    with Web().serving() as web:
-        yield web
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def remote(web: Web, path: str = "/m.gguf", **more: object) -> Remote:
@@ -78,8 +68,9 @@ def test_a_file_comes_whole_in_one_request(web: Web, tmp_path: Path) -> None:
 def test_after_a_break_only_the_rest_is_fetched(web: Web, tmp_path: Path, cut: int, chunked: bool) -> None:
     web.pages["/m.gguf"] = Page(CONTENT, cuts=[cut], chunked=chunked)
     assert bring(tmp_path, remote(web)) == CONTENT
-    assert web.sent == len(CONTENT)
-    assert [seen.status for seen in web.seen] == [200, 206 if cut else 200]
+    of_use = cut >= len(b"GGUF")  # what is shorter may be anything, and is not kept
+    assert web.sent == len(CONTENT) + (0 if of_use else cut)
+    assert [seen.status for seen in web.seen] == [200, 206 if of_use else 200]
 
 
 def test_many_breaks_that_each_bring_something_are_no_failure(web: Web, tmp_path: Path) -> None:
@@ -138,6 +129,13 @@ def test_without_either_it_begins_anew(web: Web, tmp_path: Path) -> None:
     assert web.sent == len(CONTENT) + 50_000
 
 
+@pytest.mark.parametrize("etag", ['"\u00e9"', '"' + "x" * 600 + '"'])
+def test_an_odd_etag_is_not_sent_back(web: Web, tmp_path: Path, etag: str) -> None:
+    web.pages["/m.gguf"] = Page(CONTENT, etag=etag, cuts=[50_000])
+    assert bring(tmp_path, remote(web)) == CONTENT
+    assert "if-range" not in web.seen[-1].headers
+
+
 def test_with_a_digest_known_beforehand_it_goes_on_whatever_the_etag(web: Web, tmp_path: Path) -> None:
     web.pages["/m.gguf"] = Page(CONTENT, etag=None, cuts=[50_000] + [0] * (ATTEMPTS - 1))
     failure(tmp_path, remote(web, sha256=DIGEST))
@@ -157,6 +155,15 @@ def test_what_was_whole_when_the_process_ended_is_not_fetched_again(web: Web, tm
     web.pages["/m.gguf"] = Page(CONTENT)
     bring(tmp_path, remote(web))
     assert bring(tmp_path, remote(web)) == CONTENT
+    assert [seen.status for seen in web.seen] == [200, 304]
+    web.pages["/m.gguf"] = Page(OTHER, etag='"two"')
+    assert bring(tmp_path, remote(web)) == OTHER
+
+
+def test_with_its_digest_known_nobody_is_asked_for_what_is_whole(web: Web, tmp_path: Path) -> None:
+    web.pages["/m.gguf"] = Page(CONTENT)
+    bring(tmp_path, remote(web, sha256=DIGEST))
+    assert bring(tmp_path, remote(web, sha256=DIGEST)) == CONTENT
     assert len(web.seen) == 1
 
 
@@ -212,8 +219,20 @@ def test_a_web_page_is_refused_by_its_first_bytes(web: Web, tmp_path: Path) -> N
     assert part(tmp_path) is None
 
 
+def test_a_web_page_does_not_cost_what_came_before(web: Web, tmp_path: Path) -> None:
+    web.pages["/m.gguf"] = Page(CONTENT, cuts=[150_000] + [0] * (ATTEMPTS - 1))
+    failure(tmp_path, remote(web, size=len(CONTENT)))
+    for page in (b"<html>log in</html>" + bytes(100), bytes(len(CONTENT)), b"<"):
+        web.pages["/m.gguf"] = Page(page, etag=None)
+        assert failure(tmp_path, remote(web, size=len(CONTENT))).code == "bad_model"
+    web.pages["/m.gguf"] = Page(CONTENT)
+    web.seen.clear()
+    assert bring(tmp_path, remote(web, size=len(CONTENT))) == CONTENT
+    assert web.sent == len(CONTENT) - 150_000
+
+
 def test_the_first_bytes_may_come_one_by_one(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.web.PIECE", 1)
+    monkeypatch.setattr("web.PIECE", 1)
     web.pages["/m.gguf"] = Page(CONTENT[:300])
     assert bring(tmp_path, remote(web)) == CONTENT[:300]
     web.pages["/n.gguf"] = Page(b"GGUX" + CONTENT[4:300])
@@ -253,6 +272,53 @@ def test_a_compressed_body_is_refused(web: Web, tmp_path: Path) -> None:
     web.pages["/m.gguf"] = Page(CONTENT, headers={"Content-Encoding": "gzip"})
     assert "insists on sending it as gzip" in failure(tmp_path, remote(web)).message
     assert web.seen[0].headers["accept-encoding"] == "identity"
+
+
+@dataclass
+class Run:
+    """What the server does while one run lasts."""
+
+    version: int
+    cuts: list[int]
+    statuses: list[int]
+    ranges: bool
+    chunked: bool
+
+
+RUNS = st.lists(
+    st.builds(
+        Run,
+        st.integers(0, 2),
+        st.lists(st.integers(0, 40_000), max_size=4),
+        st.lists(st.sampled_from([200, 404, 416, 500, 503]), max_size=3),
+        st.booleans(),
+        st.booleans(),
+    ),
+    max_size=3,
+)
+VERSIONS = [gguf(30_000, fill=1), gguf(30_000, fill=2), gguf(20_000, fill=3)]
+
+
+@given(runs=RUNS, pinned=st.booleans())
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_happens_before_the_last_run_brings_the_last_version(
+    web: Web, tmp_path_factory: pytest.TempPathFactory, runs: list[Run], pinned: bool
+) -> None:
+    """``pinned``: its digest is known beforehand, so that it never changes."""
+    store = tmp_path_factory.mktemp("store")
+    for run in [*runs, Run(2, [], [], True, False)]:  # the last one is untroubled
+        version = 2 if pinned else run.version
+        content, statuses = VERSIONS[version], [status for status in run.statuses if status != 200]
+        etag = None if pinned else f'"{version}"'
+        web.pages["/m.gguf"] = Page(content, etag, None, run.ranges, list(run.cuts), statuses, chunked=run.chunked)
+        origin = remote(web, sha256=hashlib.sha256(content).hexdigest() if pinned else None)
+        try:
+            assert bring(store, origin) == content
+        except BridgeError as error:
+            came, known = part(store) or b"", VERSIONS[2:] if pinned else VERSIONS
+            if error.code not in ("pull_failed", "not_found") or not any(one.startswith(came) for one in known):
+                raise
+    assert part(store) == VERSIONS[2]
 
 
 # -- redirects -----------------------------------------------------------------------------------------------------
@@ -295,17 +361,29 @@ def test_https_never_becomes_http() -> None:
         client.get("http://127.0.0.1:1/m.gguf")
 
 
+@pytest.mark.parametrize("location", ["http://[::1", "http://127.0.0.1:99999/", "http://\u00e9 \u00e9/", "//"])
+def test_a_redirect_to_nowhere_is_an_error(web: Web, tmp_path: Path, location: str) -> None:
+    web.pages["/m.gguf"] = Page(location=location)
+    assert failure(tmp_path, remote(web)).code == "pull_failed"
+
+
 # -- what cannot be reached ----------------------------------------------------------------------------------------
 
 
-def test_nobody_there_is_pull_failed(tmp_path: Path) -> None:
+def test_nobody_there_is_pull_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/m.gguf"
         error = failure(tmp_path, Remote("the source", "m.gguf", url))
+    assert capfd.readouterr().err == ""  # it says so at once
     assert error.code == "pull_failed"
     assert "refused" in error.message
     assert "kept" not in error.message
+
+
+@pytest.mark.parametrize("url", ["http://[::1/m.gguf", "http://127.0.0.1:99999/m.gguf", "http://\u2603\u200b/m.gguf"])
+def test_what_is_no_address_is_pull_failed(tmp_path: Path, url: str) -> None:
+    assert failure(tmp_path, Remote("the source", "m.gguf", url)).code == "pull_failed"
 
 
 def test_a_stall_is_a_break(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,14 +407,14 @@ def test_what_has_not_changed_is_not_sent(web: Web, tmp_path: Path, since: str, 
 
 
 def test_no_room_is_known_before_anything_is_written(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.fstatvfs
+    real = os.statvfs
 
-    def little(file: int) -> os.statvfs_result:
-        values = list(real(file))
+    def little(path: Path) -> os.statvfs_result:
+        values = list(real(path))
         values[1], values[4] = 1000, 150  # f_frsize and f_bavail: 150,000 bytes
         return os.statvfs_result(values)
 
-    monkeypatch.setattr(os, "fstatvfs", little)
+    monkeypatch.setattr(os, "statvfs", little)
     web.pages["/m.gguf"] = Page(CONTENT, gate=threading.Event())
     error = failure(tmp_path, remote(web))
     assert (error.code, error.details) == ("pull_failed", {"need": len(CONTENT), "have": 150_000})
@@ -361,7 +439,7 @@ def test_what_came_before_there_was_no_room_is_kept(web: Web, tmp_path: Path) ->
     """A limit on the process: the write that passes it is cut short, as on a full disk, and the next one fails."""
     web.pages["/m.gguf"] = Page(CONTENT)
     command = [sys.executable, "-c", PROGRAM, f"{web.url}/m.gguf", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n", done.stderr
     assert part(tmp_path) == CONTENT[:100_000]
     web.seen.clear()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from helpers import Inside, Line, daemon, eventually
 
-from bridge.config import Limits, Model, Pool
+from bridge.config import Cache, Limits, Model, Pool
 from protocol.commands import LoadOptions
 
 MB = 1 << 20
@@ -153,6 +154,16 @@ async def test_looking_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None
             for line in ("STATUS", "MODELS", "PING", "SHOW a", "QUEUE a"):
                 await wire.ask(line)
             assert time.monotonic() - began < 30
+
+
+async def test_what_was_computed_is_there_when_it_comes_back(tmp_path: Path) -> None:
+    cache = Cache(dir=str(tmp_path))
+    async with daemon("a", pool=Pool(keep_alive=0.0), cache=cache, load=LoadOptions(n_parallel=1)) as place:
+        words = " ".join(str(number) for number in range(40))
+        async with await place.unix() as wire:
+            assert (await wire.ask(f"INFER max_tokens=1 {words}"))["usage"]["cached_tokens"] == 0
+            await until(place, a="unloaded")
+            assert (await wire.ask(f"INFER max_tokens=1 {words}"))["usage"]["cached_tokens"] == 39
 
 
 async def test_a_stream_keeps_it() -> None:

@@ -45,10 +45,10 @@ def test_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_went_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     def work(_: Report) -> dict[str, Any]:
-        raise BridgeError("convert_failed", "no room", need_bytes=2)
+        raise BridgeError("convert_failed", "no room", need=2)
 
     assert run(work) == 1
-    failed = {"code": "convert_failed", "message": "no room", "details": {"need_bytes": 2}}
+    failed = {"code": "convert_failed", "message": "no room", "details": {"need": 2}}
     assert written(capsys) == [{"failed": failed}]
 
 

@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx2
 
 from bridge.models.gguf import MAGIC
-from bridge.models.store import Partial
+from bridge.models.store import Partial, check_space
 from protocol.errors import BridgeError, ErrorCode
 
 SMALLEST = 24  # bytes: magic, version, and how many tensors and keys there are
@@ -29,6 +30,7 @@ LONGEST_WAIT = 30.0  # seconds, also where Retry-After says more
 TIMEOUT = httpx2.Timeout(60.0, connect=15.0)  # seconds without a byte
 
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+_ECHOED = re.compile("[ -~]{1,512}")  # what is sent back to the server as it came
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -48,7 +50,7 @@ class Remote:
         """Fills ``partial``. False: nothing has changed since the version that had the validator ``since``.
 
         ``on_bytes`` gets how many bytes there are, and how many there will be. Raises BridgeError (pull_failed,
-        bad_model, not_found, forbidden, bad_argument) and OSError; but for bad_model, what came is kept.
+        bad_model, not_found, forbidden, bad_argument) and OSError; what came is kept, unless that is what is wrong.
         """
         with make_client(self.url) as client:
             return _Fetch(client, self, partial, on_bytes, since).run()
@@ -98,10 +100,14 @@ class _Fetch:
         self._on_bytes = on_bytes
         self._since = since
         self._total: int | None = None
+        self._was_there = False  # somebody has answered
+        self._new: dict[str, Any] | None = None  # what is known of a file that comes from its beginning
+        self._head = b""  # of that file, as long as it is shorter than MAGIC
 
     def run(self) -> bool:
-        if self._is_complete():
+        if self._is_complete() and self._remote.sha256 is not None and self._can_resume():
             return True
+        self._total = self._partial.record.size
         failures, most = 0, self._partial.size
         while True:
             try:
@@ -117,9 +123,7 @@ class _Fetch:
 
     def _is_complete(self) -> bool:
         """Whether an earlier run got all of it, and ended before it could say so."""
-        record, size = self._partial.record, self._partial.size
-        self._total = record.size
-        return bool(size) and size == record.size and self._can_resume()
+        return 0 < self._partial.size == self._partial.record.size
 
     def _can_resume(self) -> bool:
         record, remote = self._partial.record, self._remote
@@ -131,15 +135,20 @@ class _Fetch:
         """One request. True: there is all of it."""
         try:
             with self._client.stream("GET", self._remote.url, headers=self._headers()) as response:
-                if response.status_code == 304 and self._since:
-                    return False
+                if response.status_code == 304:
+                    return self._partial.size > 0  # what is here is all of it, or else what is published
                 self._begin(response)
                 for data in response.iter_raw():
                     self._take(data)
         except (httpx2.UnsupportedProtocol, httpx2.TooManyRedirects, httpx2.InvalidURL) as error:
             raise self._failed(str(error)) from error
         except httpx2.RequestError as error:
-            raise _Break(str(error) or type(error).__name__) from error
+            why = str(error) or type(error).__name__
+            if isinstance(error, httpx2.ConnectError) and not self._was_there:
+                raise self._failed(why) from error  # most likely a wrong address: say so at once
+            raise _Break(why) from error
+        if self._new is not None:
+            self._check_length(len(self._head))
         if self._total is not None and self._partial.size < self._total:  # a 206 may bring less than was asked for
             raise _Break(f"it ended at {self._partial.size:,} of {self._total:,} bytes")
         self._check_length(self._partial.size)
@@ -147,18 +156,22 @@ class _Fetch:
 
     def _headers(self) -> dict[str, str]:
         headers = {"Accept-Encoding": "identity", **self._remote.headers}
-        if self._partial.size and self._can_resume():
-            headers["Range"] = f"bytes={self._partial.size}-"
-            if self._remote.sha256 is None and (validator := self._partial.record.validator):
+        size, validator = self._partial.size, self._partial.record.validator
+        if self._is_complete() and validator and self._remote.sha256 is None:
+            headers |= _unless(validator)
+        elif size and self._can_resume():
+            headers["Range"] = f"bytes={size}-"
+            if self._remote.sha256 is None and validator:
                 headers["If-Range"] = validator
         elif self._since:
-            headers["If-None-Match" if self._since.startswith('"') else "If-Modified-Since"] = self._since
+            headers |= _unless(self._since)
         return headers
 
     # -- what the server says --------------------------------------------------------------------------------------
 
     def _begin(self, response: httpx2.Response) -> None:
         """Prepares for the body: at its beginning, or where the last one ended. Raises _Break and BridgeError."""
+        self._was_there, self._new, self._head = True, None, b""
         status = response.status_code
         if status == 416:  # it is shorter than what came, hence another one
             self._partial.discard()
@@ -180,10 +193,8 @@ class _Fetch:
             self._check_length(self._total)
         remote = self._remote
         size = remote.size if self._total is None else self._total
-        self._partial.begin(validator=_validator(response), size=size, sha256=remote.sha256)
         self._total = size
-        if size is not None:
-            self._partial.check_space(size)
+        self._new = {"validator": _validator(response), "size": size, "sha256": remote.sha256}
 
     def _resume(self, response: httpx2.Response) -> None:
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -192,21 +203,27 @@ class _Fetch:
             self._partial.discard()
             raise _Break("the server sent another range than was asked for")
         self._total = self._total or total
-        if self._total is not None:
-            self._partial.check_space(self._total)
+        self._check_space()
 
     def _take(self, data: bytes) -> None:
-        partial = self._partial
-        fresh = partial.size < len(MAGIC)
-        partial.write(data)
-        if fresh and partial.size >= len(MAGIC) and partial.start(len(MAGIC)) != MAGIC:
-            start = partial.start(40)
-            partial.discard()
-            message = f"{self._remote.source} is no GGUF file: it begins with {start!r}"
-            raise BridgeError("bad_model", message)
-        if self._remote.size is not None and partial.size > self._remote.size:
-            self._check_length(partial.size)
-        self._on_bytes(partial.size, self._total)
+        if self._new is not None:
+            self._head += data
+            if len(self._head) < len(MAGIC):
+                return
+            if not self._head.startswith(MAGIC):
+                message = f"{self._remote.source} is no GGUF file: it begins with {self._head[:40]!r}"
+                raise BridgeError("bad_model", message)
+            self._partial.begin(**self._new)  # not before: a proxy's login page shall not cost what came earlier
+            self._check_space()
+            data, self._new = self._head, None
+        self._partial.write(data)
+        if self._remote.size is not None and self._partial.size > self._remote.size:
+            self._check_length(self._partial.size)
+        self._on_bytes(self._partial.size, self._total)
+
+    def _check_space(self) -> None:
+        if self._total is not None:
+            check_space(self._partial.store, self._total - self._partial.size)
 
     def _check_length(self, size: int) -> None:
         """Raises BridgeError (bad_model) where it cannot be a model of so many bytes, or not this one."""
@@ -217,7 +234,8 @@ class _Fetch:
             message = f"{self._remote.source} has {size:,} bytes, expected {expected:,}"
         else:
             return
-        self._partial.discard()
+        if size == self._partial.size:
+            self._partial.discard()
         raise BridgeError("bad_model", message)
 
     # -- words -----------------------------------------------------------------------------------------------------
@@ -237,6 +255,11 @@ class _Fetch:
         return self._failed(_status(response))
 
 
+def _unless(validator: str) -> dict[str, str]:
+    """Asks for the file unless it is still this one."""
+    return {"If-None-Match" if validator.startswith('"') else "If-Modified-Since": validator}
+
+
 def _status(response: httpx2.Response) -> str:
     return f"HTTP {response.status_code} {response.reason_phrase}".rstrip()
 
@@ -253,4 +276,5 @@ def _number(text: str | None) -> int | None:
 def _validator(response: httpx2.Response) -> str | None:
     """What If-Range may say: a weak ETag is not enough."""
     etag: str = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified")
+    validator: str | None = etag if etag.startswith('"') else response.headers.get("Last-Modified")
+    return validator if validator and _ECHOED.fullmatch(validator) else None

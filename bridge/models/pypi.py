@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from bridge.models.store import CHUNK, Partial
+from bridge.models.store import CHUNK, Partial, check_space
 from protocol.errors import BridgeError
 
 
@@ -54,7 +54,7 @@ class WheelFile:
     def _unpack(self, wheel: Path, partial: Partial, on_bytes: Callable[[int, int | None], None]) -> None:
         with open_member(wheel, self.member) as (source, size):
             partial.begin(size=size, sha256=self.sha256)
-            partial.check_space(size)
+            check_space(partial.store, size)
             try:
                 while data := source.read(CHUNK):
                     partial.write(data)

@@ -98,8 +98,8 @@ def quantize(source: Path, target: Path, name: str, threads: int) -> dict[str, A
         raise QuantizeError(
             "convert_failed",
             f"{name} of {source.name} takes {log.quant_size:,} bytes, and {target.parent} has {free:,} left",
-            need_bytes=log.quant_size,
-            have_bytes=free,
+            need=log.quant_size,
+            have=free,
         )
     log.silent, params.dry_run = False, False
     part = part_of(target)
@@ -130,6 +130,8 @@ def _run(source: Path, target: Path, params: Any, log: Log) -> None:
         )
     if "imatrix" in why:
         raise QuantizeError("bad_argument", "this quant needs an importance matrix, which llama-bridge makes none of")
+    if "iostream error" in why:
+        why = "what it makes cannot be written; the disk may be full"
     raise QuantizeError("convert_failed", f"cannot quantise {source.name}: {why}")
 
 
