@@ -72,7 +72,10 @@ class Configured:
             }
 
     async def _takes_long(self, model: Model) -> bool:
-        return await self._daemon.library.takes_long(model.path, model.quant)
+        try:
+            return await self._daemon.library.takes_long(model.path, model.quant)
+        except BridgeError:  # which _load will tell
+            return False
 
     async def _load(self, model: Model) -> str | None:
         """Begins to; returns why that cannot be."""
