@@ -98,7 +98,8 @@ def test_every_call_has_its_typed_result(tcp: bool) -> None:
         assert bridge.load("/models/tiny.gguf", n_ctx=64) == Loaded(model="tiny", load_ms=1250.0)
         assert bridge.free("tiny") == Freed(freed=["tiny"])
         assert bridge.plan("tiny") == Plan(**PLAN)
-        assert bridge.pull("user/tiny:Q4_0") == Pulled(name="tiny", path="/store/tiny.gguf", size=100, sha256=SHA256)
+        file = "/store/tiny.gguf"
+        assert bridge.pull("user/tiny:Q4_0") == Pulled(name="tiny", path=file, files=[file], size=100, fetched=True)
         assert bridge.remove("tiny") == Removed(name="tiny", files=["/store/tiny.gguf"], size=100)
         assert bridge.lora_list() == [Adapter(**ADAPTER)]
         assert bridge.lora_load("/a/style.gguf") == bridge.lora_check("style") == Adapter(**ADAPTER | {"scale": None})

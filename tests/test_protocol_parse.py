@@ -40,7 +40,6 @@ from protocol.connection import encode_request
 from protocol.errors import ErrorCode
 from protocol.parse import BadCommand, describe, is_json_form, parse_request
 
-
 SHA256 = "aF09" * 16
 
 
