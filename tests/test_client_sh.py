@@ -176,9 +176,8 @@ def test_help(sh: Sh) -> None:
     assert good(sh("-h")) == text
     # Every command of the script stands in its help.
     _, _, main = SCRIPT.read_text().partition("\nmain() {")
-    commands = {
-        name for names in re.findall(r"^        ([a-z| ]+)\)", main, re.MULTILINE) for name in names.split(" | ")
-    }
+    cases = re.findall(r"^ {8}([a-z]+(?: \| [a-z]+)*)\)", main, re.MULTILINE)
+    commands = {name for names in cases for name in names.split(" | ")}
     assert {"ping", "reload", "plan"} <= commands
     assert commands - {"help"} <= set(re.findall(r"^  (\w+)", text, re.MULTILINE))
 
