@@ -167,7 +167,7 @@ def _print_sizes(plan: Planned) -> None:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--drain/--no-drain", default=True, help="Wait for what it is generating, or then leave it alone.")
+@click.option("--drain/--no-drain", default=True, help="Wait for what it is generating, or refuse if it is.")
 @json_option
 @talks
 def free(client: Client, model: str | None, drain: bool, as_json: bool) -> None:
