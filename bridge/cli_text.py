@@ -11,7 +11,7 @@ import click
 from bridge.cli import here, json_option, parameters_of, print_json, talks
 from client import Client, Stream
 from client.results import Completion
-from protocol.commands import Chat, ChatStream, Command, Infer, InferStream
+from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferStream
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,6 +21,7 @@ def _text(words: tuple[str, ...]) -> str:
     return " ".join(words) if words and words != ("-",) else sys.stdin.read()
 
 
+_lora = click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times.")
 _keep_alive = click.option("--keep-alive", type=float, help="Seconds that the model stays after this; -1: for ever.")
 
 
@@ -34,7 +35,7 @@ def generates(command: F) -> F:
         click.option("--top-p", type=float),
         click.option("--seed", type=int, help="Makes the answer repeatable."),
         click.option("--stop", multiple=True, help="Where to stop; may be given several times."),
-        click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."),
+        _lora,
         _keep_alive,
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
         click.option("--stream/--no-stream", "streamed", default=True, help="Print the text as it comes, or at once."),
@@ -123,12 +124,13 @@ def _explain(completion: Completion | None) -> None:
 @click.argument("text", nargs=-1)
 @click.option("-m", "--model", help="Which model; otherwise the default one.")
 @click.option("--dimensions", type=int, help="Only the first so many components, of length 1 again.")
+@_lora
 @_keep_alive
 @json_option
 @talks
 def embed(client: Client, text: tuple[str, ...], as_json: bool, **named: Any) -> None:
     """The vector of a text; without one, of the standard input."""
-    embeddings = client.embed(_text(text), **named)
+    embeddings = client.embed(_text(text), **_parameters(client, Embed, (), named))
     print_json(embeddings) if as_json else click.echo(" ".join(f"{value:.9g}" for value in embeddings.vector))
 
 

@@ -35,11 +35,12 @@ class Configured:
 
         But for those that are to be fetched or converted first, which follow.
         """
-        for model in self._daemon.config.models:
-            if await self._is_here(model):
-                await self._load(model)
-            else:
-                self._nursery.start_soon(self._load, model)
+        async with self._one:
+            for model in self._daemon.config.models:
+                if await self._is_here(model):
+                    await self._load(model)
+                else:
+                    self._nursery.start_soon(self._load, model)
 
     async def reload(self) -> dict[str, Any]:
         """Reads it anew, and says what changed. Raises BridgeError (bad_config), and then nothing has."""
@@ -79,6 +80,8 @@ class Configured:
             found = await library.prepare(model.path, model.quant, lambda progress: None)
             options = msgspec.convert(model, LoadOptions, from_attributes=True)
             spec = found.spec(options, await self._daemon.adapters.resolve(model.lora))
+            if model not in self._daemon.config.models:
+                raise BridgeError(ErrorCode.NOT_FOUND, "the configuration names it no longer")
             terms = Terms(model.keep_alive, model.pin)
             name = model.name or found.name
             if model.preload:
@@ -93,7 +96,7 @@ class Configured:
 
     async def _free(self, keys: Iterable[bytes]) -> list[str]:
         """What the configuration no longer names goes, unless somebody else holds it."""
-        names = [self._names.pop(key) for key in keys]
+        names = {self._names.pop(key) for key in keys} - set(self._names.values())
         return await self._daemon.pool.give_back(names, CONFIGURATION)
 
 

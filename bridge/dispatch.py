@@ -113,7 +113,11 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
     for text in texts:
         _refuse_long(text)
     request = ipc.Embed(0, texts, call.received, command.dimensions)
-    name, answer = await _ask(call, command.model, request, command.keep_alive)
+    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as (name, provider):
+        if command.lora is not None:
+            keys = await call.daemon.adapters.ready(call.daemon.pool.pick(name), provider, command.lora)
+            request = msgspec.structs.replace(request, lora=keys)
+        answer = await provider.ask(request, call.asking)
     assert isinstance(answer, ipc.Embedded)
     call.totals.add(answer)
     encode = _as_base64 if command.encoding == "base64" else _as_floats
@@ -149,8 +153,8 @@ async def _detokenize(call: Call, command: commands.Detokenize) -> Ok:
     return Ok("Detokenized", answer.text, {"model": name})
 
 
-async def _ask(call: Call, model: str | None, request: Ask, keep_alive: float | None = None) -> tuple[str, Answer]:
-    async with call.daemon.pool.use(model, keep_alive=keep_alive) as (name, provider):
+async def _ask(call: Call, model: str | None, request: Ask) -> tuple[str, Answer]:
+    async with call.daemon.pool.use(model) as (name, provider):
         return name, await provider.ask(request, call.asking)
 
 

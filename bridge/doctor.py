@@ -169,8 +169,8 @@ def _about_memory(facts: Facts) -> list[Advice]:
     found = []
     if facts.cgroup_limit is not None:
         text = (
-            f"A control group allows us {_size(facts.cgroup_limit)} of memory: MemoryMax= of a systemd unit sets that, or a"
-            " container's own limit."
+            f"A control group allows us {_size(facts.cgroup_limit)} of memory: MemoryMax= of a systemd unit sets that,"
+            " or a container's own limit."
         )
         found.append(Advice("hint", "memory", text))
     if facts.swap_used > _MUCH_SWAP:

@@ -79,7 +79,7 @@ class Adapter(Struct, frozen=True, array_like=True):
 class Load(Struct, frozen=True, array_like=True, tag="load"):
     """``cache_dir`` is where states of the KV cache outlive the worker, in up to ``cache_bytes``; "" is nowhere.
 
-    ``lora`` are adapters to load with the model. They are applied where a Generate names none, for as long as it lives.
+    ``lora`` are adapters to load with the model. They are applied where a request says nothing else.
     """
 
     path: str
@@ -127,12 +127,13 @@ class Generate(Struct, frozen=True, array_like=True, tag="generate"):
 
 
 class Embed(Struct, frozen=True, array_like=True, tag="embed"):
-    """``dimensions`` is how many components of each vector are wanted, all if None. Adapters are not applied."""
+    """``dimensions`` is how many components of each vector are wanted, all if None; ``lora`` as in Generate."""
 
     rid: int
     texts: list[str]
     received: float
     dimensions: int | None = None
+    lora: list[tuple[str, float]] | None = None
 
 
 class Tokenize(Struct, frozen=True, array_like=True, tag="tokenize"):
@@ -162,7 +163,7 @@ class Park(Struct, frozen=True, array_like=True, tag="park"):
 
 
 class LoadAdapter(Struct, frozen=True, array_like=True, tag="load_adapter"):
-    """Makes an adapter there for Generate to name; one that is there already stays as it is."""
+    """Makes an adapter there for requests to name; one that is there already stays as it is."""
 
     rid: int
     key: str
@@ -315,7 +316,7 @@ class Parked(Struct, frozen=True, array_like=True, tag="parked"):
 
 class LoadedAdapter(Struct, frozen=True, array_like=True):
     """``size`` is its file's in bytes, of which little more than the matrices is in memory. ``default`` is its scale
-    where a Generate names no adapters, None if it came after Load. So many ``requests`` that run or wait use it now.
+    where a request names no adapters, None if it came after Load. So many ``requests`` that run or wait use it now.
     """
 
     key: str

@@ -20,7 +20,7 @@ from bridge.providers.base import Provider
 from bridge.providers.local import LocalProvider
 from bridge.registry import Effect, Registry, Start, Stop
 from bridge.room import NONE, Memory, Resident, Room, make_room
-from protocol.errors import BridgeError
+from protocol.errors import BridgeError, ErrorCode
 
 
 class Proposal(NamedTuple):
@@ -29,6 +29,13 @@ class Proposal(NamedTuple):
     planned: Planned
     free: Memory
     room: Room
+
+
+class _Starting(NamedTuple):
+    """A load on its way: what ends it, and where it waits for its turn."""
+
+    scope: trio.CancelScope
+    queue: deque[Entry]
 
 
 class Keeper:
@@ -46,9 +53,10 @@ class Keeper:
         self._registry = registry
         self._planner = planner
         self._adapters = adapters
-        self._starting: dict[Entry, trio.CancelScope] = {}
+        self._starting: dict[Entry, _Starting] = {}
         self._queues: defaultdict[str, deque[Entry]] = defaultdict(deque)  # of each device: the first one loads
         self._changed = trio.Event()
+        self._moved = trio.Event()  # one of the queues did
         self._expiry = trio.Event()  # set when a model leaves earlier than the next one was to
         self._wakes_at = math.inf
         self._log = log.get()
@@ -62,8 +70,9 @@ class Keeper:
             match effect:
                 case Start():
                     # Now, for tasks begin in any order.
-                    self._starting[entry] = trio.CancelScope()
-                    self._queues[self._planner.device(entry.spec)].append(entry)
+                    queue = self._queues[self._planner.device(entry.spec)]
+                    queue.append(entry)
+                    self._starting[entry] = _Starting(trio.CancelScope(), queue)
                     self._nursery.start_soon(self._keep, entry)
                 case Stop():
                     self._nursery.start_soon(self._stop, entry)
@@ -80,6 +89,10 @@ class Keeper:
         """Another one may have its name by now."""
         return self._registry.entries.get(entry.name) is entry
 
+    def _leaves(self, entry: Entry) -> bool:
+        """It has not yet come to an end, from which it may have come back since."""
+        return entry.state is State.UNLOADING and self.is_there(entry)
+
     def reconfigure(self, config: Config) -> None:
         self.config = config
         self._planner.config = config
@@ -93,12 +106,12 @@ class Keeper:
         logger = self._log.bind(model=entry.name, path=entry.spec.path)
         provider = None
         try:
-            with self._starting[entry]:
-                provider = await self._start(entry)
-        except BridgeError as error:
-            logger.error("load failed", reason=error.message)
+            with self._starting[entry].scope:
+                provider = await self._start(entry, self._starting[entry].queue)
+        except Exception as error:
+            failure = _failure(error, logger)
             del self._starting[entry]
-            self.act(self._registry.load_failed(entry.name, error, time.monotonic()))
+            self.act(self._registry.load_failed(entry.name, failure, time.monotonic()))
             return
         del self._starting[entry]
         if provider is None:  # it was told to stop
@@ -116,11 +129,11 @@ class Keeper:
         logger.info("worker ended", reason=reason)
         self.act(self._registry.ended(entry.name, reason, time.monotonic()))
 
-    async def _start(self, entry: Entry) -> Provider:
+    async def _start(self, entry: Entry, queue: deque[Entry]) -> Provider:
         """Raises BridgeError (load_failed)."""
         gives_up = trio.current_time() + self.config.limits.load
         while True:
-            async with self._turn(entry):
+            async with self._turn(entry, queue):
                 proposal = await self.plan(entry)
                 while proposal.room.leave:
                     await self._clear(proposal.room.leave)
@@ -133,18 +146,19 @@ class Keeper:
             await self._wait_for_memory(entry, proposal, gives_up)
 
     @asynccontextmanager
-    async def _turn(self, entry: Entry) -> AsyncIterator[None]:
+    async def _turn(self, entry: Entry, queue: deque[Entry]) -> AsyncIterator[None]:
         """One load at a time on each device, in the order that they were asked for."""
-        queue = self._queues[self._planner.device(entry.spec)]
         if entry not in queue:
             queue.append(entry)
         try:
             while queue[0] is not entry:
-                await self.change()
+                await self._moved.wait()
             yield
         finally:
             queue.remove(entry)
-            self.notify()
+            # Not notify: of those who wait for memory each would wake the others, for ever.
+            self._moved.set()
+            self._moved = trio.Event()
 
     async def _wait_for_memory(self, entry: Entry, proposal: Proposal, gives_up: float) -> None:
         """Others have to end before there is room. Not while it has its turn on the device: what is smaller may fit."""
@@ -158,13 +172,19 @@ class Keeper:
             raise self._planner.no_memory(entry.spec, proposal.planned, proposal.free, f"; {busy} did not end in time")
 
     async def plan(self, entry: Entry) -> Proposal:
-        """As things are when it returns. Raises BridgeError (load_failed)."""
-        free = await self._free(entry)
-        planned = await self._planner.plan(entry.spec, free)
-        if planned.elastic and not free.covers(planned.memory):
+        """Raises BridgeError (load_failed)."""
+        planned = await self._planner.plan(entry.spec, await self._free(entry))
+        proposal = await self._propose(entry, planned)
+        if not proposal.room.fits and planned.elastic:
             # What is left to us to choose is chosen for all that there could be.
             movable = [one.memory for one in self._others(entry) if not one.pinned and not one.busy]
-            planned = await self._planner.plan(entry.spec, sum(movable, free))
+            planned = await self._planner.plan(entry.spec, sum(movable, proposal.free))
+            proposal = await self._propose(entry, planned)
+        return proposal
+
+    async def _propose(self, entry: Entry, planned: Planned) -> Proposal:
+        """Of this very moment: while the files were read, others may have come and gone."""
+        free = await self._free(entry)
         return Proposal(planned, free, make_room(planned.memory, free, self._others(entry)))
 
     def _others(self, entry: Entry) -> list[Resident]:
@@ -172,10 +192,10 @@ class Keeper:
 
     async def _free(self, entry: Entry) -> Memory:
         """What is neither taken nor promised: of the budget, and of what the machine has."""
+        there = await self._planner.available()
         others = [one for one in self._registry.entries.values() if one is not entry]
         used = sum((one.memory for one in others), NONE)
-        promised = sum((one.memory for one in others if one in self._starting), NONE)
-        there = await self._planner.available() - promised
+        there -= sum((one.memory for one in others if one in self._starting), NONE)
         pool = self.config.pool
         return Memory(
             min(there.host, pool.memory - used.host) if pool.memory else there.host,
@@ -187,7 +207,7 @@ class Keeper:
         for entry in leaving:
             self._log.info("unloading to make room", model=entry.name)
             self.act(self._registry.unload(entry))
-        while any(entry.memory != NONE for entry in leaving):
+        while any(map(self._leaves, leaving)):
             await self.change()
 
     async def _make(self, entry: Entry, planned: Planned) -> Provider:
@@ -201,14 +221,16 @@ class Keeper:
     async def _stop(self, entry: Entry) -> None:
         """Lets what runs finish, as long as a drain may take, then ends the provider."""
         with trio.move_on_after(self.config.limits.drain):
-            while entry.users and self.is_there(entry):
+            while entry.users and self._leaves(entry):
                 await self.change()
-        if scope := self._starting.get(entry):
-            scope.cancel()
+        if not self._leaves(entry):  # it crashed meanwhile, and may have been loaded again
+            return
+        if starting := self._starting.get(entry):
+            starting.scope.cancel()
         elif provider := self.providers.get(entry):
             await self.park(provider)
             provider.stop()
-        elif self.is_there(entry):  # it was resting; if not, it crashed
+        else:  # it was resting
             self._registry.stopped(entry.name)
             self.notify()
 
@@ -235,3 +257,12 @@ class Keeper:
         """Its time may have come to leave sooner than that of all others. (That it leaves later is seen then.)"""
         if entry.leaves_at < self._wakes_at:
             self._expiry.set()
+
+
+def _failure(error: Exception, logger: log.Logger) -> BridgeError:
+    """A bug in one model's load, which a strange file may bring to light, must not take the others with it."""
+    if isinstance(error, BridgeError):
+        logger.error("load failed", reason=error.message)
+        return error
+    logger.exception("a load failed")
+    return BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged")

@@ -6,7 +6,7 @@ want the same share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,11 +56,11 @@ class Library:
         settings = config.store
         self.fake = config.backend == "fake"
         self._settings = settings
-        self._store = Path(settings.dir).expanduser() if settings.dir else models_dir()
+        self._store = _folder(settings.dir) if settings.dir else models_dir()
         self._catalogue = Catalogue(
             self._store,
-            [Path(folder).expanduser() for folder in settings.directories],
-            [Path(folder).expanduser() for folder in settings.allow],
+            list(map(_folder, settings.directories)),
+            list(map(_folder, settings.allow)),
             discover=settings.discover,
         )
 
@@ -101,7 +101,11 @@ class Library:
 
     async def remove(self, name: str) -> Known:
         """Raises BridgeError: not_found, ambiguous, forbidden."""
-        return await self.look(partial(self._catalogue.remove, name))
+        try:
+            return await self.look(partial(self._catalogue.remove, name))
+        except OSError as error:
+            message = f"{name} cannot be removed: {error.filename}: {error.strerror}"
+            raise BridgeError(ErrorCode.FORBIDDEN, message) from None
 
     # -- what has to be made -----------------------------------------------------------------------------------
 
@@ -117,34 +121,51 @@ class Library:
         except BridgeError as error:
             if error.code != ErrorCode.NOT_FOUND or isinstance(parse(reference), LocalPath | Name):
                 raise
-            pulled = await self.pull(reference, None, tell)
+            pulled = await self.pull(reference, tell)
             found = await self.find(pulled["path"])
         if quant is None and not needs_converting(found.path):
             return found
-        made = await self.look(partial(cached, found.path, self._store, quant))
+        made = await self._converted(found, quant)
         if made is None:
-            arguments = [found.path, "--store", str(self._store)]
-            arguments += ["--quant", quant] if quant else []
-            arguments += ["--python", self._settings.convert_python] if self._settings.convert_python else []
-            made = (await self._run("convert", arguments, tell))["path"]
+            options = {"quant": quant, "python": self._settings.convert_python}
+            made = Path((await self._run("convert", found.path, options, tell))["path"])
+        return await self._as_made(found, made, quant)
+
+    async def prepared(self, reference: str, quant: str | None) -> Found:
+        """The same, but nothing is made. Raises BridgeError: what ``find`` does, not_found for what is to be made."""
+        found = await self.find(reference)
+        if self.fake or (quant is None and not needs_converting(found.path)):
+            return found
+        made = await self._converted(found, quant)
+        if made is None:
+            raise BridgeError(ErrorCode.NOT_FOUND, f"{reference} has to be converted first, which LOAD does")
+        return await self._as_made(found, made, quant)
+
+    async def _converted(self, found: Found, quant: str | None) -> Path | None:
+        return await self.look(partial(cached, found.path, self._store, quant))
+
+    async def _as_made(self, found: Found, made: Path, quant: str | None) -> Found:
         name = found.name
         if quant and name:
             name = f"{split_quant(name)[0]}:{quant.upper()}"
         return replace(await self.find(str(made)), name=name)
 
-    async def pull(self, source: str, sha256: str | None, tell: Tell) -> dict[str, Any]:
+    async def pull(
+        self, source: str, tell: Tell, *, sha256: str | None = None, name: str | None = None
+    ) -> dict[str, Any]:
         """Fetches it into the store: ``name``, ``path``, ``files``, ``size``, and whether it was ``fetched``.
 
-        Raises BridgeError: what bridge/models/pull.py says, forbidden.
+        ``name`` is what its file is to be called. Raises BridgeError: what bridge/models/pull.py says, forbidden.
         """
         if not self._settings.pull:
             raise BridgeError(ErrorCode.FORBIDDEN, "PULL is switched off here, by store.pull of the configuration")
-        arguments = [source, "--store", str(self._store)]
-        pulled = await self._run("pull", arguments + (["--sha256", sha256] if sha256 else []), tell)
+        file = None if name is None else f"{name.removesuffix('.gguf')}.gguf"
+        pulled = await self._run("pull", source, {"sha256": sha256, "name": file}, tell)
         known = await self.look(partial(self._catalogue.find, pulled["path"]))
         about = {"name": known.name, "path": known.path, "files": known.files, "size": known.size}
         return about | {"fetched": pulled["fetched"]}
 
-    async def _run(self, program: str, arguments: list[str], tell: Tell) -> dict[str, Any]:
-        command = (f"bridge.models.{program}", *arguments)
+    async def _run(self, program: str, what: str, options: Mapping[str, str | None], tell: Tell) -> dict[str, Any]:
+        given = [word for key, value in options.items() if value for word in (f"--{key}", value)]
+        command = (f"bridge.models.{program}", "--store", str(self._store), *given, "--", what)
         return await self._jobs.join(command, partial(run_job, command), tell)

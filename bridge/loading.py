@@ -55,7 +55,7 @@ async def _find(call: Call, command: commands.Load) -> Found:
 def failed_to_load(path: str, reason: str) -> str:
     """The Llambo bridge's words, and the reason once."""
     start = f"Failed to load model: {path}"
-    return reason if reason.startswith(start) else f"{start}: {reason}"
+    return reason if reason.startswith(start) else f"{start}: {reason.removeprefix(f'{path}: ')}"
 
 
 def _options(command: commands.Loading) -> commands.LoadOptions:
@@ -79,7 +79,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 async def plan(call: Call, command: commands.Plan) -> Ok:
-    found = await call.daemon.library.prepare(command.path, command.quant, lambda progress: None)
+    found = await call.daemon.library.prepared(command.path, command.quant)
     spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
     fits = proposal.room.fits or bool(proposal.room.wait_for)
@@ -196,7 +196,7 @@ async def _show_file(call: Call, name: str, path: str, state: str) -> Ok:
 
 async def pull(call: Call, command: commands.Pull) -> Ok:
     tell = _teller(call, command.progress)
-    pulled = await call.daemon.library.pull(command.source, command.sha256, tell)
+    pulled = await call.daemon.library.pull(command.source, tell, sha256=command.sha256, name=command.name)
     return Ok("Model pulled", pulled)
 
 

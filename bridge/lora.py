@@ -44,12 +44,17 @@ async def _load(call: Call, command: commands.Lora) -> Ok:
         entry = call.daemon.pool.pick(model)
         checked = await _check(call, entry, command)
         name = name_of(checked.path)
-        if entry.adapters.get(name, checked.path) != checked.path:
-            message = f"{model} has an adapter {name} from {entry.adapters[name]}; LORA unload {name} first"
-            raise BridgeError(ErrorCode.NAME_TAKEN, message)
+        _check_name(entry, name, checked.path)
         await adapters.load(provider, checked)
+        _check_name(entry, name, checked.path)  # another may have come first
         entry.adapters[name] = checked.path
         return Ok("Adapter loaded", _about(checked), {"model": model})
+
+
+def _check_name(entry: Entry, name: str, path: str) -> None:
+    if entry.adapters.get(name, path) != path:
+        message = f"{entry.name} has an adapter {name} from {entry.adapters[name]}; LORA unload {name} first"
+        raise BridgeError(ErrorCode.NAME_TAKEN, message)
 
 
 async def _unload(call: Call, command: commands.Lora) -> Ok:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 import trio
@@ -111,7 +111,7 @@ class ModelPool:
             if name is None or not autoload:
                 raise
             found = await self._library.find(name, unknown)
-            return self.begin_load(None, found.spec(), None, Terms(), name)
+            return self.begin_load(found.name, found.spec(), None, Terms(), name)
         if entry.state is State.UNLOADED and not autoload:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is not loaded, and pool.autoload is off: LOAD it")
         return entry
@@ -123,9 +123,9 @@ class ModelPool:
         await self._until_gone(freed)
         return [entry.name for entry in freed], [entry.name for entry in held]
 
-    async def give_back(self, names: list[str], holder: int) -> list[str]:
+    async def give_back(self, names: Collection[str], holder: int) -> list[str]:
         """Returns the names of those that nobody else held, when they are gone."""
-        entries = [entry for entry in self.entries if entry.name in names]
+        entries = [entry for entry in self.entries if entry.name in names and holder in entry.holders]
         for entry in entries:
             self._keeper.act(self._registry.give_back(entry, holder))
         freed = [entry for entry in entries if entry.freed]

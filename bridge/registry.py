@@ -68,9 +68,8 @@ class Registry:
             effects: list[Effect] = [Start(entry.name)]
         else:
             effects = self._join(entry, spec)
-        for also in (name, alias):
-            if also and also not in self._names:
-                self._call(entry, also)
+        self._call(entry, name)
+        self._call(entry, alias)
         if holder is not None:
             self._hold(entry, holder, terms)
         return entry, effects
@@ -82,11 +81,15 @@ class Registry:
             entry = self._new(name or name_of(spec.path), spec)
             entry.state = State.UNLOADED
             entry.proven = True
+        elif entry.state is State.UNLOADED:
+            self._respecify(entry, spec)
+        self._call(entry, name)
         self._hold(entry, CONFIGURATION, terms)
         return entry
 
     def _find(self, spec: Spec, name: str | None) -> Entry | None:
         """What the same file is loaded as, under this name or, if it is free or not given, any."""
+        _refuse_all(name)
         named = self._names.get(name) if name else None
         same = [one for one in self.entries.values() if one.spec.same_file(spec) and named in (None, one)]
         for entry in same:
@@ -98,8 +101,7 @@ class Registry:
         return None
 
     def _new(self, name: str, spec: Spec) -> Entry:
-        if name == ALL:
-            raise BridgeError(ErrorCode.NAME_TAKEN, f"{ALL} is FREE's word for all models; give another name by name=")
+        _refuse_all(name)
         if taken := self._names.get(name):
             message = f"The name {name} is taken by {taken.spec.path}; give another by name=, or FREE it first"
             raise BridgeError(ErrorCode.NAME_TAKEN, message)
@@ -107,7 +109,10 @@ class Registry:
         self._call(entry, name)
         return entry
 
-    def _call(self, entry: Entry, name: str) -> None:
+    def _call(self, entry: Entry, name: str | None) -> None:
+        """It goes by this name, too, if that is free."""
+        if name is None or name == ALL or name in self._names:
+            return
         entry.names.append(name)
         self._names[name] = entry
         if len(entry.names) > MOST_NAMES:
@@ -125,15 +130,18 @@ class Registry:
         if entry.freed:
             raise BridgeError(ErrorCode.BUSY, f"{entry.name} is being unloaded", retry_after_ms=500)
         changed = spec.stamp != entry.spec.stamp
-        if entry.spec.serves(spec):
-            entry.spec = replace(entry.spec, stamp=spec.stamp)
-        else:
-            entry.spec = spec
+        self._respecify(entry, spec)
         if entry.state is State.READY and changed:  # whoever waits for it has it loaded again
             return self.unload(entry)
         if entry.state in (State.RESTING, State.UNLOADED):
             return self.wake(entry)
         return []
+
+    @staticmethod
+    def _respecify(entry: Entry, spec: Spec) -> None:
+        """What is not loaded is loaded from where it was found last: its file may have several paths."""
+        path = spec.path if entry.state in (State.RESTING, State.UNLOADED) else entry.spec.path
+        entry.spec = replace(entry.spec if entry.spec.serves(spec) else spec, path=path, stamp=spec.stamp)
 
     def wake(self, entry: Entry) -> list[Effect]:
         """Whoever waits for it wants it loaded."""
@@ -275,13 +283,18 @@ class Registry:
             return
         if entry.freed:
             entry.failures += 1
-            entry.why = BridgeError(ErrorCode.LOAD_FAILED, f"{name} was freed")
+            entry.why = BridgeError(ErrorCode.NOT_FOUND, f"{name} was freed")
         self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
         del self.entries[entry.name]
         for name in entry.names:
             del self._names[name]
+
+
+def _refuse_all(name: str | None) -> None:
+    if name == ALL:
+        raise BridgeError(ErrorCode.NAME_TAKEN, f"{ALL} is FREE's word for all models; give another name by name=")
 
 
 def name_of(path: str) -> str:

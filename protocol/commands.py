@@ -170,9 +170,10 @@ class Pull(Command, frozen=True):
 
     VERB = "PULL"
     TEXT = "source"
-    DOC = "PULL [sha256=...] [progress=false] source - fetches a model into the daemon's store"
+    DOC = "PULL [name=...] [sha256=...] [progress=false] source - fetches a model into the daemon's store"
 
     source: str = ""
+    name: Name | None = None
     sha256: Sha256 | None = None
     progress: bool = True
 
@@ -347,6 +348,7 @@ class Embed(Command, frozen=True):
     text: str | Annotated[list[str], Meta(min_length=1, max_length=2048)] = ""
     model: Reference | None = None
     encoding: Literal["float", "base64"] = "float"
+    lora: Adapters | None = None
     keep_alive: KeepAlive | None = None
     dimensions: Count | None = None  # of the vector, the first ones; otherwise all
 

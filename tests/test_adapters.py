@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,14 +91,6 @@ def test_one_in_use_is_not_unloaded() -> None:
     assert listed(rig)["k"].requests == 0
     rig.ask(ipc.UnloadAdapter(99, "k"))
     assert rig.events[-1] == ipc.AdapterUnloaded(99, "k")
-
-
-def test_a_model_that_only_embeds_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = Rig()
-    monkeypatch.setattr(rig.backend, "info", msgspec.structs.replace(rig.backend.info, capabilities=["embed"]))
-    assert rig.refusal(rig.ask(ipc.LoadAdapter(1, "k", "shout"))).code == "unsupported"
-    with pytest.raises(LoadError, match="embeddings only"):
-        Engine(rig.backend, lora=[ipc.Adapter("k", "shout")])
 
 
 # -- those that come with the model ----------------------------------------------------------------------------

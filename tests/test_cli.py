@@ -143,6 +143,7 @@ def test_json(line: str) -> None:
         ("models", Models()),
         ("models --not-loaded", Models(loaded=False)),
         (f"pull --sha256 {SHA256} user/tiny/x.gguf", Pull(source="user/tiny/x.gguf", sha256=SHA256, progress=False)),
+        ("pull --name tiny u/r", Pull(source="u/r", name="tiny", progress=False)),
         ("remove tiny", Remove(model="tiny")),
         ("lora", Lora()),
         ("lora list -m tiny", Lora(model="tiny")),
@@ -151,7 +152,7 @@ def test_json(line: str) -> None:
          Infer(prompt="x", lora=["a", "b:2"], keep_alive=0.0)),
         ("chat --json --lora a -m user/repo:Q4 u",
          Chat(messages=[Message(role="user", content="u")], lora=["a"], model="user/repo:Q4")),
-        ("embed --keep-alive 60 x", Embed(text="x", encoding="base64", keep_alive=60.0)),
+        ("embed --keep-alive 60 --lora a x", Embed(text="x", encoding="base64", keep_alive=60.0, lora=["a"])),
         ("show tiny", Show(model="tiny")),
         ("embed -m tiny x", Embed(text="x", model="tiny", encoding="base64")),
         ("embed --dimensions 64 x", Embed(text="x", encoding="base64", dimensions=64)),
@@ -193,7 +194,7 @@ def test_a_file_that_is_here_is_loaded_by_its_whole_path(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-@pytest.mark.parametrize("line", ["load x", "plan x", "infer --no-stream x", "chat --no-stream x"])
+@pytest.mark.parametrize("line", ["load x", "plan x", "infer --no-stream x", "chat --no-stream x", "embed x"])
 def test_an_adapter_that_is_here_is_named_by_its_whole_path(
     line: str, tcp: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +205,7 @@ def test_an_adapter_that_is_here_is_named_by_its_whole_path(
         good(*line.split(), "--lora", "a.gguf:0.5", "--lora", "a.gguf", "--lora", "elsewhere.gguf:2", *there)
         good("lora", "load", "a.gguf", *there)
         path = "a.gguf" if tcp else str(tmp_path / "a.gguf")
-        assert [command.lora for command in server.seen if isinstance(command, Load | Plan | Infer | Chat)] == [
+        assert [command.lora for command in server.seen if isinstance(command, Load | Plan | Infer | Chat | Embed)] == [
             [f"{path}:0.5", path, "elsewhere.gguf:2"]
         ]
         assert server.seen[-1] == Lora(action="load", adapter=path)

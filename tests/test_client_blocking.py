@@ -140,14 +140,14 @@ def test_what_the_calls_about_models_ask() -> None:
     with scripted() as server, Client(server.address) as bridge:
         bridge.models(loaded=False)
         bridge.load("user/tiny:Q4_0", keep_alive=-1, pin=True, lora=["/a.gguf:0.5", "b"], n_gpu_layers="auto")
-        bridge.pull("https://host.example/tiny.gguf", sha256=SHA256)
+        bridge.pull("https://host.example/tiny.gguf", sha256=SHA256, name="tiny")
         bridge.lora_list("tiny")
         bridge.lora_check("/a.gguf", model="tiny")
         bridge.infer("x", model="user/tiny:Q4_0", lora="/a.gguf", keep_alive=0)
         assert server.seen == [
             Models(loaded=False),
             Load(path="user/tiny:Q4_0", keep_alive=-1.0, pin=True, lora=["/a.gguf:0.5", "b"], n_gpu_layers="auto"),
-            Pull(source="https://host.example/tiny.gguf", sha256=SHA256, progress=False),
+            Pull(source="https://host.example/tiny.gguf", sha256=SHA256, name="tiny", progress=False),
             Lora(model="tiny"),
             Lora(action="check", adapter="/a.gguf", model="tiny"),
             Infer(prompt="x", model="user/tiny:Q4_0", lora="/a.gguf", keep_alive=0.0),

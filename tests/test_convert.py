@@ -43,7 +43,7 @@ logger = logging.getLogger("hf-to-gguf")
 def main():
     logging.basicConfig(level=logging.INFO)
     *options, folder = sys.argv[1:]
-    options = dict(zip(options[::2], options[1::2]))
+    options = dict(option.split("=", 1) for option in options)
     target = Path(options["--outfile"])
     kind = json.loads(Path(folder, "config.json").read_text())["architectures"][0]
     trusted = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)["trust_remote_code"]
@@ -59,6 +59,9 @@ def main():
         raise ValueError("no such\\ntensor")
     if kind == "Trusts":
         raise ValueError("Please pass the argument `trust_remote_code=True`")
+    if kind == "Fills":
+        target.write_bytes(b"GGUF")
+        raise OSError(28, "No space left on device")
     if kind == "Dies":
         os.abort()
     if kind == "Forgets":
@@ -186,6 +189,10 @@ def test_it_is_converted_once(converter: Path, tmp_path: Path, store: Path, tiny
     assert run(source, store) == [{"ok": {"path": str(path), "size": size, "cached": True}}]
     assert cached(source, store) == path
     assert len(runs(converter)) == 1
+    config = source / "config.json"
+    os.utime(config, ns=(0, 0))
+    reading = {"phase": "hash", "done": config.stat().st_size, "total": config.stat().st_size, "unit": "bytes"}
+    assert run(source, store) == [reading, {"ok": {"path": str(path), "size": size, "cached": True}}]
     assert results(store) == [path.name]
 
 
@@ -195,15 +202,23 @@ def test_the_same_content_elsewhere_is_the_same(converter: Path, tmp_path: Path,
     assert len(runs(converter)) == 1
 
 
+def test_progress_is_told_whatever_the_user_likes(
+    converter: Path, tmp_path: Path, store: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    *steps, last = run(weights(tmp_path / "model"), store)
+    assert steps[-1]["done"] == last["ok"]["size"] == tiny.stat().st_size
+
+
 def test_the_converter_sees_what_counts_and_no_code(converter: Path, tmp_path: Path, store: Path) -> None:
-    source = weights(tmp_path / "model name")
+    source = weights(tmp_path / "--model name")
     (source / "tokenizer.json").write_text("{}")
     for name in ("evil.py", "README.md", "torch.py"):
         (source / name).write_text("raise SystemExit")
     made(source, store, "--outtype", "bf16")
     [seen] = runs(converter)
     assert seen["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert Path(seen["folder"]).name == seen["options"]["--model-name"] == "model name"
+    assert Path(seen["folder"]).name == seen["options"]["--model-name"] == "--model name"
     assert seen["options"]["--outtype"] == "bf16"
     assert seen["trusted"] is False
 
@@ -222,6 +237,7 @@ def test_relative_paths(converter: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ("Raises", "ValueError: no such\ntensor"),
         ("Dies", "exit status -6"),
         ("Forgets", "exit status 0"),
+        ("Fills", "OSError: [Errno 28] No space left on device"),
         ("Trusts", "it needs Python code that came with it, which is never run"),
     ],
 )

@@ -37,13 +37,17 @@ def place(source: Path, store: Path, suffix: str = "") -> tuple[Path, int]:
     """Where it belongs, and how many bytes were read for that."""
     kept = Converted(store)
     read = 0
+    weights = examine(source)
 
     def on_read(size: int) -> None:
         nonlocal read
         read += size
 
     with kept.locked(lambda: pytest.fail("nobody else converts")):
-        return kept.place(examine(source), suffix, on_read), read
+        unread = kept.unread(weights)
+        path = kept.place(weights, suffix, on_read)
+    assert read == unread
+    return path, read
 
 
 def keep(source: Path, store: Path, suffix: str = "", content: bytes = b"GGUF...") -> Path:

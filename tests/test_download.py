@@ -9,36 +9,23 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from web import Page, Web, gguf
 
 from bridge.models import download
 from bridge.models.download import ATTEMPTS, Remote
 from bridge.models.store import PARTIAL, Partial
 from protocol.errors import BridgeError
-from tests.web import Page, Web, gguf
 
 CONTENT = gguf(200_000)
 OTHER = gguf(200_000, fill=1)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def web() -> Iterator[Web]:
-    with Web().serving() as web:
-        yield web
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def remote(web: Web, path: str = "/m.gguf", **more: object) -> Remote:
@@ -142,6 +129,13 @@ def test_without_either_it_begins_anew(web: Web, tmp_path: Path) -> None:
     assert web.sent == len(CONTENT) + 50_000
 
 
+@pytest.mark.parametrize("etag", ['"\u00e9"', '"' + "x" * 600 + '"'])
+def test_an_odd_etag_is_not_sent_back(web: Web, tmp_path: Path, etag: str) -> None:
+    web.pages["/m.gguf"] = Page(CONTENT, etag=etag, cuts=[50_000])
+    assert bring(tmp_path, remote(web)) == CONTENT
+    assert "if-range" not in web.seen[-1].headers
+
+
 def test_with_a_digest_known_beforehand_it_goes_on_whatever_the_etag(web: Web, tmp_path: Path) -> None:
     web.pages["/m.gguf"] = Page(CONTENT, etag=None, cuts=[50_000] + [0] * (ATTEMPTS - 1))
     failure(tmp_path, remote(web, sha256=DIGEST))
@@ -238,7 +232,7 @@ def test_a_web_page_does_not_cost_what_came_before(web: Web, tmp_path: Path) -> 
 
 
 def test_the_first_bytes_may_come_one_by_one(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.web.PIECE", 1)
+    monkeypatch.setattr("web.PIECE", 1)
     web.pages["/m.gguf"] = Page(CONTENT[:300])
     assert bring(tmp_path, remote(web)) == CONTENT[:300]
     web.pages["/n.gguf"] = Page(b"GGUX" + CONTENT[4:300])
@@ -367,6 +361,12 @@ def test_https_never_becomes_http() -> None:
         client.get("http://127.0.0.1:1/m.gguf")
 
 
+@pytest.mark.parametrize("location", ["http://[::1", "http://127.0.0.1:99999/", "http://\u00e9 \u00e9/", "//"])
+def test_a_redirect_to_nowhere_is_an_error(web: Web, tmp_path: Path, location: str) -> None:
+    web.pages["/m.gguf"] = Page(location=location)
+    assert failure(tmp_path, remote(web)).code == "pull_failed"
+
+
 # -- what cannot be reached ----------------------------------------------------------------------------------------
 
 
@@ -379,6 +379,11 @@ def test_nobody_there_is_pull_failed(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert error.code == "pull_failed"
     assert "refused" in error.message
     assert "kept" not in error.message
+
+
+@pytest.mark.parametrize("url", ["http://[::1/m.gguf", "http://127.0.0.1:99999/m.gguf", "http://\u2603\u200b/m.gguf"])
+def test_what_is_no_address_is_pull_failed(tmp_path: Path, url: str) -> None:
+    assert failure(tmp_path, Remote("the source", "m.gguf", url)).code == "pull_failed"
 
 
 def test_a_stall_is_a_break(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +439,7 @@ def test_what_came_before_there_was_no_room_is_kept(web: Web, tmp_path: Path) ->
     """A limit on the process: the write that passes it is cut short, as on a full disk, and the next one fails."""
     web.pages["/m.gguf"] = Page(CONTENT)
     command = [sys.executable, "-c", PROGRAM, f"{web.url}/m.gguf", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n", done.stderr
     assert part(tmp_path) == CONTENT[:100_000]
     web.seen.clear()

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import ipc
-from bridge.worker.backend import BackendError, EmbedLimits
+from bridge.worker.adapters import AdapterTable
+from bridge.worker.backend import Adapters, BackendError, EmbedLimits, Refusal
 from bridge.worker.embedding import TOKENIZED, WHILE_GENERATING, EmbedQueue
 from bridge.worker.fake import N_EMBD, FakeBackend
+
+Lora = list[tuple[str, float]]
 
 
 class Rig(FakeBackend):
@@ -25,7 +28,8 @@ class Rig(FakeBackend):
         self.now = 100.0
         self.batches: list[list[str]] = []
         self.tokenized: list[str] = []
-        self.queue = EmbedQueue(self, lambda: self.now)
+        self.adapters = AdapterTable(self)
+        self.queue = EmbedQueue(self, self.adapters, lambda: self.now)
         self.events: dict[int, ipc.Event] = {}
 
     @property
@@ -36,15 +40,15 @@ class Rig(FakeBackend):
         self.tokenized.append(text)
         return super().tokenize(text, special=special, parse_special=parse_special)
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
+    def embed(self, texts: Sequence[Sequence[int]], adapters: Adapters = ()) -> list[bytes]:
         self.now += 1
         self.batches.append([b"".join(map(self.piece, text)).decode() for text in texts])
         if "bad" in self.batches[-1]:
             raise BackendError("it is bad")
-        return super().embed(texts)
+        return super().embed(texts, adapters)
 
-    def add(self, rid: int, *texts: str, dimensions: int | None = None) -> None:
-        self.queue.add(ipc.Embed(rid, list(texts), self.now, dimensions))
+    def add(self, rid: int, *texts: str, dimensions: int | None = None, lora: Lora | None = None) -> None:
+        self.queue.add(ipc.Embed(rid, list(texts), self.now, dimensions, lora))
 
     def step(self, *, busy: bool = False) -> None:
         for event in self.queue.step(busy=busy):
@@ -65,9 +69,10 @@ class Rig(FakeBackend):
         assert isinstance(event, ipc.Refused), event
         return event
 
-    def alone(self, text: str) -> bytes:
+    def alone(self, text: str, lora: Lora | None = None) -> bytes:
         """The vector that a text has."""
-        [vector] = FakeBackend.embed(self, [super().tokenize(text, special=True, parse_special=False)])
+        tokens = super().tokenize(text, special=True, parse_special=False)
+        [vector] = FakeBackend.embed(self, [tokens], tuple(lora or []))
         return vector
 
 
@@ -266,6 +271,69 @@ def test_what_comes_after_a_failed_batch_is_shared_again() -> None:
     assert rig.batches[-1] == ["b", "c"]
 
 
+# -- adapters --------------------------------------------------------------------------------------------------
+
+
+def rig_with_adapters(**limits: int) -> Rig:
+    rig = Rig(**limits)
+    for key, path in (("k", "shout"), ("l", "nod")):
+        rig.adapters.load(ipc.LoadAdapter(0, key, path))
+    return rig
+
+
+def in_use(rig: Rig) -> list[int]:
+    return [adapter.requests for adapter in rig.adapters.list(0).adapters]
+
+
+K, L = [("k", 1.0)], [("l", 0.5)]
+
+
+def test_texts_under_other_adapters_have_batches_of_their_own() -> None:
+    rig = rig_with_adapters()
+    asked: dict[int, tuple[list[str], Lora | None]] = {
+        1: (["a", "b"], K), 2: (["c", "a"], None), 3: (["d"], K), 4: (["a"], L), 5: (["e"], []),
+    }  # fmt: skip
+    for rid, (texts, lora) in asked.items():
+        rig.add(rid, *texts, lora=lora)
+    rig.run()
+    assert rig.batches == [["d", "a", "b"], ["a"], ["e", "c", "a"]]  # short lists have become tokens first
+    for rid, (texts, lora) in asked.items():
+        assert rig.vectors(rid) == [rig.alone(text, lora) for text in texts]
+    assert len({rig.vectors(rid)[index] for rid, index in ((1, 0), (2, 1), (4, 0))}) == 3
+
+
+def test_those_that_a_batch_passed_over_are_next() -> None:
+    rig = rig_with_adapters(texts=2)
+    rig.add(1, *["a"] * 4)
+    rig.add(2, *["b"] * 4, lora=K)
+    rig.add(3, *["c"] * 4)
+    rig.run()
+    assert rig.batches == [["a", "c"], ["b", "b"], ["a", "c"], ["b", "b"], ["a", "c"], ["a", "c"]]
+
+
+def test_an_adapter_is_in_use_until_the_request_ends_however_it_ends() -> None:
+    rig = rig_with_adapters(text=4, tokens=4)
+    rig.add(1, "a", lora=K)
+    rig.add(2, "a", "a b c d e", lora=K)
+    rig.add(3, "bad", lora=K)
+    rig.add(4, "bad", lora=K)
+    rig.add(5, "a", lora=L)
+    rig.add(6, "a")
+    assert in_use(rig) == [4, 1]
+    rig.queue.cancel(5)
+    assert in_use(rig) == [4, 0]
+    rig.run()
+    assert in_use(rig) == [0, 0]
+    assert rig.vectors(1) == [rig.alone("a", K)]
+    assert [rig.refusal(rid).code for rid in (2, 3, 4)] == ["context_exceeded", "internal", "internal"]
+
+
+def test_an_adapter_that_is_not_there_is_refused() -> None:
+    with pytest.raises(Refusal) as caught:
+        Rig().add(1, "a", lora=K)
+    assert caught.value.code == "not_found"
+
+
 # -- fewer dimensions ------------------------------------------------------------------------------------------
 
 
@@ -285,7 +353,7 @@ def test_the_first_components_of_length_1_again() -> None:
 
 def test_components_that_are_all_nothing_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig()
-    monkeypatch.setattr(rig, "embed", lambda _texts: [bytes(4 * N_EMBD)])
+    monkeypatch.setattr(rig, "embed", lambda _texts, _adapters: [bytes(4 * N_EMBD)])
     rig.add(1, "a", dimensions=2)
     rig.run()
     assert rig.vectors(1) == [bytes(8)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bridge import ipc
 from bridge.worker import fake
-from bridge.worker.backend import BackendError, Batch, Refusal, Sampled
+from bridge.worker.backend import Adapters, BackendError, Batch, Refusal, Sampled
 from bridge.worker.engine import Engine
 from bridge.worker.fake import FakeBackend
 from protocol.errors import ErrorCode
@@ -44,10 +44,10 @@ class Watched(FakeBackend):
             during()
         return super().decode(batch)
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
+    def embed(self, texts: Sequence[Sequence[int]], adapters: Adapters = ()) -> list[bytes]:
         self.log.append("embed")
         self._rig.now += 1
-        return super().embed(texts)
+        return super().embed(texts, adapters)
 
 
 class Rig:
@@ -527,7 +527,7 @@ def test_a_failed_step_fails_who_was_in_it_and_nobody_else() -> None:
 def test_embedding_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig()
 
-    def fail(_texts: object) -> None:
+    def fail(_texts: object, _adapters: object) -> None:
         raise BackendError("no")
 
     monkeypatch.setattr(rig.backend, "embed", fail)

@@ -5,36 +5,20 @@ from __future__ import annotations
 import hashlib
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from made_up_hub import COMMIT, MadeUpHub
+from web import Page, gguf
 
 from bridge.models import hub
 from bridge.models.hub import choose
 from bridge.models.store import Partial
 from protocol.errors import BridgeError
-from tests.made_up_hub import COMMIT, MadeUpHub, made_up_hub
-from tests.web import Page, gguf
 
 REPO = "user/tiny-GGUF"
 CONTENT = gguf(5000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeUpHub]:
-    constants = pytest.importorskip("huggingface_hub.constants", reason="needs huggingface_hub")
-    for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "AGENT_HARNESSES_PATH"):
-        monkeypatch.setattr(constants, name, str(tmp_path / name))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with made_up_hub() as made_up:
-        monkeypatch.setattr(constants, "ENDPOINT", made_up.url)
-        template = made_up.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield made_up
 
 
 def failure(quant: str | None = None, file: str | None = None, repo: str = REPO) -> BridgeError:

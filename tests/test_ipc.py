@@ -47,6 +47,7 @@ REQUESTS: list[ipc.ToWorker] = [
     ),
     ipc.Embed(3, ["a", "b"], 12.5),
     ipc.Embed(3, ["a"], 12.5, 64),
+    ipc.Embed(3, ["a"], 12.5, None, [("k", 1.0)]),
     ipc.Tokenize(4, "text", True, False),
     ipc.Detokenize(5, [0, 49151]),
     ipc.Cancel(6),

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from helpers import PATIENCE
 
 from bridge import jobs
 from bridge.jobs import Jobs, OnProgress, Progress, run_job
 from protocol.errors import BridgeError
-from tests.helpers import PATIENCE
 
 Program = Callable[[str], str]
 

@@ -32,7 +32,8 @@ def llama(default_model: Path) -> LlamaBackend:
 def embedder(llama: LlamaBackend, **fields: Any) -> Embedder:
     from bridge.worker.llama_embed import Embedder
 
-    return Embedder(llama._model, **{"options": llama._options, "pooling": None, "causal": True} | fields)
+    fields = {"options": llama._options, "lora": llama._lora, "pooling": None, "causal": True} | fields
+    return Embedder(llama._model, **fields)
 
 
 def tokens(llama: LlamaBackend) -> list[list[int]]:
@@ -76,14 +77,14 @@ def pooled_by_llama_cpp(llama: LlamaBackend, pooling: int) -> Iterator[Any]:
 
 @pytest.mark.parametrize("pooling", [None, MEAN, CLS, LAST])
 def test_pooling_is_llama_cpps(pooling: int | None, llama: LlamaBackend) -> None:
-    ours = arrays(embedder(llama, pooling=pooling).embed(tokens(llama)))
+    ours = arrays(embedder(llama, pooling=pooling).embed(tokens(llama), ()))
     theirs = list(pooled_by_llama_cpp(llama, pooling or MEAN))
     assert abs(ours - theirs).max() < 2e-3
 
 
 def test_the_head_is_not_computed_and_the_vectors_are_the_same(llama: LlamaBackend) -> None:
     stopped, whole = embedder(llama), embedder(llama, dense=True)
-    assert stopped.embed(tokens(llama)) == whole.embed(tokens(llama))
+    assert stopped.embed(tokens(llama), ()) == whole.embed(tokens(llama), ())
     assert logits(stopped) != logits(whole)
 
 

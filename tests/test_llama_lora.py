@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,19 @@ def test_an_adapter_of_16_bits(llama: LlamaBackend, tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(llama, (("one", 1.0),)), logits(merged), atol=0.05)
 
 
+@pytest.mark.parametrize("adapters", [X, BOTH], ids=repr)
+def test_an_embedding_changes_as_the_weights_do(
+    backend: LlamaBackend, loras: dict[str, TinyLora], architecture: Architecture, adapters: Adapters, tmp_path: Path
+) -> None:
+    merged = load(tiny_model(tmp_path, architecture, total(*(loras[key].change(scale) for key, scale in adapters))))
+    plain, changed, expected = (
+        np.frombuffer(one.embed([one.tokenize(TEXT[:20], special=True, parse_special=False)], under)[0], "<f4")
+        for one, under in ((backend, ()), (backend, adapters), (merged, ()))
+    )
+    assert np.abs(plain - expected).max() > 0.05, "it changes nothing"
+    np.testing.assert_allclose(changed, expected, atol=CLOSE)
+
+
 # -- coming and going ------------------------------------------------------------------------------------------
 
 
@@ -204,6 +218,30 @@ def test_states_on_disk_are_for_the_same_adapters(architecture: Architecture, tm
         done = later.answer(f"{TEXT}And then? ", lora=lora)
         assert done.usage.cached_tokens == (len(TEXT) + 1 if lora in SETS[:3] else 0)
         assert_same(done, alone(tmp_path, architecture, f"{TEXT}And then? ", lora))
+
+
+def test_any_mixture(architecture: Architecture, tmp_path: Path) -> None:
+    """Turns of conversations, copies, cancelled prompts, more callers than slots, under any adapters, in any order."""
+    chance = random.Random(4)
+    rig = LoraRig(tmp_path / "together", architecture)
+    said = [TEXT, TEXT * 2, TEXT[:20]]
+    asked: dict[int, tuple[str, int]] = {}
+    for _ in range(30):
+        one = chance.choice(said) + chance.choice(["", "Why? ", "Go on. "]), chance.randrange(4)
+        asked[rig.ask(one[0], lora=SETS[one[1]])] = one
+        for _ in range(chance.randrange(5)):
+            rig.step()
+        if chance.random() < 0.2:
+            rig.engine.handle(ipc.Cancel(chance.choice(list(asked))))
+    rig.run()
+    expected: dict[tuple[str, int], ipc.Done] = {}
+    for rid, (prompt, number) in asked.items():
+        if rig.done[rid].finish_reason == "cancelled":
+            continue
+        if (prompt, number) not in expected:
+            expected[prompt, number] = alone(tmp_path, architecture, prompt, SETS[number])
+        assert_same(rig.done[rid], expected[prompt, number])
+    assert any(done.usage.cached_tokens for done in rig.done.values())
 
 
 def test_alone_means_bit_by_bit(tmp_path: Path) -> None:

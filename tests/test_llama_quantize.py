@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -263,3 +264,23 @@ def _appears(folder: Path) -> Iterator[Path]:
     while time.monotonic() < deadline:
         yield from folder.glob(".x.gguf.*.part")
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("missing", [1, 20_000, 0])
+def test_a_disk_that_fills_up(missing: int, tiny: Path, tmp_path: Path) -> None:
+    """Here it is a limit to the length of a file, with which writing fails, too: by so many bytes."""
+    assert quantize(tiny, tmp_path / "whole.gguf", "q8_0")[0] == 0
+    limit = (tmp_path / "whole.gguf").stat().st_size - missing
+    done = subprocess.run(
+        [*PROGRAM, str(tiny), str(tmp_path / "x.gguf"), "q8_0"],
+        stdout=subprocess.PIPE,
+        timeout=PATIENCE,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    last = json.loads(done.stdout.splitlines()[-1])
+    if not missing:
+        assert "ok" in last
+        return
+    assert (last["failed"]["code"], "the disk may be full" in last["failed"]["message"]) == ("convert_failed", True)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.gguf"]

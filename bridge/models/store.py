@@ -1,9 +1,11 @@
 """Our own store: a folder of models, of files on their way there, and of notes on where each came from.
 
-FILE.gguf            a model, whole
-.partial/KEY.part    what came so far of a file, KEY being the SHA-256 of its source's name
-.partial/KEY.json    what is known of that source (Record); stays, so that a second PULL knows what it has
-.sources.json        {reference: file name}, for finding a model by what it was pulled by
+    FILE.gguf            a model, whole
+    .partial/KEY.part    what came so far of a file, KEY being the SHA-256 of its source's name; kept for 30 days
+    .partial/KEY.json    what is known of that source (Record); stays, so that a second PULL knows what it has
+    .sources.json        {reference: file name}, for finding a model by what it was pulled by
+
+Whoever reads it ignores what begins with a dot.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import msgspec
 from protocol.errors import BridgeError
 
 CHUNK = 1 << 20
+ABANDONED = 30 * 24 * 3600  # seconds
 PARTIAL = ".partial"
 SOURCES = ".sources.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -51,7 +55,7 @@ class Partial:
         folder = store / PARTIAL
         folder.mkdir(parents=True, exist_ok=True)
         key = hashlib.sha256(source.encode()).hexdigest()
-        self._store = store
+        self.store = store
         self._path = folder / f"{key}.part"
         self._notes = folder / f"{key}.json"
         self._file = _open_locked(self._path, on_wait)
@@ -112,25 +116,38 @@ class Partial:
 
     def note_published(self, name: str, sha256: str) -> None:
         """Has the store's file of this name known as this source's."""
-        stat = (self._store / name).stat()
+        stat = (self.store / name).stat()
         self.note(size=stat.st_size, sha256=sha256, file=name, mtime_ns=stat.st_mtime_ns)
 
     def publish(self, name: str) -> None:
         """Under its final name, whole and on the disk; then it is closed."""
         sha256 = self.digest()
         os.fsync(self._file)
-        publish(self._path, self._store / name)
+        publish(self._path, self.store / name)
         self.note_published(name, sha256)
         os.close(self._file)
         self._file = -1
 
 
-def check_space(path: Path, need: int) -> None:
-    """Raises BridgeError (pull_failed) if the disk of this file or folder has no room for so many bytes more."""
-    disk = os.statvfs(path)
+def remove_abandoned(store: Path) -> None:
+    """Partial files that nobody has added to for long, but for those that a process works at."""
+    for path in (store / PARTIAL).glob("*.part"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            if time.time() - path.stat().st_mtime < ABANDONED:
+                continue
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            notes = path.with_suffix(".json")
+            if _read_record(notes, "").file is None:  # else they tell of a model
+                notes.unlink(missing_ok=True)
+
+
+def check_space(store: Path, need: int) -> None:
+    """Raises BridgeError (pull_failed) if the store's disk has no room for so many bytes more."""
+    disk = os.statvfs(store)
     have = disk.f_bavail * disk.f_frsize
     if need > have:
-        message = f"The disk of {path.parent} has {have:,} bytes free, {need:,} are still to come"
+        message = f"The disk of {store} has {have:,} bytes free, {need:,} are still to come"
         raise BridgeError("pull_failed", message, need=need, have=have)
 
 

@@ -53,8 +53,6 @@ class AdapterTable:
         return ipc.AdapterLoaded(request.rid, self._describe(request.key), load_ms)
 
     def _load(self, key: str, path: str) -> None:
-        if "infer" not in self._backend.info.capabilities:
-            raise Refusal("unsupported", "lora: adapters are for generation, and this model makes embeddings only")
         if key in self._loaded:
             raise Refusal("bad_argument", f"lora: {path} is named twice")
         try:

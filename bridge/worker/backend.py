@@ -187,8 +187,8 @@ class Backend(Protocol):
 
     # Embeddings.
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
-        """L2-normalised vectors, float32 little-endian, of texts within ``embed_limits``."""
+    def embed(self, texts: Sequence[Sequence[int]], adapters: Adapters = ()) -> list[bytes]:
+        """L2-normalised vectors, float32 little-endian, of texts within ``embed_limits``. The adapters are loaded."""
         ...
 
     @property

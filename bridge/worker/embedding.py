@@ -5,6 +5,9 @@ where that one stopped: many requests of one text make as full a batch as one of
 one text of every other before its own next, however many theirs are. Between two steps of running streams a batch is
 small.
 
+A batch is computed under one set of LoRA adapters: of the request whose turn it is, and of all others that want the
+same. Those that it passes over have their turn in the next.
+
 Before that all texts of a request become tokens, in such rounds as well and some characters a step, since a long list
 would take seconds in which nobody's stream went on. So a text that is too long shows before its list is computed, and
 a short request overtakes a list that came at the same time.
@@ -22,7 +25,8 @@ from collections import deque
 from collections.abc import Callable
 
 from bridge import ipc
-from bridge.worker.backend import Backend, BackendError, Refusal
+from bridge.worker.adapters import AdapterTable
+from bridge.worker.backend import Adapters, Backend, BackendError, Refusal
 
 WHILE_GENERATING = 1 / 4  # of a batch between two steps of running streams: on a CPU it costs hardly more a text
 TOKENIZED = 4_096  # characters of texts a step, and at least one text: two or three milliseconds
@@ -31,7 +35,8 @@ TOKENIZED = 4_096  # characters of texts a step, and at least one text: two or t
 class _Job:
     """A request; ``texts[: len(tokens)]`` are tokenized, ``tokens[: len(vectors)]`` computed."""
 
-    def __init__(self, request: ipc.Embed) -> None:
+    def __init__(self, request: ipc.Embed, adapters: Adapters) -> None:
+        self.adapters = adapters
         self.rid = request.rid
         self.received = request.received
         self.dimensions = request.dimensions
@@ -45,8 +50,9 @@ class _Job:
 
 
 class EmbedQueue:
-    def __init__(self, backend: Backend, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, backend: Backend, adapters: AdapterTable, clock: Callable[[], float] = time.monotonic) -> None:
         self._backend = backend
+        self._adapters = adapters
         self._clock = clock
         self._raw: deque[_Job] = deque()  # to be tokenized; whose turn it is comes first
         self._jobs: deque[_Job] = deque()  # to be computed; the same
@@ -55,7 +61,9 @@ class EmbedQueue:
         return bool(self._raw or self._jobs)
 
     def add(self, request: ipc.Embed) -> None:
-        """Raises Refusal for what is seen at a glance: the model can't, a text is empty or hopelessly long."""
+        """Raises Refusal for what is seen at a glance: the model can't, a text is empty or hopelessly long, an adapter
+        is not there.
+        """
         limits = self._backend.embed_limits
         if request.dimensions is not None and request.dimensions > limits.dimensions:
             message = f"dimensions: a vector of this model has {limits.dimensions}; allowed: 1 to {limits.dimensions}"
@@ -64,13 +72,16 @@ class EmbedQueue:
             if not text:
                 raise Refusal("bad_argument", f"text[{number}]: it is empty")
             self._check(number, self._backend.fewest_tokens(text), "at least ")
-        self._raw.append(_Job(request))
+        job = _Job(request, self._adapters.check(request.lora))
+        self._adapters.use(job.adapters, +1)
+        self._raw.append(job)
 
     def cancel(self, rid: int) -> bool:
         for jobs in (self._raw, self._jobs):
             for job in jobs:
                 if job.rid == rid:
                     jobs.remove(job)
+                    self._adapters.use(job.adapters, -1)
                     return True
         return False
 
@@ -92,12 +103,16 @@ class EmbedQueue:
             try:
                 self._tokenize_next(job)
             except Refusal as refusal:
-                events.append(ipc.Refused(job.rid, refusal.code, refusal.message, refusal.details))
+                events.append(self._refuse(job, refusal))
             except BackendError as error:
-                events.append(ipc.Refused(job.rid, "internal", str(error)))
+                events.append(self._refuse(job, Refusal("internal", str(error))))
             else:
                 (self._raw if len(job.tokens) < len(job.texts) else self._jobs).append(job)
         return events
+
+    def _refuse(self, job: _Job, refusal: Refusal) -> ipc.Event:
+        self._adapters.use(job.adapters, -1)
+        return ipc.Refused(job.rid, refusal.code, refusal.message, refusal.details)
 
     def _tokenize_next(self, job: _Job) -> None:
         number = len(job.tokens)
@@ -122,7 +137,7 @@ class EmbedQueue:
             if job.started is None:
                 job.started = now
         try:
-            vectors = self._backend.embed([tokens for _, tokens in batch])
+            vectors = self._backend.embed([tokens for _, tokens in batch], batch[0][0].adapters)
         except BackendError as error:
             return self._fail(batch, error)
         a_token = (self._clock() - now) / sum(len(tokens) for _, tokens in batch)
@@ -135,8 +150,12 @@ class EmbedQueue:
         limits = self._backend.embed_limits
         room = int(limits.tokens * WHILE_GENERATING) if busy else limits.tokens
         batch: list[tuple[_Job, list[int]]] = []
+        passed_over: list[_Job] = []
         while self._jobs and len(batch) < limits.texts:
             job = self._jobs[0]
+            if batch and job.adapters != batch[0][0].adapters:
+                passed_over.append(self._jobs.popleft())
+                continue
             tokens = job.tokens[job.taken]
             if batch and (len(tokens) > room or (job is not batch[0][0] and (job.alone or batch[0][0].alone))):
                 break
@@ -146,6 +165,7 @@ class EmbedQueue:
             self._jobs.popleft()
             if job.taken < len(job.tokens):
                 self._jobs.appendleft(job) if job.alone else self._jobs.append(job)
+        self._jobs.extendleft(reversed(passed_over))
         return batch
 
     def _fail(self, batch: list[tuple[_Job, list[int]]], error: BackendError) -> list[ipc.Event]:
@@ -154,7 +174,7 @@ class EmbedQueue:
             if job in self._jobs:
                 self._jobs.remove(job)
         if len(jobs) == 1:
-            return [ipc.Refused(jobs[0].rid, "internal", str(error))]
+            return [self._refuse(jobs[0], Refusal("internal", str(error)))]
         for job in jobs:
             job.alone = True
             job.taken = len(job.vectors)
@@ -167,6 +187,7 @@ class EmbedQueue:
         for job in dict.fromkeys(job for job, _ in batch):
             if len(job.vectors) == len(job.texts):
                 assert job.started is not None
+                self._adapters.use(job.adapters, -1)
                 timings = ipc.Timings(_ms(job.started - job.received), _ms(now - job.started), 0.0, _ms(job.seconds))
                 events.append(ipc.Embedded(job.rid, job.vectors, sum(map(len, job.tokens)), timings))
         return events

@@ -41,8 +41,8 @@ class Engine:
         self._overview = Overview(self._scheduler, self._pace, backend.info.n_parallel)
         self._sequences: dict[int, Sequence] = {}
         self._watched = 0  # of them, those that want to know their place
-        self._embeds = EmbedQueue(backend, clock)
         self._adapters = AdapterTable(backend, list(lora))
+        self._embeds = EmbedQueue(backend, self._adapters, clock)
         self._events: list[ipc.Event] = []
         self._prefilling: frozenset[int] = frozenset()  # rids that hold up the step now being computed
         self._unwanted: set[int] = set()  # rids whose Cancel is on its way to ``handle``

@@ -219,11 +219,12 @@ class FakeBackend:
         tokens = self.info.options.n_ubatch or 1
         return EmbedLimits(text=tokens, tokens=tokens, texts=MAX_TEXTS, dimensions=N_EMBD)
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
-        """A direction that depends on the words alone."""
+    def embed(self, texts: Sequence[Sequence[int]], adapters: Adapters = ()) -> list[bytes]:
+        """A direction that depends on the words, and on the adapters, alone."""
+        accent = self._accent(adapters)
         vectors = []
         for tokens in texts:
-            digest = hashlib.sha256(b"".join(map(self.piece, tokens))).digest()
+            digest = hashlib.sha256(b"".join(map(self.piece, tokens)) + accent).digest()
             values = [byte - 127.5 for byte in digest[:N_EMBD]]
             norm = sum(value * value for value in values) ** 0.5
             vectors.append(struct.pack(f"<{N_EMBD}f", *(value / norm for value in values)))

@@ -20,7 +20,7 @@ from typing import Any
 import llama_cpp as C
 
 from bridge import ipc, suit
-from bridge.worker.backend import Aborted, BackendError, Batch, EmbedLimits, LoadError, Sampled
+from bridge.worker.backend import Aborted, Adapters, BackendError, Batch, EmbedLimits, LoadError, Sampled
 from bridge.worker.llama_batch import CBatch
 from bridge.worker.llama_callbacks import AbortFlag, Log
 from bridge.worker.llama_cells import LlamaCells
@@ -54,6 +54,7 @@ class LlamaBackend(LlamaCells):
         self.n_batch: int = self._options["n_batch"]
         self._batch = CBatch(self.n_batch)
         if self._context:
+            self._applied = self._lora.apply_to(self._context)
             self._memory = C.llama_get_memory(self._context)
             if self._has_cells_only:
                 self._abort.attach(self._context)
@@ -114,6 +115,7 @@ class LlamaBackend(LlamaCells):
         return Embedder(
             self._model,
             self._options,
+            self._lora,
             pooling=None if pooling is None else int(pooling),
             causal=self._can_generate,
             dense=self._meta("dense_2_feat_out", architecture=True) is not None,
@@ -190,8 +192,7 @@ class LlamaBackend(LlamaCells):
 
     def decode(self, batch: Batch) -> list[Sampled]:
         began = time.monotonic()
-        if batch.adapters != self._lora.active:
-            self._lora.use(batch.adapters, self._context)
+        self._applied.use(batch.adapters)
         code = C.llama_decode(
             self._context, self._batch.fill(batch.tokens, batch.positions, batch.slots, batch.outputs)
         )
@@ -216,7 +217,7 @@ class LlamaBackend(LlamaCells):
         self._lora.load(key, path)
 
     def unload_adapter(self, key: str) -> None:
-        self._lora.unload(key, self._context)
+        self._lora.unload(key)
 
     # -- embeddings --------------------------------------------------------------------------------------------
 
@@ -224,8 +225,8 @@ class LlamaBackend(LlamaCells):
     def embed_limits(self) -> EmbedLimits:
         return self._embedder.limits
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
+    def embed(self, texts: Sequence[Sequence[int]], adapters: Adapters = ()) -> list[bytes]:
         try:
-            return self._embedder.embed(texts)
+            return self._embedder.embed(texts, adapters)
         except BackendError as error:
             raise BackendError(self._log.why(str(error))) from None

@@ -13,9 +13,10 @@ from typing import Any
 import llama_cpp as C
 import numpy as np
 
-from bridge.worker.backend import BackendError, Batch, EmbedLimits, Refusal
+from bridge.worker.backend import Adapters, BackendError, Batch, EmbedLimits, Refusal
 from bridge.worker.llama_batch import CBatch
 from bridge.worker.llama_callbacks import stop_after
+from bridge.worker.llama_lora import LlamaLora
 from bridge.worker.llama_options import context_params
 
 _SEQUENCES = 64  # of one batch
@@ -31,10 +32,18 @@ class Embedder:
     """
 
     def __init__(
-        self, model: Any, options: dict[str, Any], *, pooling: int | None, causal: bool, dense: bool = False
+        self,
+        model: Any,
+        options: dict[str, Any],
+        lora: LlamaLora,
+        *,
+        pooling: int | None,
+        causal: bool,
+        dense: bool = False,
     ) -> None:
         self._model = model
         self._options = options
+        self._lora = lora
         self._pooling = pooling
         self._causal = causal
         self._stop = None
@@ -63,9 +72,10 @@ class Embedder:
             raise Refusal("unsupported", "This model makes scores for reranking, no embeddings")
         return self._limits
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
+    def embed(self, texts: Sequence[Sequence[int]], adapters: Adapters) -> list[bytes]:
         if self._context is None:
             self._open()
+        self._applied.use(adapters)
         batch = Batch()
         for slot, tokens in enumerate(texts):
             batch.add(slot, 0, tokens, output=False)
@@ -100,6 +110,7 @@ class Embedder:
         if not self._context:
             raise BackendError("llama.cpp could not make a context for embeddings")
         self._batch = CBatch(size)
+        self._applied = self._lora.apply_to(self._context)
 
     def _pool(self, outputs: Any, lengths: list[int]) -> Any:
         """``outputs`` (tokens, dimensions) of texts one after the other -> (texts, dimensions)."""

@@ -1,4 +1,4 @@
-"""LoRA adapters of llama.cpp: loaded beside the model, and set on the context of generation.
+"""LoRA adapters of llama.cpp: loaded beside the model, and set on the contexts that compute under them.
 
 A batch is computed under one set of adapters. To set another makes llama.cpp plan its graphs and their memory anew in
 the next llama_decode, which takes some milliseconds, the more the more layers there are (tests/bench/RESULTS.md): the
@@ -23,11 +23,13 @@ _Pointer = C.llama_cpp.llama_adapter_lora_p_ctypes
 
 
 class LlamaLora:
+    """The adapters of a model."""
+
     def __init__(self, model: Any, log: Log) -> None:
         self._model = model
         self._log = log
         self._adapters: dict[str, Any] = {}
-        self.active: Adapters = ()  # of the context
+        self._applied: list[Applied] = []
 
     def load(self, key: str, path: str) -> None:
         """Raises BackendError."""
@@ -37,16 +39,33 @@ class LlamaLora:
             raise BackendError(self._log.why("llama.cpp could not load it"))
         self._adapters[key] = adapter
 
-    def unload(self, key: str, context: Any) -> None:
-        """Takes it from the context first, if it is active there, since llama.cpp would go on using its memory."""
-        if any(key == one for one, _ in self.active):
-            self.use((), context)
+    def unload(self, key: str) -> None:
+        """Takes it from the contexts first where it is active, since llama.cpp would go on using its memory."""
+        for applied in self._applied:
+            if any(key == one for one, _ in applied.adapters):
+                applied.use(())
         C.llama_adapter_lora_free(self._adapters.pop(key))
 
-    def use(self, adapters: Adapters, context: Any) -> None:
+    def apply_to(self, context: Any) -> Applied:
+        applied = Applied(context, self._adapters)
+        self._applied.append(applied)
+        return applied
+
+
+class Applied:
+    """Those that are active in a context."""
+
+    def __init__(self, context: Any, loaded: dict[str, Any]) -> None:
+        self._context = context
+        self._loaded = loaded
+        self.adapters: Adapters = ()
+
+    def use(self, adapters: Adapters) -> None:
         """From the next llama_decode on."""
+        if adapters == self.adapters:
+            return
         count = len(adapters)
-        pointers = (_Pointer * count)(*(self._adapters[key] for key, _ in adapters))
+        pointers = (_Pointer * count)(*(self._loaded[key] for key, _ in adapters))
         scales = (ctypes.c_float * count)(*(scale for _, scale in adapters))
-        C.llama_set_adapters_lora(context, pointers, count, scales)
-        self.active = adapters
+        C.llama_set_adapters_lora(self._context, pointers, count, scales)
+        self.adapters = adapters

@@ -130,6 +130,8 @@ def _run(source: Path, target: Path, params: Any, log: Log) -> None:
         )
     if "imatrix" in why:
         raise QuantizeError("bad_argument", "this quant needs an importance matrix, which llama-bridge makes none of")
+    if "iostream error" in why:
+        why = "what it makes cannot be written; the disk may be full"
     raise QuantizeError("convert_failed", f"cannot quantise {source.name}: {why}")
 
 
