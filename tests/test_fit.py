@@ -274,10 +274,14 @@ def test_so_it_does_with_other_options(default_model: Path, asked: dict[str, Any
     assert size == pytest.approx(decided.need.loaded.host, rel=0.1)
 
 
-def test_a_long_prompt_takes_no_more_than_was_planned(default_model: Path) -> None:
-    decided = plan_of(default_model, n_ctx=512, n_parallel=1)
-    _, size = measured(default_model, decided, prompt=256)
-    assert decided.need.loaded.host < size < decided.need.host * 1.02
+@pytest.mark.needs("llama_cpp")
+def test_a_long_prompt_takes_what_was_planned_for_computing(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, "llama")
+    decided = plan_of(path, n_parallel=1)
+    _, size = measured(path, decided, prompt=2000)  # of two tokens each
+    assert decided.need.compute.host > 14 << 20
+    assert size - decided.need.loaded.host > decided.need.compute.host / 2
+    assert size == pytest.approx(decided.need.host, rel=0.1)
 
 
 @pytest.mark.needs("llama_cpp")

@@ -190,6 +190,7 @@ class _Planning:
             n_ctx=n_ctx,
             n_parallel=self._n_parallel,
             n_ubatch=min(self._n_ubatch, n_ctx * self._n_parallel),
+            n_tokens=min(self._n_ubatch, n_ctx * self._n_parallel, suit.CHUNK),
             n_layers_gpu=wanted if self._hardware.gpus else 0,
             n_gpus=len(self._hardware.gpus),
             type_k=self._asked.type_k or suit.CACHE_TYPE,
