@@ -251,6 +251,10 @@ def test_no_model() -> None:
         Model([header()])
     with pytest.raises(GgufError, match="no architecture or no tensors"):
         Model([Header("m.gguf", 0, 3, 32, {}, {"a": WEIGHTS[0]})])
+    adapter = header(*WEIGHTS)
+    adapter.metadata["general.type"] = "adapter"
+    with pytest.raises(GgufError, match="it is no model but of the type 'adapter'"):
+        Model([adapter])
 
 
 @pytest.mark.parametrize("value", ["text", -5, 0.5, True, (), ("a",), (1,) * 600, ArrayInfo(4, 2000), 2**64 - 1])

@@ -87,6 +87,9 @@ class Model:
         self._metadata = headers[0].metadata
         tensors = [tensor for header in headers for tensor in header.tensors.values()]
         architecture = self._metadata.get("general.architecture")
+        kind = self._metadata.get("general.type", "model")
+        if kind != "model":  # an adapter, or what sees pictures for another model
+            raise GgufError(f"it is no model but of the type {kind!r}")
         if not architecture or not tensors:
             raise GgufError("it is no model: it has no architecture or no tensors")
         self.architecture: str = architecture
