@@ -33,7 +33,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes. ``compute`` is taken for the longest step of prompts at a full context; the rest at once."""
+    """Bytes, in parts. What it is to be judged by is ``total``: a model that computes a long prompt takes that."""
 
     weights: Size
     kv: Size
@@ -42,12 +42,13 @@ class Need:
 
     @property
     def total(self) -> Size:
-        return self.loaded.plus(self.compute)
+        """With the longest step of prompts, at a full context."""
+        return self.weights.plus(self.kv).plus(self.compute).plus(self.process)
 
     @property
     def loaded(self) -> Size:
-        """What it takes from its loading until it computes: buffers for computing are there, but nothing is in them."""
-        return self.weights.plus(self.kv).plus(self.process)
+        """Before it computes: of the host's buffers for that nothing is written to, and so taken, yet."""
+        return Size(self.host - self.compute.host, self.gpu)
 
     @property
     def host(self) -> int:
@@ -76,7 +77,8 @@ class Plan:
 def plan(model: Sequence[Header], asked: LoadOptions, hardware: Hardware, *, room: Room) -> Plan:
     """How ``model`` would be loaded and what it would take. Raises GgufError for headers of no model.
 
-    The context that EMBED makes beside that for generation is not in it: some 10 to 100 MB when first used.
+    What EMBED makes when a model for generation is first asked for vectors is not in it: a second context with cells
+    for n_ubatch tokens, and logits for each token of the longest text, 4 bytes for each entry of the vocabulary.
     """
     return _Planning(Model(model), asked, hardware, room).plan()
 
