@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from bridge import __version__
+from bridge.cli_types import NumberOrAuto
 from bridge.lazy import LazyGroup
 from client import BridgeError, Client, RemoteProtocolError
 from client.results import ModelState
@@ -218,9 +219,9 @@ def show(client: Client, model: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("path")
 @click.option("--name", help="The name it goes by; otherwise its file name.")
-@click.option("--n-ctx", type=int, help="Tokens of one sequence, prompt and answer together.")
+@click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence, prompt and answer together.")
 @click.option("--n-parallel", type=int, help="Sequences that run at once.")
-@click.option("--n-gpu-layers", type=int, help="Layers on the GPU; -1 is all.")
+@click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 is all.")
 @click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD.")
 @json_option
 @talks

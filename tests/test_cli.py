@@ -89,6 +89,8 @@ def test_json(line: str) -> None:
          Chat(messages=[Message(role="system", content="s"), Message(role="user", content="u")], template="chatml")),
         ("load --name t --n-ctx 64 -p use_mmap=false -p type_k=q8_0 no/such/file.gguf",
          Load(path="no/such/file.gguf", name="t", n_ctx=64, use_mmap=False, type_k="q8_0")),
+        ("load --n-ctx auto --n-gpu-layers auto -p n_threads=auto no/such/file.gguf",
+         Load(path="no/such/file.gguf", n_ctx="auto", n_gpu_layers="auto", n_threads="auto")),
         ("free --no-drain tiny", Free(model="tiny", drain=False)),
         ("show tiny", Show(model="tiny")),
         ("embed -m tiny x", Embed(text="x", model="tiny", encoding="base64")),
@@ -100,6 +102,12 @@ def test_what_is_asked(line: str, command: Command) -> None:
     with scripted() as server:
         good(line.split()[0], "--socket", server.address, *line.split()[1:])
         assert server.seen == [command]
+
+
+def test_a_number_that_is_none() -> None:
+    result = run("load", "--n-ctx", "many", "a.gguf")
+    assert result.exit_code == 2
+    assert "'many' is neither a whole number nor auto" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["infer"], ["infer", "-"]], ids=["none", "dash"])

@@ -32,8 +32,10 @@ _REPACKED_ROWS = 8
 _PROCESS = 52 << 20
 _VOCABULARY_ENTRY = 160
 _CELL = 52
-# What a CUDA context takes on its GPU, with cuBLAS's workspace. Not measured by us; the usual figures are below it.
+# What a driver's context takes on its GPU, with the workspace of its matrix library, and beside it in the computer's
+# memory. Nobody has measured these here yet: they are meant to be more than what CUDA is known to take.
 _GPU_PROCESS = 512 << 20
+_GPU_DRIVER = 256 << 20
 
 
 class Size(NamedTuple):
@@ -299,7 +301,9 @@ class Model:
             cells *= 2  # a second cache has those of the layers with a window
         logits = layout.n_parallel * self.n_vocab * _F32
         host = _PROCESS + self.vocabulary_entries * _VOCABULARY_ENTRY + cells * _CELL + logits
-        return Size(host, layout.n_gpus * _GPU_PROCESS if layout.n_layers_gpu else 0)
+        if not layout.n_layers_gpu:
+            return Size(host)
+        return Size(host + _GPU_DRIVER, layout.n_gpus * _GPU_PROCESS)
 
 
 def _count(value: Any) -> int:
