@@ -27,10 +27,11 @@ _MEMORYLESS = {
 _REPACKED = {2, 10, 12, 20, 39}
 _REPACKED_ROWS = 8
 
-# Measured (tests/bench/RESULTS.md): Python, numpy and llama.cpp themselves; for each token, and each merge, of the
-# vocabulary; and a cell's entry in llama_kv_cells (llama-kv-cells.h), whose set of sequences alone is 32 bytes.
+# Measured (tests/bench/RESULTS.md): Python, numpy and llama.cpp themselves; for each token of the vocabulary and each
+# merge, 120 to 200 for those of six models; and a cell's entry in llama_kv_cells (llama-kv-cells.h), whose set of
+# sequences alone is 32 bytes.
 _PROCESS = 52 << 20
-_VOCABULARY_ENTRY = 160
+_VOCABULARY_ENTRY = 150
 _CELL = 52
 # What a driver's context takes on its GPU, with the workspace of its matrix library, and beside it in the computer's
 # memory. Nobody has measured these here yet: they are meant to be more than what CUDA is known to take.
