@@ -44,13 +44,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from bridge import ipc
+from bridge.suit import CHUNK
 from bridge.worker.backend import Adapters, Batch
 from bridge.worker.pace import Pace
 from bridge.worker.sequence import Sequence
 from bridge.worker.slots import WORTH, Placement, Saved, Slots
 from bridge.worker.waiting import WaitingRoom
 
-CHUNK = 256  # tokens; measured: tests/bench/RESULTS.md
 ALONE_CHUNK = 64
 LONG_WAIT = 1.2  # of the time of the streams' batches; with what a batch may take longer than the last, 2
 SHORT_WAIT = 1.0  # seconds
