@@ -1,7 +1,7 @@
 """What LoRA adapters cost in a batch, and going from one set of them to another: ``adapters.py MODEL [RANK]``.
 
-Makes two adapters of random matrices for all matrices of the model's layers, and prints milliseconds of one thread's CPU
-a batch, the lower quartile of some: of other work on the machine these tell little.
+Makes two adapters of random matrices for all matrices of the model's layers, and prints milliseconds of one thread's
+CPU a batch, the lower quartile of some: of other work on the machine these tell little.
 """
 
 from __future__ import annotations
@@ -35,14 +35,9 @@ def main(path: str, rank: str = "16") -> None:
             started = time.process_time()
             bench.llama.load_adapter(key, str(file))
             print(f"load {file.stat().st_size / 1e6:.1f} MB: {1000 * (time.process_time() - started):.1f} ms")
+    series = {"none": [NONE], "a": [A], "a+b": [(*A, *B)], "none | a": [NONE, A], "a | b": [A, B]}
     for slots in (range(1), range(4), range(SLOTS)):
-        for name, sets in (
-            ("none", [NONE]),
-            ("a", [A]),
-            ("a+b", [(*A, *B)]),
-            ("none | a", [NONE, A]),
-            ("a | b", [A, B]),
-        ):
+        for name, sets in series.items():
             print(f"{len(slots)} streams, {name}: {bench.decode(sets, slots):.2f}")
     print(f"2 streams, a, neighbours: {bench.decode([A], [0, 1]):.2f}; with a gap: {bench.decode([A], [0, 2]):.2f}")
     for name, sets in (("none", [NONE]), ("a", [A]), ("a | b", [A, B])):
