@@ -15,13 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_lora import EMBEDDING, TinyLora, weights
-from tiny_models import ARCHITECTURES, Architecture, tiny_model
+from tiny_models import ARCHITECTURES, NAMES, Architecture, tiny_model
 
 from bridge.models.gguf import GgufError, Header, Tensor, read_header
 from bridge.models.lora import AdapterInfo, check_adapter, content_key, parse_lora, parse_loras
 from protocol.errors import BridgeError
 
-NAMES = {"llama": "llama", "swa": "gemma3", "mamba": "mamba", "hybrid": "jamba"}
 Q, GATE = "blk.1.attn_q.weight", "blk.2.ffn_gate.weight"
 F32, F16, I32, Q8_0, BF16, NVFP4 = 0, 1, 26, 8, 30, 40
 
