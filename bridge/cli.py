@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import typing
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from bridge.lazy import LazyGroup
 from client import BridgeError, Client, RemoteProtocolError
 from client.results import ModelState
 from protocol.address import Address, Unix, parse_address
-from protocol.commands import Command, Load
+from protocol.commands import Command
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,7 +75,7 @@ def print_json(value: Any) -> None:
     click.echo(msgspec.json.encode(value).decode())
 
 
-def _print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     from rich.console import Console  # a tenth of a second, which PING need not pay
     from rich.table import Table
 
@@ -84,6 +83,39 @@ def _print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
+
+
+def print_models(models: list[ModelState]) -> None:
+    """The loaded ones with what they do, and then those that a request would have loaded."""
+    loaded = [m for m in models if m.state not in ("unloaded", "available")]
+    others = [m for m in models if m not in loaded]
+    if loaded:
+        print_table(
+            ("model", "state", "running", "queued", "n_ctx", "n_parallel", "memory", "idle", "restarts"),
+            (
+                (m.name + " *" * m.default, m.state, m.running, m.queued + m.waiting, m.n_ctx, m.n_parallel,
+                 in_bytes(m.memory + m.gpu_memory), _idle(m), m.restarts)
+                for m in loaded
+            ),
+        )  # fmt: skip
+    if others:
+        print_table(
+            ("not loaded", "size", "where"),
+            ((m.name + " *" * m.default, in_bytes(m.size), m.source or m.path) for m in others),
+        )
+
+
+def _idle(model: ModelState) -> str:
+    if model.pinned or model.keep_alive < 0:
+        return f"{model.idle_s:.0f} s, stays"
+    return f"{model.idle_s:.0f} of {model.keep_alive:.0f} s"
+
+
+def in_bytes(count: int) -> str:
+    """As people read it, such as 98.4 MB."""
+    from rich.filesize import decimal
+
+    return decimal(count)
 
 
 def parameters_of(command: type[Command], pairs: Iterable[str], **named: Any) -> dict[str, Any]:
@@ -99,7 +131,7 @@ def parameters_of(command: type[Command], pairs: Iterable[str], **named: Any) ->
             value = msgspec.convert(_structured(text), types[key], strict=False, str_keys=True)
         except msgspec.ValidationError as error:
             raise click.UsageError(f"-p {pair}: {error}") from None
-        if key == "stop":
+        if key in ("stop", "lora"):
             parameters[key] = [*parameters.get(key, ()), *([value] if isinstance(value, str) else value)]
         else:
             parameters[key] = value
@@ -134,7 +166,7 @@ def hello(client: Client, as_json: bool) -> None:
         return print_json(hello)
     click.echo(f"{hello.name} {hello.version}, protocol {hello.protocol}")
     click.echo(f"features: {', '.join(hello.features)}")
-    _print_table(("limit", "value"), hello.limits.items())
+    print_table(("limit", "value"), hello.limits.items())
 
 
 @cli.command()
@@ -150,100 +182,22 @@ def status(client: Client, as_json: bool) -> None:
     click.echo(
         f"version {status.version}, pid {status.pid}, up {status.uptime_s:.0f} s, {status.clients} clients{draining}"
     )
-    _print_models(status.models)
-
-
-# -- models ----------------------------------------------------------------------------------------------------
+    print_models(status.models)
 
 
 @cli.command()
 @json_option
 @talks
-def models(client: Client, as_json: bool) -> None:
-    """The models and their states."""
-    models = client.models()
+def reload(client: Client, as_json: bool) -> None:
+    """Have the daemon read its configuration anew."""
+    reloaded = client.reload()
     if as_json:
-        return print_json(models)
-    _print_models(models)
-
-
-def _print_models(models: list[ModelState]) -> None:
-    if models:
-        _print_table(
-            ("model", "state", "running", "queued", "n_ctx", "n_parallel", "restarts", "path"),
-            (
-                (m.name + " *" * m.default, m.state, m.running, m.queued, m.n_ctx, m.n_parallel, m.restarts, m.path)
-                for m in models
-            ),
-        )
-
-
-@cli.command()
-@click.argument("model", required=False)
-@json_option
-@talks
-def queue(client: Client, model: str | None, as_json: bool) -> None:
-    """The requests that run and that wait, and how long they will likely take."""
-    requests = client.queue(model)
-    if as_json:
-        return print_json(requests)
-    _print_table(
-        ("place", "client", "priority", "prompt", "cached", "answer", "waited", "likely"),
-        (
-            (r.place or "runs", f"{r.client}{' *' * r.mine}", r.priority, r.prompt_tokens, r.cached_tokens,
-             f"{r.completion_tokens} of {r.max_tokens}", f"{r.waited_ms / 1000:.1f} s", f"{r.estimate_ms / 1000:.1f} s")
-            for r in requests
-        ),
-    )  # fmt: skip
-
-
-@cli.command()
-@click.argument("model", required=False)
-@json_option
-@talks
-def show(client: Client, model: str | None, as_json: bool) -> None:
-    """A model's metadata, options and chat template."""
-    info = client.show(model)
-    if as_json:
-        return print_json(info)
-    fields = msgspec.structs.asdict(info)
-    template = fields.pop("chat_template")
-    fields |= {f"option {key}": value for key, value in fields.pop("options").items()}
-    fields["capabilities"] = ", ".join(info.capabilities)
-    _print_table(("key", "value"), fields.items())
-    if template:
-        click.echo(f"\nchat template:\n{template}")
-
-
-@cli.command()
-@click.argument("path")
-@click.option("--name", help="The name it goes by; otherwise its file name.")
-@click.option("--n-ctx", type=int, help="Tokens of one sequence, prompt and answer together.")
-@click.option("--n-parallel", type=int, help="Sequences that run at once.")
-@click.option("--n-gpu-layers", type=int, help="Layers on the GPU; -1 is all.")
-@click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD.")
-@json_option
-@talks
-def load(client: Client, path: str, pairs: tuple[str, ...], as_json: bool, **named: Any) -> None:
-    """Load a GGUF file."""
-    if isinstance(client.address, Unix) and os.path.exists(path):
-        path = os.path.abspath(path)  # the daemon has another working directory
-    loaded = client.load(path, **parameters_of(Load, pairs, **named))
-    if as_json:
-        return print_json(loaded)
-    click.echo(f"{loaded.model} loaded in {loaded.load_ms / 1000:.1f} s")
-
-
-@cli.command()
-@click.argument("model", required=False)
-@click.option("--drain/--no-drain", default=True, help="Wait for what it is generating, or cancel that.")
-@json_option
-@talks
-def free(client: Client, model: str | None, drain: bool, as_json: bool) -> None:
-    """Unload a model."""
-    freed = client.free(model, drain=drain)
-    if as_json:
-        return print_json(freed)
-    click.echo(f"freed: {', '.join(freed.freed) or 'nothing'}")
-    if freed.held:
-        click.echo(f"held by others: {', '.join(freed.held)}")
+        return print_json(reloaded)
+    click.echo(f"changed: {', '.join(reloaded.changed) or 'nothing'}")
+    for what, names in (("loaded", reloaded.loaded), ("freed", reloaded.freed)):
+        if names:
+            click.echo(f"{what}: {', '.join(names)}")
+    for path, reason in reloaded.failed.items():
+        click.echo(f"failed: {path}: {reason}", err=True)
+    if reloaded.needs_restart:
+        click.echo(f"only with a restart: {', '.join(reloaded.needs_restart)}", err=True)

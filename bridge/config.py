@@ -16,12 +16,14 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocol.address import Tcp, default_socket, parse_address
-from protocol.commands import Load, LoadOptions
+from protocol.commands import KeepAlive, Load, LoadOptions
 from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
 
 ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
+_SECTIONS = ("limits", "load", "pool", "store", "cache", "log")
 _CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC",)  # client/bridge.sh's own, which its user may have exported
 Positive = Annotated[int, Meta(ge=1)]
+Bytes = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 
 
@@ -44,11 +46,35 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     load: Seconds = 600.0  # for a model to load
 
 
+class Pool(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which models stay loaded. ``memory`` and ``gpu_memory`` of 0 are what the machine has to spare."""
+
+    memory: Bytes = 0  # for all models together
+    gpu_memory: Bytes = 0
+    keep_alive: KeepAlive = 300.0  # of a model that nobody uses
+    autoload: bool = True  # what a request names is loaded for it
+
+
+class Store(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where models are looked for. ``dir`` is the daemon's own folder, of "" the user's."""
+
+    dir: str = ""
+    directories: list[str] = []  # further ones
+    discover: bool = True  # what the Hub's tools, Ollama and LM Studio have fetched
+    allow: list[str] = []  # folders that paths may lie in, besides all of the above; none is any
+    pull: bool = True
+    convert_python: str = ""  # the Python that has the extra [convert]; "" is our own
+
+
 class Cache(Struct, frozen=True, forbid_unknown_fields=True):
     """Where prefixes and conversations outlive FREE and restarts, for all models together. ``dir`` of "" is nowhere."""
 
     dir: str = ""
     bytes: Positive = 4 * 1024**3
+
+    @property
+    def folder(self) -> str:
+        return os.path.expanduser(self.dir)
 
 
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,8 +82,14 @@ class Log(Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
 
 
+class Model(Load, frozen=True):
+    """A model by its LOAD. Without ``preload`` it is loaded when first asked for."""
+
+    preload: bool = True
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
-    """``socket`` of "" listens on no Unix socket. ``models`` are loaded at the start; the first is the default."""
+    """``socket`` of "" listens on no Unix socket. The first of ``models`` is the default one."""
 
     socket: str = msgspec.field(default_factory=default_socket)
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0600"
@@ -66,7 +98,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     backend: Literal["llama", "fake"] = "llama"
     limits: Limits = Limits()
     load: LoadOptions = LoadOptions()
-    models: list[Load] = []
+    models: list[Model] = []
+    pool: Pool = Pool()
+    store: Store = Store()
     cache: Cache = Cache()
     log: Log = Log()
 
@@ -107,14 +141,19 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         section, _, rest = key.partition("_")
         if key == "tcp":
-            values["tcp"] = [address.strip() for address in text.split(",") if address.strip()]
-        elif section in ("limits", "load", "cache", "log") and rest:
-            values.setdefault(section, {})[rest] = text
+            values["tcp"] = _split(text)
+        elif section in _SECTIONS and rest:
+            many = rest in ("directories", "allow")
+            values.setdefault(section, {})[rest] = _split(text) if many else text
         elif key in ("socket", "socket_mode", "socket_group", "backend"):
             values[key] = text
         else:
             raise ConfigError(f"environment: unknown variable {variable}")
     return values
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

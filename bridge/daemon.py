@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from bridge.adapters import Adapters
 from bridge.config import Config
+from bridge.library import Library
 from bridge.pool import ModelPool
 
 
 @dataclass
 class Daemon:
+    """``config`` is replaced as a whole when it is read anew."""
+
     config: Config
+    library: Library
+    adapters: Adapters
     pool: ModelPool
     stop: Callable[[], None]  # begins the drain; returns at once
+    reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed
     started: float = field(default_factory=time.monotonic)
     clients: int = 0
     draining: bool = False

@@ -15,10 +15,11 @@ from typing import Any
 
 import msgspec
 
-from bridge import __version__, generation, ipc
+from bridge import __version__, generation, ipc, loading
+from bridge import lora as adapters
 from bridge.call import Call, Caller
+from bridge.entry import State
 from bridge.providers.base import Answer, Ask
-from bridge.registry import Spec, State
 from protocol import PROTOCOL_VERSION, commands
 from protocol.errors import BridgeError, ErrorCode
 from protocol.parse import describe
@@ -38,6 +39,7 @@ def _hello(caller: Caller, _command: commands.Hello) -> Ok:
     limits = msgspec.structs.asdict(caller.daemon.config.limits)
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
+    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload"]
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
 
@@ -53,7 +55,7 @@ def _help(_caller: Caller, command: commands.Help) -> Ok:
 
 def _status(caller: Caller, _command: commands.Status) -> Ok:
     daemon = caller.daemon
-    models = daemon.pool.describe()
+    models = loading.describe(daemon.pool)
     extra: dict[str, Any] = {
         "version": __version__,
         "uptime_s": round(time.monotonic() - daemon.started, 1),
@@ -68,48 +70,31 @@ def _status(caller: Caller, _command: commands.Status) -> Ok:
     return Ok(message, None, extra | {"models": models, "usage": msgspec.structs.asdict(caller.totals)})
 
 
-def _models(caller: Caller, _command: commands.Models) -> Ok:
-    models = caller.daemon.pool.describe()
-    return Ok(f"{len(models)} models", models)
-
-
 def _quit(caller: Caller, _command: commands.Quit) -> Ok:
-    if caller.peer.uid not in (0, os.getuid()):
-        raise BridgeError(ErrorCode.FORBIDDEN, "QUIT is for the daemon's own user and root, over the Unix socket")
+    caller.check_operator("QUIT")
     caller.daemon.stop()
     return Ok("Goodbye")
 
 
-# -- models ----------------------------------------------------------------------------------------------------
+async def _reload(call: Call, _command: commands.Reload) -> Ok:
+    call.check_operator("RELOAD")
+    return Ok("Configuration reloaded", await call.daemon.reload())
 
 
-async def _load(call: Call, command: commands.Load) -> Ok:
-    options = msgspec.convert(command, ipc.Options, from_attributes=True)
-    entry = call.daemon.pool.begin_load(command.name, Spec(command.path, options), call.peer.number)
-    provider = await call.daemon.pool.ready(entry)
-    return Ok("Model loaded successfully", None, {"model": entry.name, "load_ms": provider.load_ms})
-
-
-async def _free(call: Call, command: commands.Free) -> Ok:
-    freed, held = await call.daemon.pool.free(command.model, call.peer.number, drain=command.drain)
-    return Ok("Resources freed", None, {"freed": freed, "held": held})
-
-
-async def _show(call: Call, command: commands.Show) -> Ok:
-    async with call.daemon.pool.use(command.model) as (name, provider):
-        info = msgspec.structs.asdict(provider.info)
-        options = {key: value for key, value in msgspec.structs.asdict(info["options"]).items() if value is not None}
-        path = call.daemon.pool.pick(name).spec.path
-        about = {"name": name, "path": path} | info | {"options": options}
-        return Ok(name, about | {"pid": provider.pid, "load_ms": provider.load_ms})
+# -- the queue -------------------------------------------------------------------------------------------------
 
 
 async def _queue(call: Call, command: commands.Queue) -> Ok:
-    name, answer = await _ask(call, command.model, ipc.ListQueue(0))
+    """Wakes nobody: a model that is not there has no queue."""
+    entry = call.daemon.pool.pick(command.model)
+    provider = call.daemon.pool.provider(entry)
+    if provider is None:
+        return Ok("0 running, 0 waiting", [], {"model": entry.name})
+    answer = await provider.ask(ipc.ListQueue(0), call.asking)
     assert isinstance(answer, ipc.QueueListed)
     running = sum(request.place == 0 for request in answer.requests)
     message = f"{running} running, {len(answer.requests) - running} waiting"
-    return Ok(message, [_place(call, request) for request in answer.requests], {"model": name})
+    return Ok(message, [_place(call, request) for request in answer.requests], {"model": entry.name})
 
 
 def _place(call: Call, request: ipc.Queued) -> dict[str, Any]:
@@ -128,7 +113,12 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
     texts = [command.text] if isinstance(command.text, str) else command.text
     for text in texts:
         _refuse_long(text)
-    name, answer = await _ask(call, command.model, ipc.Embed(0, texts, call.received, command.dimensions))
+    request = ipc.Embed(0, texts, call.received, command.dimensions)
+    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as (name, provider):
+        if command.lora is not None:
+            lora = await call.daemon.adapters.ready(call.daemon.pool.pick(name), provider, command.lora)
+            request = msgspec.structs.replace(request, lora=lora)
+        answer = await provider.ask(request, call.asking)
     assert isinstance(answer, ipc.Embedded)
     call.totals.add(answer)
     encode = _as_base64 if command.encoding == "base64" else _as_floats
@@ -182,14 +172,19 @@ INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
     commands.Hello: _hello,
     commands.Help: _help,
     commands.Status: _status,
-    commands.Models: _models,
     commands.Quit: _quit,
 }
 LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final]]] = {
-    commands.Load: _load,
-    commands.Free: _free,
+    commands.Reload: _reload,
+    commands.Load: loading.load,
+    commands.Plan: loading.plan,
+    commands.Free: loading.free,
+    commands.Models: loading.models,
+    commands.Show: loading.show,
+    commands.Pull: loading.pull,
+    commands.Remove: loading.remove,
+    commands.Lora: adapters.lora,
     commands.Queue: _queue,
-    commands.Show: _show,
     commands.Infer: generation.infer,
     commands.InferStream: generation.infer_stream,
     commands.InferMulti: generation.infer_multi,

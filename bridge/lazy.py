@@ -14,9 +14,19 @@ class LazyGroup(click.Group):
     ELSEWHERE: typing.ClassVar = {
         "bench": "bridge.bench",
         "chat": "bridge.cli_text",
+        "doctor": "bridge.doctor",
         "embed": "bridge.cli_text",
+        "free": "bridge.cli_models",
         "infer": "bridge.cli_text",
+        "load": "bridge.cli_models",
+        "lora": "bridge.cli_models",
+        "models": "bridge.cli_models",
+        "plan": "bridge.cli_models",
+        "pull": "bridge.cli_models",
+        "queue": "bridge.cli_models",
+        "remove": "bridge.cli_models",
         "serve": "bridge.serve",
+        "show": "bridge.cli_models",
         "tokenize": "bridge.cli_text",
     }
 

@@ -4,69 +4,38 @@ Every method is an event. It changes the states, returns what is now to be done 
 for what cannot be. No I/O, no clock, no waiting: tests need neither locks nor sleeps.
 
     (nothing) --load--> LOADING --loaded--> READY --ended--> RESTARTING --loaded--> READY
-                           |                  |                   | ended three times within a minute
-                      load_failed            free                 v
-                           v                  v                RESTING --load--> LOADING
-                       (nothing) <---ended--- UNLOADING
+        ^                |   ^                |                   | ended three times within a minute
+        |  failed, freed |   |                | freed, idle,      v
+        |<---------------+   | load,          | in the way     RESTING --load--> LOADING
+        |                    | request        v
+        |                 UNLOADED <------ UNLOADING
+        +---------------------------- freed ---+
+
+UNLOADED are models that somebody loaded, or the configuration names: a request loads them again. Others are forgotten
+when they are unloaded.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, replace
 
-from bridge import ipc
-from bridge.receipts import Totals
+from bridge.entry import CRASHES_BEFORE_REST, Entry, Spec, State, Terms
+from bridge.room import NONE, Resident
 from protocol.errors import BridgeError, ErrorCode
 
-CRASHES_BEFORE_REST = 3
 CRASH_WINDOW = 60.0  # seconds
 CONFIGURATION = 0  # the holder of models that the configuration asked for
-
-
-class State(StrEnum):
-    LOADING = "loading"
-    READY = "ready"
-    RESTARTING = "restarting"
-    RESTING = "resting"
-    UNLOADING = "unloading"
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """``options`` are those asked for; what they leave open comes from the configuration."""
-
-    path: str
-    options: ipc.Options
-
-
-@dataclass(slots=True)
-class Entry:
-    name: str
-    spec: Spec
-    state: State = State.LOADING
-    holders: set[int] = field(default_factory=set)
-    crashes: deque[float] = field(default_factory=lambda: deque(maxlen=CRASHES_BEFORE_REST))
-    restarts: int = 0
-    totals: Totals = field(default_factory=Totals)
-    why: str = ""  # it rests, or could not be loaded
-
-    def check_usable(self) -> None:
-        """Raises BridgeError when waiting would not help: model_resting, not_found."""
-        if self.state is State.RESTING:
-            raise BridgeError(ErrorCode.MODEL_RESTING, f"{self.name} rests: {self.why}. LOAD starts it again")
-        if self.state is State.UNLOADING:
-            raise BridgeError(ErrorCode.NOT_FOUND, f"{self.name} is being unloaded")
+ALL = "all"  # FREE's name for all models
+NO_TERMS = Terms()
+MOST_NAMES = 32  # of one model; a name more displaces the oldest but the first
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     name: str
-    spec: Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,121 +47,254 @@ Effect = Start | Stop
 
 
 class Registry:
-    def __init__(self) -> None:
+    def __init__(self, keep_alive: float = 300.0) -> None:
+        self.keep_alive = keep_alive  # of those whose LOAD does not say
         self.entries: dict[str, Entry] = {}  # in the order of loading: the first is the default
+        self._names: dict[str, Entry] = {}
 
     # -- asked by clients --------------------------------------------------------------------------------------
 
-    def load(self, name: str | None, spec: Spec, holder: int) -> tuple[Entry, list[Effect]]:
-        """A client wants this file loaded. What is loaded already, or on its way, is joined."""
-        entry = self._loaded_from(spec, name)
-        if entry is None:
-            name = name or name_of(spec.path)
-            if taken := self.entries.get(name):
-                message = f"The name {name} is taken by {taken.spec.path}; give another by name=, or FREE it first"
-                raise BridgeError(ErrorCode.NAME_TAKEN, message)
-            entry = self.entries[name] = Entry(name, spec, holders={holder})
-            return entry, [Start(name, spec)]
-        if entry.state is State.UNLOADING:
-            raise BridgeError(ErrorCode.BUSY, f"{entry.name} is being unloaded", retry_after_ms=500)
-        entry.holders.add(holder)
-        if entry.state is State.RESTING:
-            entry.state = State.LOADING
-            entry.crashes.clear()
-            return entry, [Start(entry.name, entry.spec)]
-        return entry, []
+    def load(
+        self, name: str | None, spec: Spec, holder: int | None, terms: Terms = NO_TERMS, alias: str | None = None
+    ) -> tuple[Entry, list[Effect]]:
+        """A client wants this file loaded. What is loaded already, or on its way, is joined.
 
-    def _loaded_from(self, spec: Spec, name: str | None) -> Entry | None:
-        for entry in self.entries.values():
-            if entry.spec.path == spec.path and name in (None, entry.name):
-                if spec.options not in (ipc.Options(), entry.spec.options):
-                    message = f"{entry.name} is loaded with other options; FREE it first, or give another name by name="
-                    raise BridgeError(ErrorCode.NAME_TAKEN, message)
+        ``alias`` is what the client called it, a further name if that is free. Without a ``holder`` it is a request
+        that wants the model.
+        """
+        entry = self._find(spec, name)
+        if entry is None:
+            entry = self._new(name or name_of(spec.path), spec)
+            effects: list[Effect] = [Start(entry.name)]
+        else:
+            effects = self._join(entry, spec)
+        self._call(entry, name)
+        self._call(entry, alias)
+        if holder is not None:
+            self._hold(entry, holder, terms)
+        return entry, effects
+
+    def know(self, name: str | None, spec: Spec, terms: Terms) -> Entry:
+        """The configuration names a model that is to be loaded when first asked for."""
+        entry = self._find(spec, name)
+        if entry is None:
+            entry = self._new(name or name_of(spec.path), spec)
+            entry.state = State.UNLOADED
+            entry.proven = True
+        elif entry.state is State.UNLOADED:
+            self._respecify(entry, spec)
+        self._call(entry, name)
+        self._hold(entry, CONFIGURATION, terms)
+        return entry
+
+    def _find(self, spec: Spec, name: str | None) -> Entry | None:
+        """What the same file is loaded as, under this name or, if it is free or not given, any."""
+        _refuse_all(name)
+        named = self._names.get(name) if name else None
+        same = [one for one in self.entries.values() if one.spec.same_file(spec) and named in (None, one)]
+        for entry in same:
+            if entry.state is State.UNLOADED or entry.spec.serves(spec):
                 return entry
+        if same and (named or not name):
+            message = f"{same[0].name} is loaded with other options; FREE it first, or give another name by name="
+            raise BridgeError(ErrorCode.NAME_TAKEN, message)
         return None
 
+    def _new(self, name: str, spec: Spec) -> Entry:
+        _refuse_all(name)
+        if taken := self._names.get(name):
+            message = f"The name {name} is taken by {taken.spec.path}; give another by name=, or FREE it first"
+            raise BridgeError(ErrorCode.NAME_TAKEN, message)
+        entry = self.entries[name] = Entry(name, spec, self.keep_alive, idle_limit=self.keep_alive)
+        self._call(entry, name)
+        return entry
+
+    def _call(self, entry: Entry, name: str | None) -> None:
+        """It goes by this name, too, if that is free."""
+        if name is None or name == ALL or name in self._names:
+            return
+        entry.names.append(name)
+        self._names[name] = entry
+        if len(entry.names) > MOST_NAMES:
+            del self._names[entry.names.pop(1)]
+
+    @staticmethod
+    def _hold(entry: Entry, holder: int, terms: Terms) -> None:
+        entry.asked = True
+        entry.holders.add(holder)
+        entry.pinned = entry.pinned or terms.pin
+        if terms.keep_alive is not None:
+            entry.keep_alive = entry.idle_limit = terms.keep_alive
+
+    def _join(self, entry: Entry, spec: Spec) -> list[Effect]:
+        if entry.freed:
+            raise BridgeError(ErrorCode.BUSY, f"{entry.name} is being unloaded", retry_after_ms=500)
+        changed = spec.stamp != entry.spec.stamp
+        self._respecify(entry, spec)
+        if entry.state is State.READY and changed:  # whoever waits for it has it loaded again
+            return self.unload(entry)
+        if entry.state in (State.RESTING, State.UNLOADED):
+            return self.wake(entry)
+        return []
+
+    @staticmethod
+    def _respecify(entry: Entry, spec: Spec) -> None:
+        """What is not loaded is loaded from where it was found last: its file may have several paths."""
+        path = spec.path if entry.state in (State.RESTING, State.UNLOADED) else entry.spec.path
+        entry.spec = replace(entry.spec if entry.spec.serves(spec) else spec, path=path, stamp=spec.stamp)
+
+    def wake(self, entry: Entry) -> list[Effect]:
+        """Whoever waits for it wants it loaded."""
+        entry.state = State.LOADING
+        entry.crashes.clear()
+        return [Start(entry.name)]
+
     def pick(self, name: str | None) -> Entry:
-        """The model a request means. Raises no_model, not_found, model_resting."""
+        """The model a request means. Raises no_model, not_found."""
         if name is None:
             entry = next(iter(self.entries.values()), None)
             if entry is None:
                 raise BridgeError(ErrorCode.NO_MODEL, "No model loaded")
-        elif (entry := self.entries.get(name)) is None:
-            raise self._not_found(name)
-        entry.check_usable()
+        elif (entry := self._names.get(name)) is None:
+            loaded = ", ".join(self.entries) or "none"
+            raise BridgeError(ErrorCode.NOT_FOUND, f"No model is loaded as {name}; loaded: {loaded}")
         return entry
 
-    def _not_found(self, name: str) -> BridgeError:
-        loaded = ", ".join(self.entries) or "none"
-        return BridgeError(ErrorCode.NOT_FOUND, f"No model is loaded as {name}; loaded: {loaded}")
-
     def free(
-        self, name: str | None, holder: int, busy: Mapping[str, int] | None = None
+        self, name: str | None, holder: int, *, drain: bool = True
     ) -> tuple[list[Entry], list[Entry], list[Effect]]:
         """Returns the models that go, those that others hold, and what to do.
 
-        By name it goes, whoever holds it. Without a name the holder gives back what it loaded, or if it loaded nothing
-        the default model, and these go unless somebody else holds them. ``busy`` counts the requests of models that
-        are not to go while they have any. Raises not_found, busy.
+        By name it goes, whoever holds it, and for "all" all go. Without a name the holder gives back what it loaded, or
+        if it loaded nothing the default model, and these go unless somebody else holds them. Without ``drain`` none
+        that computes is touched. Raises not_found, busy.
         """
-        if name is not None:
-            if name not in self.entries:
-                raise self._not_found(name)
-            going, held = [self.entries[name]], []
+        held: list[Entry] = []
+        if name == ALL:
+            going = list(self.entries.values())
+        elif name is not None:
+            going = [self.pick(name)]
         else:
             mine = [entry for entry in self.entries.values() if holder in entry.holders]
             candidates = mine or list(self.entries.values())[:1]
             going = [entry for entry in candidates if entry.holders <= {holder}]
             held = [entry for entry in candidates if entry not in going]
         for entry in going:
-            if busy and busy.get(entry.name):
-                message = f"{entry.name} is computing {busy[entry.name]} requests; FREE with drain=true waits for them"
+            if not drain and (count := entry.users + entry.waiting):
+                message = f"{entry.name} is computing {count} requests; FREE with drain=true waits for them"
                 raise BridgeError(ErrorCode.BUSY, message, retry_after_ms=1000)
-        for entry in going + held:
+        for entry in held:
             entry.holders.discard(holder)
-        stops: list[Effect] = [Stop(entry.name) for entry in going if entry.state is not State.UNLOADING]
         for entry in going:
-            entry.state = State.UNLOADING
-        return going, held, stops
+            entry.holders.clear()
+        return going, held, [effect for entry in going for effect in self.give_back(entry, holder)]
+
+    def give_back(self, entry: Entry, holder: int) -> list[Effect]:
+        """It goes, unless somebody else holds it."""
+        entry.holders.discard(holder)
+        if entry.holders:
+            return []
+        entry.freed = True
+        return self.unload(entry)
 
     def gone(self, holder: int) -> None:
         """A connection closed. What it loaded stays, for whoever comes next."""
         for entry in self.entries.values():
             entry.holders.discard(holder)
 
-    # -- told by workers ---------------------------------------------------------------------------------------
+    # -- told by the pool --------------------------------------------------------------------------------------
 
-    def loaded(self, name: str) -> None:
+    def unload(self, entry: Entry) -> list[Effect]:
+        """It has to go: it was freed, is not used, or is in the way of another."""
+        if entry.state is State.UNLOADED:
+            self.stopped(entry.name)
+            return []
+        if entry.state is State.UNLOADING:
+            return []
+        entry.state = State.UNLOADING
+        return [Stop(entry.name)]
+
+    def used(self, entry: Entry, now: float, keep_alive: float | None = None) -> None:
+        """A request is done with it; ``keep_alive`` is what that one said."""
+        entry.last_used = now
+        entry.idle_limit = entry.keep_alive if keep_alive is None else keep_alive
+
+    def expire(self, now: float) -> list[Effect]:
+        """Unloads what nobody used for long enough."""
+        return [
+            effect for entry in list(self.entries.values()) if entry.leaves_at <= now for effect in self.unload(entry)
+        ]
+
+    @property
+    def next_expiry(self) -> float:
+        return min((entry.leaves_at for entry in self.entries.values()), default=math.inf)
+
+    def residents(self) -> list[Resident]:
+        """Those that have memory, or are about to take it."""
+        return [
+            Resident(entry.name, entry.memory, entry.last_used, entry.busy, entry.pinned)
+            for entry in self.entries.values()
+            if entry.memory != NONE
+        ]
+
+    def loaded(self, name: str, now: float) -> None:
         entry = self.entries[name]
+        entry.proven = True
+        entry.last_used = now
         if entry.state is not State.UNLOADING:
             entry.state = State.READY
 
-    def load_failed(self, name: str, why: str, now: float) -> list[Effect]:
+    def load_failed(self, name: str, error: BridgeError, now: float) -> list[Effect]:
         """A first load that fails is forgotten; one after a crash counts as another crash."""
         entry = self.entries[name]
+        entry.memory = NONE
         if entry.state is State.RESTARTING:
-            return self.ended(name, why, now)
-        entry.why = why
-        del self.entries[name]
+            return self.ended(name, error.message, now)
+        entry.failures += 1
+        entry.why = error
+        if entry.asked and entry.proven and not entry.freed:
+            entry.state = State.UNLOADED
+        else:
+            self._forget(entry)
         return []
 
     def ended(self, name: str, why: str, now: float) -> list[Effect]:
         """Its worker is no more: because it was told to stop, or else it crashed."""
         entry = self.entries[name]
+        entry.memory = NONE
         if entry.state is State.UNLOADING:
             self.stopped(name)
             return []
         entry.crashes.append(now)
         if len(entry.crashes) == CRASHES_BEFORE_REST and now - entry.crashes[0] <= CRASH_WINDOW:
             entry.state = State.RESTING
-            entry.why = f"it crashed {CRASHES_BEFORE_REST} times within {CRASH_WINDOW:g} s, the last time it {why}"
+            times = f"it crashed {CRASHES_BEFORE_REST} times within {CRASH_WINDOW:g} s, the last time it {why}"
+            entry.why = BridgeError(ErrorCode.MODEL_RESTING, f"{name} rests: {times}. LOAD starts it again")
             return []
         entry.state = State.RESTARTING
         entry.restarts += 1
-        return [Start(name, entry.spec)]
+        return [Start(name)]
 
     def stopped(self, name: str) -> None:
-        self.entries.pop(name).why = f"{name} was freed"
+        """Nothing of it runs any more."""
+        entry = self.entries[name]
+        if not entry.freed and ((entry.asked and entry.proven) or entry.waiting):
+            entry.state = State.UNLOADED
+            return
+        if entry.freed:
+            entry.failures += 1
+            entry.why = BridgeError(ErrorCode.NOT_FOUND, f"{name} was freed")
+        self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        del self.entries[entry.name]
+        for name in entry.names:
+            del self._names[name]
+
+
+def _refuse_all(name: str | None) -> None:
+    if name == ALL:
+        raise BridgeError(ErrorCode.NAME_TAKEN, f"{ALL} is FREE's word for all models; give another name by name=")
 
 
 def name_of(path: str) -> str:

@@ -38,7 +38,7 @@ def serve(path: Path | None, **flags: Any) -> None:
     log.configure(config.log)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, which a parent may bequeath, workers would leave no status
     try:
-        status = trio.run(run, config)
+        status = trio.run(run, config, lambda: _config(path, flags))
     except ListenError as error:
         print(f"llama-bridge: {error}", file=sys.stderr)
         sys.exit(1)

@@ -6,18 +6,21 @@ import itertools
 import signal
 import socket
 import time
+from collections.abc import Callable
+from typing import Any
 
-import msgspec
 import trio
 
-from bridge import ipc, log
+from bridge import log
+from bridge.adapters import Adapters
 from bridge.config import Config
+from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
+from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
 from bridge.pool import ModelPool
-from bridge.registry import CONFIGURATION, Spec
+from bridge.registry import CONFIGURATION
 from bridge.session import Session
-from protocol.commands import Load
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, encode_reply
 
@@ -28,9 +31,11 @@ class Server:
     It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
+        """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
         self._listeners = open_listeners(config)
         self._config = config
+        self._read = read or (lambda: config)
         self._log = log.get()
         self._sessions: set[Session] = set()
         self._numbers = itertools.count(CONFIGURATION + 1)
@@ -47,14 +52,16 @@ class Server:
         listeners = self._listeners
         try:
             async with trio.open_nursery() as workers:
-                pool = ModelPool(workers, self._config)
-                self._daemon = Daemon(self._config, pool, self.stop)
+                library = Library(workers, self._config)
+                adapters = Adapters(library)
+                pool = ModelPool(workers, self._config, library, adapters)
+                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
+                self._configured = Configured(self._daemon, self._read, workers)
+                await self._configured.begin()
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
                         clients.start_soon(accept_forever, listener, self._serve_client)
                         self._log.info("listening", address=str(listener.address))
-                    for model in self._config.models:  # in order: the first is the default
-                        self._load(model)
                     task_status.started(listeners)
                     await self._stopping.wait()
                     for listener in listeners:
@@ -68,12 +75,9 @@ class Server:
                 listener.close()
         self._log.info("stopped")
 
-    def _load(self, model: Load) -> None:
-        options = msgspec.convert(model, ipc.Options, from_attributes=True)
-        try:
-            self._daemon.pool.begin_load(model.name, Spec(model.path, options), CONFIGURATION)
-        except BridgeError as error:
-            self._log.error("configured model failed", path=model.path, reason=error.message)
+    async def reload(self) -> dict[str, Any]:
+        """Reads the configuration anew. Raises BridgeError (bad_config)."""
+        return await self._configured.reload()
 
     async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
         peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
@@ -97,16 +101,16 @@ class Server:
     def _unwelcome(self) -> BridgeError | None:
         if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
             return BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
-        if len(self._sessions) >= self._config.limits.clients:
+        if len(self._sessions) >= self._daemon.config.limits.clients:
             message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
             return BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
         return None
 
     async def _drain(self) -> None:
         self._daemon.draining = True
-        self._log.info("draining", clients=len(self._sessions), seconds=self._config.limits.drain)
+        self._log.info("draining", clients=len(self._sessions), seconds=self._daemon.config.limits.drain)
         started = time.monotonic()
-        with trio.move_on_after(self._config.limits.drain) as budget:
+        with trio.move_on_after(self._daemon.config.limits.drain) as budget:
             for session in list(self._sessions):
                 session.finish()
             while self._sessions:
@@ -116,28 +120,41 @@ class Server:
         self._log.info("drained", clean=self.clean, seconds=round(time.monotonic() - started, 3))
 
 
-async def run(config: Config) -> int:
+async def run(config: Config, read: Callable[[], Config]) -> int:
     """Serves until a signal; returns the exit status: 0, or 1 when clients were cut off."""
-    server = Server(config)
+    server = Server(config, read)
     async with trio.open_nursery() as nursery:
-        await nursery.start(_obey_signals, server, nursery.cancel_scope)
+        await nursery.start(_obey_signals, server, nursery)
         await server.serve()
         nursery.cancel_scope.cancel()
     return 0 if server.clean else 1
 
 
 async def _obey_signals(
-    server: Server, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    server: Server, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """The first SIGTERM or SIGINT drains, the second stops at once."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """The first SIGTERM or SIGINT drains, the second stops at once. SIGHUP has the configuration read anew."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         count = 0
         async for number in signals:
+            if number == signal.SIGHUP:
+                nursery.start_soon(_reload, server)
+                continue
             count += 1
             log.get().info("signal", name=signal.Signals(number).name, at_once=count > 1)
             if count > 1:
                 server.clean = False
-                scope.cancel()
+                nursery.cancel_scope.cancel()
             else:
                 server.stop()
+
+
+async def _reload(server: Server) -> None:
+    try:
+        await server.reload()
+    except BridgeError as error:
+        log.get().error("reload failed", reason=error.message)
+    except Exception:
+        # A bug must not end the daemon.
+        log.get().exception("reload failed")

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from client.blocking import Client, Stream
 from client.errors import (
+    Ambiguous,
+    BadAdapter,
     BadArgument,
+    BadModel,
     BridgeBug,
     Busy,
     Cancelled,
@@ -22,20 +25,25 @@ from client.errors import (
     NoModel,
     NotFound,
     Overloaded,
+    PullFailed,
     TemplateError,
     TooManyClients,
     TryAgain,
     Unreachable,
 )
 from protocol.errors import BridgeError, RemoteProtocolError
+from protocol.replies import Progress
 
 if TYPE_CHECKING:
     from client.aio import AsyncClient, AsyncStream
 
 __all__ = [
+    "Ambiguous",
     "AsyncClient",
     "AsyncStream",
+    "BadAdapter",
     "BadArgument",
+    "BadModel",
     "BridgeBug",
     "BridgeError",
     "Busy",
@@ -53,6 +61,8 @@ __all__ = [
     "NoModel",
     "NotFound",
     "Overloaded",
+    "Progress",
+    "PullFailed",
     "RemoteProtocolError",
     "Stream",
     "TemplateError",

@@ -20,7 +20,7 @@ from client.transcript import Transcript
 from protocol.address import Address, Unix
 from protocol.commands import Cancel, Command
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Failed, Ok, Reply
+from protocol.replies import Failed, Ok, Progress, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -133,8 +133,8 @@ class AsyncClient:
     """Talks to one bridge over one connection, made with the first call. Any number of tasks may call at once.
 
     ``address``: a path, HOST:PORT, or None for this user's own bridge. ``timeout``: seconds to wait for an answer,
-    in a stream for its next piece; then TimeoutError is raised. A call that is given up, for that or because its
-    task was cancelled, is cancelled at the daemon; the connection stays.
+    in a stream or with progress for its next line; then TimeoutError is raised. A call that is given up, for that or
+    because its task was cancelled, is cancelled at the daemon; the connection stays.
 
     Raises BridgeError (see ``client.errors``), TimeoutError, and RemoteProtocolError if the other end is no bridge.
     When the connection was lost, what ``Client`` says about repeating holds here.
@@ -155,9 +155,17 @@ class AsyncClient:
     status = _asks(calls.status)
     cancel = _asks(calls.cancel)
     quit = _asks(calls.quit)
+    reload = _asks(calls.reload)
     load = _asks(calls.load)
+    plan = _asks(calls.plan)
     free = _asks(calls.free)
     models = _asks(calls.models)
+    pull = _asks(calls.pull)
+    remove = _asks(calls.remove)
+    lora_list = _asks(calls.lora_list)
+    lora_load = _asks(calls.lora_load)
+    lora_unload = _asks(calls.lora_unload)
+    lora_check = _asks(calls.lora_check)
     queue = _asks(calls.queue)
     show = _asks(calls.show)
     infer = _asks(calls.infer)
@@ -187,15 +195,15 @@ class AsyncClient:
         await self.aclose()
 
     async def _ask(self, call: Call[T]) -> T:
-        with _within(self.timeout):
+        with _within(self.timeout) as limit:
             link = await self._connected()
             repeat = call.repeatable and link.desk.reused
             try:
-                return call.read(await link.answer(call.command))
+                return call.read(await link.answer(call, limit))
             except ConnectionLost:
                 if not repeat:
                     raise
-            return call.read(await (await self._connected()).answer(call.command))
+            return call.read(await (await self._connected()).answer(call, limit))
 
     async def _connected(self) -> _Link:
         async with self._connecting:
@@ -226,15 +234,18 @@ class _Link:
         finally:
             self._hand_over()
 
-    async def answer(self, command: Command) -> Ok:
-        """Raises the BridgeError that the answer is. Cancelled, it cancels the request at the daemon."""
-        waiting = self.ask(command, beside=True)
+    async def answer(self, call: Call[T], limit: _within) -> Ok:
+        """Raises the BridgeError that the answer is. Left before that, it cancels the request at the daemon."""
+        waiting = self.ask(call.command, beside=True)
         try:
             await self.flush()
-            reply = await self.wait(waiting)
-        except trio.Cancelled:
+            while isinstance(reply := await self.wait(waiting), Progress):
+                limit.renew()
+                if call.on_progress:
+                    call.on_progress(reply)
+        except BaseException:  # trio.Cancelled, or what on_progress raised
             waiting.drop()
-            if waiting.id is not None:
+            if waiting.id is not None and not self.desk.failed:
                 self.ask(Cancel(id=waiting.id), beside=False).drop()
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_WAIT):
                     await self.flush()
@@ -316,10 +327,16 @@ class _within:
     """Raises TimeoutError after ``seconds``; trio's own TooSlowError is for those who set scopes themselves."""
 
     def __init__(self, seconds: float | None) -> None:
-        self._scope = trio.move_on_after(math.inf if seconds is None else seconds)
+        self._seconds = math.inf if seconds is None else seconds
+        self._scope = trio.move_on_after(self._seconds)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _within:
         self._scope.__enter__()
+        return self
+
+    def renew(self) -> None:
+        """Counts from now on."""
+        self._scope.deadline = trio.current_time() + self._seconds
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

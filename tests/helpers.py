@@ -21,10 +21,11 @@ from typing import Any
 import orjson
 import trio
 
-from bridge.config import Config, Limits
+from bridge import loading
+from bridge.config import Config, Limits, Model, Store
 from bridge.server import Server
 from protocol.address import Tcp
-from protocol.commands import Load, LoadOptions
+from protocol.commands import LoadOptions
 
 PATIENCE = 30.0
 ROOT = Path(__file__).parents[1]
@@ -179,30 +180,29 @@ class Inside(Place):
 
     async def models(self) -> dict[str, Line]:
         """Without a connection, which would count as a client."""
-        return {model["name"]: model for model in self.server._daemon.pool.describe()}
+        return {model["name"]: model for model in loading.describe(self.server._daemon.pool)}
 
 
 @asynccontextmanager
 async def daemon(
-    *models: str, limits: Limits | None = None, load: LoadOptions | None = None, **config: Any
+    *models: str, limits: Limits | None = None, load: LoadOptions | None = None, wait: bool = True, **config: Any
 ) -> AsyncIterator[Inside]:
-    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields."""
+    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields.
+
+    Without ``wait`` they may still be loading.
+    """
     with tempfile.TemporaryDirectory(prefix="lb-") as folder:
         path = os.path.join(folder, "bridge.sock")
-        fields = {"socket": path, "tcp": ["127.0.0.1:0"], "backend": "fake"} | config
-        server = Server(
-            Config(
-                limits=limits or Limits(),
-                load=load or LoadOptions(),
-                models=[Load(path=model) for model in models],
-                **fields,
-            )
-        )
+        fields = {"socket": path, "tcp": ["127.0.0.1:0"], "backend": "fake"}
+        fields |= {"store": Store(dir=os.path.join(folder, "models"), discover=False)}
+        fields |= {"models": [Model(path=model) for model in models]} | config
+        server = Server(Config(limits=limits or Limits(), load=load or LoadOptions(), **fields))
         async with trio.open_nursery() as nursery:
             listeners = await nursery.start(server.serve)
             port = next(one.address.port for one in listeners if isinstance(one.address, Tcp))
             inside = Inside(server, path, port)
-            await inside.until(lambda there: all(model["state"] == "ready" for model in there.values()))
+            if wait:
+                await inside.until(lambda there: not any(model["state"] == "loading" for model in there.values()))
             yield inside
             nursery.cancel_scope.cancel()
 
@@ -274,11 +274,12 @@ def serve(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The bare process of ``serve`` with these arguments; killed at the end of the block."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_BRIDGE_")}
+    nothing = {"LLAMA_BRIDGE_STORE_DIR": str(stderr.parent / "models"), "LLAMA_BRIDGE_STORE_DISCOVER": "false"}
     with stderr.open("ab") as log:
         process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,
-            env=ours | {"PYTHONPATH": str(ROOT)} | (environ or {}),
+            env=ours | {"PYTHONPATH": str(ROOT), **nothing} | (environ or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,

@@ -28,23 +28,62 @@ from protocol.commands import (
     InferMulti,
     InferStream,
     Load,
+    Lora,
     Message,
     Models,
     Ping,
+    Plan,
+    Pull,
     Queue,
     Quit,
+    Reload,
+    Remove,
     Show,
     Status,
     Tokenize,
 )
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role
 from protocol.errors import ErrorCode
-from protocol.replies import Failed, Final, Ok, Reply, Started, Token
+from protocol.replies import Failed, Final, Ok, Progress, Reply, Started, Token
 
 USAGE = {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 2}
 TIMINGS = {"queue_ms": 0.5, "prefill_ms": 1.5, "decode_ms": 2.5}
 END = {"model": "tiny", "usage": USAGE, "timings": TIMINGS}
 MODEL = {"name": "tiny", "path": "/models/tiny.gguf", "state": "ready", "default": True, "n_ctx": 512, "running": 1}
+FETCHING = [
+    Progress("download", 0, None),
+    Progress("download", 50, 100, "bytes", 10.0, 5.0),
+    Progress("check", 100, 100),
+]
+SHA256 = "5e" * 32
+PULLED = {"name": "tiny", "path": "/store/tiny.gguf", "size": 100, "sha256": SHA256, "unheard_of": 1}
+PLAN = {
+    "fits": True,
+    "path": "/models/tiny.gguf",
+    "need": {"weights": {"host": 98_400_000, "gpu": 0}, "KV cache": {"host": 1000, "gpu": 2_000_000}},
+    "have": {"host": 4_000_000_000, "gpu": 0},
+    "leave": ["old"],
+    "wait_for": ["busy"],
+    "n_ctx_max": 8192,
+    "options": {"n_ctx": 512, "flash_attn": "off"},
+    "why": {"n_ctx": "the model was trained with it"},
+}
+RELOADED = {
+    "changed": ["models"],
+    "needs_restart": ["socket"],
+    "loaded": ["tiny"],
+    "freed": ["old"],
+    "failed": {"gone.gguf": "no such file"},
+}
+ADAPTER = {
+    "name": "style",
+    "path": "/a/style.gguf",
+    "rank": 8,
+    "alpha": 16.0,
+    "size": 1000,
+    "scale": 0.5,
+    "requests": 2,
+}
 PIECES = ["Once", " upon", ' "a"\n', "\ttime \\ \u00e9\U0001f999"]
 
 
@@ -194,6 +233,8 @@ def answers(command: Command) -> list[Reply]:
         case InferStream() | ChatStream():
             tokens: list[Reply] = [Token(piece) for piece in PIECES]
             return [Started(), *tokens, Final("", "stop", END)]
+        case Pull(progress=True) | Load(progress=True):
+            return [*FETCHING, answer(command)]
         case _:
             return [answer(command)]
 
@@ -227,6 +268,12 @@ def answer(command: Command) -> Reply:
             return _load(path)
         case Free():
             return Ok("Resources freed", None, {"freed": ["tiny"], "held": []})
+        case Plan():
+            return Ok("It fits", PLAN)
+        case Pull() | Remove() | Lora():
+            return _fetched(command)
+        case Reload():
+            return Ok("Configuration reloaded", RELOADED)
         case Quit():
             return Ok("Goodbye")
         case Cancel(id=id):
@@ -239,6 +286,20 @@ def _load(path: str) -> Reply:
     if path == "missing.gguf":
         return Failed(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}")
     return Ok("Model loaded successfully", None, {"model": "tiny", "load_ms": 1250.0})
+
+
+def _fetched(command: Pull | Remove | Lora) -> Reply:
+    match command:
+        case Pull():
+            return Ok("Model pulled", PULLED)
+        case Remove():
+            return Ok("Model removed", {"name": "tiny", "files": ["/store/tiny.gguf"], "size": 100})
+        case Lora(action="list"):
+            return Ok("1 adapters", [ADAPTER], {"model": "tiny"})
+        case Lora(action="unload"):
+            return Ok("Adapter unloaded", "style", {"model": "tiny"})
+        case _:
+            return Ok("Adapter loaded", ADAPTER | {"scale": None, "tensors": 14, "ignored": []}, {"model": "tiny"})
 
 
 def _work(command: Command) -> Reply:

@@ -213,7 +213,7 @@ def test_an_interrupted_stream_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> 
         ("infer -p max_tokens x", "-p max_tokens: INFER_STREAM takes"),
         ("infer -p max_tokens=many x", "-p max_tokens=many: Expected `int`"),
         ("infer -p logit_bias={ x", "-p logit_bias={: Expected"),
-        ("load", "Missing argument 'PATH'"),
+        ("load", "Missing argument 'MODEL'"),
         ("dance", "No such command 'dance'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 from scripted import (
+    FETCHING,
     PIECES,
     Peer,
     Scripted,
@@ -27,10 +29,10 @@ from test_client_blocking import REPEATABLE
 import client
 from client import AsyncClient, AsyncStream
 from client.results import Completion
-from protocol.commands import Cancel, Command, Infer, InferStream, Ping
+from protocol.commands import Cancel, Command, Infer, InferStream, Ping, Pull
 from protocol.connection import Exchange
 from protocol.errors import ErrorCode
-from protocol.replies import Failed, Final, Ok, Started, Timings, Token, Usage
+from protocol.replies import Failed, Final, Ok, Progress, Started, Timings, Token, Usage
 
 TEXT = "".join(PIECES)
 
@@ -50,7 +52,15 @@ CALLS: dict[str, Callable[[AsyncClient], Awaitable[Any]]] = {
     "detokenize": lambda c: c.detokenize([120]),
     "embed": lambda c: c.embed("x"),
     "load": lambda c: c.load("x"),
+    "plan": lambda c: c.plan("x"),
     "free": lambda c: c.free(),
+    "pull": lambda c: c.pull("x"),
+    "remove": lambda c: c.remove("x"),
+    "lora_list": lambda c: c.lora_list(),
+    "lora_load": lambda c: c.lora_load("x"),
+    "lora_unload": lambda c: c.lora_unload("x"),
+    "lora_check": lambda c: c.lora_check("x"),
+    "reload": lambda c: c.reload(),
     "infer": lambda c: c.infer("x"),
     "infer_multi": lambda c: c.infer_multi(["x"]),
     "chat": lambda c: c.chat("x"),
@@ -280,6 +290,97 @@ async def test_a_bridge_that_does_not_cancel_is_not_waited_for(monkeypatch: pyte
             assert stream.result is None
             await bridge.ping()
         assert server.seen == [InferStream(prompt="x"), Cancel(id="c1"), Ping()]
+
+
+# -- progress --------------------------------------------------------------------------------------------------
+
+
+async def test_progress_comes_to_the_task_it_is_for() -> None:
+    told: dict[str, list[Progress]] = {"a": [], "b": []}
+
+    def mixes(peer: Peer) -> None:
+        first, second = peer.expect(), peer.expect()
+        for progress in FETCHING:
+            peer.reply(first.exchange, progress)
+            peer.reply(second.exchange, progress)
+        peer.reply(second.exchange, *answers(second.command)[-1:])
+        peer.reply(first.exchange, *answers(first.command)[-1:])
+        honest(peer)
+
+    async def fetch(name: str) -> None:
+        assert (await bridge.pull(name, on_progress=told[name].append)).name == "tiny"
+
+    with scripted(mixes) as server:
+        async with AsyncClient(server.address) as bridge:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetch, "a")
+                nursery.start_soon(fetch, "b")
+            await bridge.ping()
+        assert server.connections == 1
+    for progress in told.values():
+        assert [(one.phase, one.done, one.total) for one in progress] == [
+            (one.phase, one.done, one.total) for one in FETCHING
+        ]
+    assert {one.id for one in told["a"]}.isdisjoint(one.id for one in told["b"])
+
+
+def fetching(peer: Peer) -> None:
+    """Begins to pull, and goes no further until it is cancelled."""
+    exchange = peer.expect().exchange
+    peer.reply(exchange, *FETCHING)
+    cancel = peer.expect()
+    peer.reply(exchange, Failed(ErrorCode.CANCELLED, "Cancelled"))
+    peer.reply(cancel.exchange, Ok("Cancelled"))
+    honest(peer)
+
+
+async def test_a_cancelled_pull_is_cancelled_at_the_daemon() -> None:
+    with scripted(fetching) as server:
+        async with AsyncClient(server.address) as bridge:
+            with trio.CancelScope() as scope:
+                await bridge.pull("x", on_progress=lambda progress: scope.cancel())
+            assert scope.cancelled_caught
+            await bridge.ping()
+        assert server.seen == [Pull(source="x", progress=True), Cancel(id="c1"), Ping()]
+
+
+async def test_a_caller_whose_on_progress_fails_leaves() -> None:
+    with scripted(fetching) as server:
+        async with AsyncClient(server.address) as bridge:
+            with pytest.raises(ZeroDivisionError):
+                await bridge.pull("x", on_progress=lambda progress: progress.done / 0)
+            await bridge.ping()
+        assert server.seen == [Pull(source="x", progress=True), Cancel(id="c1"), Ping()]
+
+
+async def test_every_line_of_progress_renews_the_timeout(mock_clock: trio.testing.MockClock) -> None:
+    """Each line comes when the one before has been told, and two thirds of the time have passed since."""
+    told = threading.Semaphore(0)
+
+    def one_by_one(peer: Peer) -> None:
+        exchange = peer.expect().exchange
+        for done in range(8):
+            peer.reply(exchange, Progress("download", done))
+            told.acquire()
+        peer.reply(exchange, Ok("Model pulled", {"name": "m"}))
+
+    def tell(progress: Progress) -> None:
+        mock_clock.jump(20)
+        told.release()
+
+    with scripted(one_by_one) as server:
+        async with AsyncClient(server.address, timeout=30) as bridge:
+            assert (await bridge.pull("x", on_progress=tell)).name == "m"
+
+
+async def test_a_pull_that_stalls() -> None:
+    with scripted(fetching) as server:
+        async with AsyncClient(server.address, timeout=0.1) as bridge:
+            with pytest.raises(TimeoutError, match="in time"):
+                await bridge.pull("x", on_progress=lambda progress: None)
+            bridge.timeout = None
+            await bridge.ping()
+        assert server.connections == 1
 
 
 # -- a bridge that breaks --------------------------------------------------------------------------------------

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import socket
+import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from scripted import (
+    ADAPTER,
+    FETCHING,
     PIECES,
+    PLAN,
+    RELOADED,
+    SHA256,
     Peer,
     Scripted,
     answers_once,
@@ -25,11 +33,11 @@ from scripted import (
 import client
 from client import Client, aio, calls
 from client.errors import error_of
-from client.results import Completion, Freed, Hello, Loaded, ModelInfo
+from client.results import Adapter, Completion, Freed, Hello, Loaded, ModelInfo, Plan, Pulled, Reloaded, Removed
 from protocol.address import Tcp, Unix
-from protocol.commands import Cancel, Command, Embed, Infer, Load, Message, Ping, Tokenize
+from protocol.commands import Cancel, Command, Embed, Infer, Load, Lora, Message, Models, Ping, Pull, Tokenize
 from protocol.errors import Blame, ErrorCode
-from protocol.replies import Failed, Final, Ok, Started, Timings, Token, Usage
+from protocol.replies import Failed, Final, Ok, Progress, Started, Timings, Token, Usage
 
 TEXT = "".join(PIECES)
 CALLS: dict[str, Callable[[Client], Any]] = {
@@ -44,7 +52,15 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "detokenize": lambda c: c.detokenize([120]),
     "embed": lambda c: c.embed("x"),
     "load": lambda c: c.load("x"),
+    "plan": lambda c: c.plan("x"),
     "free": lambda c: c.free(),
+    "pull": lambda c: c.pull("x"),
+    "remove": lambda c: c.remove("x"),
+    "lora_list": lambda c: c.lora_list(),
+    "lora_load": lambda c: c.lora_load("x"),
+    "lora_unload": lambda c: c.lora_unload("x"),
+    "lora_check": lambda c: c.lora_check("x"),
+    "reload": lambda c: c.reload(),
     "infer": lambda c: c.infer("x"),
     "infer_several": lambda c: c.infer_several("x", 2),
     "infer_multi": lambda c: c.infer_multi(["x"]),
@@ -55,7 +71,10 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "stream": lambda c: list(c.stream("x")),
     "chat_stream": lambda c: list(c.chat_stream("x")),
 }
-REPEATABLE = ("ping", "hello", "help", "status", "models", "queue", "show", "tokenize", "detokenize", "embed")
+REPEATABLE = (
+    "ping", "hello", "help", "status", "models", "queue", "show", "plan", "lora_list", "lora_check", "tokenize",
+    "detokenize", "embed",
+)  # fmt: skip
 
 
 # -- answers ---------------------------------------------------------------------------------------------------
@@ -78,6 +97,13 @@ def test_every_call_has_its_typed_result(tcp: bool) -> None:
         assert bridge.show() == ModelInfo(name="tiny", parameters=7, options={"n_ctx": 512})
         assert bridge.load("/models/tiny.gguf", n_ctx=64) == Loaded(model="tiny", load_ms=1250.0)
         assert bridge.free("tiny") == Freed(freed=["tiny"])
+        assert bridge.plan("tiny") == Plan(**PLAN)
+        assert bridge.pull("user/tiny:Q4_0") == Pulled(name="tiny", path="/store/tiny.gguf", size=100, sha256=SHA256)
+        assert bridge.remove("tiny") == Removed(name="tiny", files=["/store/tiny.gguf"], size=100)
+        assert bridge.lora_list() == [Adapter(**ADAPTER)]
+        assert bridge.lora_load("/a/style.gguf") == bridge.lora_check("style") == Adapter(**ADAPTER | {"scale": None})
+        bridge.lora_unload("style")
+        assert bridge.reload() == Reloaded(**RELOADED)
         whole = Completion(text="x", model="tiny", usage=Usage(3, 1, 2), timings=Timings(0.5, 1.5, 2.5))
         assert bridge.infer("x") == whole
         assert bridge.chat("hello").text == "1: hello"
@@ -106,6 +132,24 @@ def test_parameters_go_to_the_command_by_name() -> None:
             Load(path="/m.gguf", name="m", n_ctx=64, use_mmap=False),
             Tokenize(text="x", parse_special=True),
             Embed(text=["x", "y"], model="m", encoding="base64"),
+        ]
+
+
+def test_what_the_calls_about_models_ask() -> None:
+    with scripted() as server, Client(server.address) as bridge:
+        bridge.models(loaded=False)
+        bridge.load("user/tiny:Q4_0", keep_alive=-1, pin=True, lora=["/a.gguf:0.5", "b"], n_gpu_layers="auto")
+        bridge.pull("https://host.example/tiny.gguf", sha256=SHA256)
+        bridge.lora_list("tiny")
+        bridge.lora_check("/a.gguf", model="tiny")
+        bridge.infer("x", model="user/tiny:Q4_0", lora="/a.gguf", keep_alive=0)
+        assert server.seen == [
+            Models(loaded=False),
+            Load(path="user/tiny:Q4_0", keep_alive=-1.0, pin=True, lora=["/a.gguf:0.5", "b"], n_gpu_layers="auto"),
+            Pull(source="https://host.example/tiny.gguf", sha256=SHA256, progress=False),
+            Lora(model="tiny"),
+            Lora(action="check", adapter="/a.gguf", model="tiny"),
+            Infer(prompt="x", model="user/tiny:Q4_0", lora="/a.gguf", keep_alive=0.0),
         ]
 
 
@@ -253,6 +297,50 @@ def test_a_stream_that_fails_in_the_middle_keeps_its_text() -> None:
         bridge.ping()
 
 
+# -- progress --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pull", "load"])
+def test_progress_is_told_in_its_order_and_then_the_answer(name: str) -> None:
+    told: list[Progress] = []
+    with scripted() as server, Client(server.address) as bridge:
+        answer = getattr(bridge, name)("user/tiny:Q4_0", on_progress=told.append)
+        assert told == FETCHING
+        assert answer == getattr(bridge, name)("user/tiny:Q4_0")
+        assert told == FETCHING  # nobody asked for it again
+        assert [command.progress for command in server.seen if isinstance(command, Pull | Load)] == [True, False]
+        assert server.connections == 1
+
+
+def test_progress_that_was_not_asked_for_is_no_answer() -> None:
+    with scripted(once(*FETCHING, Ok("pong"))) as server, Client(server.address) as bridge:
+        bridge.ping()
+
+
+def test_an_error_after_progress() -> None:
+    told: list[Progress] = []
+    script = once(*FETCHING, Failed(ErrorCode.PULL_FAILED, "The connection broke; what came is kept"))
+    with scripted(script) as server, Client(server.address) as bridge:
+        with pytest.raises(client.PullFailed, match="what came is kept"):
+            bridge.pull("x", on_progress=told.append)
+        assert told == FETCHING
+        bridge.ping()
+        assert server.connections == 1
+
+
+def test_a_caller_whose_on_progress_fails_leaves() -> None:
+    def fetches(peer: Peer) -> None:
+        peer.reply(peer.expect().exchange, *FETCHING)
+        ignores(peer)
+
+    with scripted(fetches, honest) as server, Client(server.address) as bridge:
+        with pytest.raises(ZeroDivisionError):
+            bridge.pull("x", on_progress=lambda progress: progress.done / 0)
+        server.await_end(0)  # the connection is closed, which stops the pull
+        bridge.ping()
+        assert server.connections == 2
+
+
 # -- errors ----------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +370,33 @@ def test_errors_carry_their_details() -> None:
         with pytest.raises(client.ContextExceeded) as caught:
             bridge.infer("x")
         assert caught.value.details == {"n_ctx": 8, "prompt_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (ErrorCode.AMBIGUOUS, client.Ambiguous),
+        (ErrorCode.BAD_MODEL, client.BadModel),
+        (ErrorCode.BAD_ADAPTER, client.BadAdapter),
+        (ErrorCode.PULL_FAILED, client.PullFailed),
+        (ErrorCode.CONVERT_FAILED, client.ClientFault),
+        (ErrorCode.BAD_CONFIG, client.ClientFault),
+    ],
+)
+def test_errors_about_models_are_typed(code: ErrorCode, kind: type[client.BridgeError]) -> None:
+    with scripted(once(Failed(code, "x", {"n": 1}))) as server, Client(server.address) as bridge:
+        with pytest.raises(client.BridgeError) as caught:
+            bridge.load("x")
+        assert (type(caught.value), caught.value.details) == (kind, {"n": 1})
+
+
+@pytest.mark.parametrize(("details", "candidates"), [({"candidates": ["a:Q4_0", "a:Q8_0"]}, 2), ({}, 0)])
+def test_a_name_of_several_models_tells_which(details: dict[str, Any], candidates: int) -> None:
+    script = once(Failed(ErrorCode.AMBIGUOUS, "a may be several", details))
+    with scripted(script) as server, Client(server.address) as bridge:
+        with pytest.raises(client.Ambiguous) as caught:
+            bridge.infer("x", model="a")
+        assert caught.value.candidates == ["a:Q4_0", "a:Q8_0"][:candidates]
 
 
 def test_nobody_there(tmp_path: Any) -> None:
@@ -377,6 +492,10 @@ def test_an_answer_of_another_shape_is_told_and_the_connection_lives() -> None:
         ("infer_multi", Ok("x", '{"a":1}')),
         ("infer_multi", Ok("x", '["a"]', {"results": []})),
         ("stream", Ok("x")),
+        ("pull", Ok("x")),
+        ("plan", Ok("x", {"need": {}})),
+        ("lora_list", Ok("x", {"name": "a"})),
+        ("reload", Ok("x", {"changed": 5})),
     ],
 )
 def test_answers_of_another_shape(call: str, reply: Ok) -> None:
@@ -465,6 +584,36 @@ def test_a_bridge_that_does_not_cancel_is_left(monkeypatch: pytest.MonkeyPatch) 
         assert stream.result is None
 
 
+def test_every_line_of_progress_renews_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()  # each look at the clock finds a second gone
+    monkeypatch.setattr("client.blocking.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    told = threading.Semaphore(0)
+
+    def one_by_one(peer: Peer) -> None:
+        exchange = peer.expect().exchange
+        for done in range(50):
+            peer.reply(exchange, Progress("download", done))
+            told.acquire()
+        peer.reply(exchange, Ok("Model pulled", {"name": "m"}))
+
+    with scripted(one_by_one) as server, Client(server.address, timeout=30) as bridge:
+        assert bridge.pull("x", on_progress=lambda progress: told.release()).name == "m"
+    assert next(seconds) > 50
+
+
+def test_a_pull_that_stalls() -> None:
+    def stalls(peer: Peer) -> None:
+        peer.reply(peer.expect().exchange, *FETCHING)
+        ignores(peer)
+
+    told: list[Progress] = []
+    with scripted(stalls) as server, Client(server.address, timeout=0.1) as bridge:
+        with pytest.raises(TimeoutError, match="in time"):
+            bridge.pull("x", on_progress=told.append)
+        server.await_end(0)
+        assert told == FETCHING
+
+
 def test_the_timeout_may_be_changed() -> None:
     with scripted(once(Ok("pong"))) as server, Client(server.address) as bridge:
         bridge.ping()
@@ -481,6 +630,20 @@ def test_an_interrupted_call_closes_the_connection(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("client.blocking._Link._receive", interrupt)
         with pytest.raises(KeyboardInterrupt):
             bridge.infer("x")
+        server.await_end(0)
+
+
+def test_an_interrupted_pull_closes_the_connection() -> None:
+    def fetches(peer: Peer) -> None:
+        peer.reply(peer.expect().exchange, *FETCHING)
+        ignores(peer)
+
+    def interrupt(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with scripted(fetches) as server, Client(server.address) as bridge:
+        with pytest.raises(KeyboardInterrupt):
+            bridge.pull("x", on_progress=interrupt)
         server.await_end(0)
 
 

@@ -1,6 +1,6 @@
 """The table of faults, row by row: what the daemon survives, seen from outside. A row's number is in its test's name.
 
-Rows that are not here come with what they are about: 15 to 17, 19, 21, 23, 25, 26, 29 and 30. Rows 27 and 28 are about
+Rows that are not here come with what they are about: 15 to 17, 21, 23, 25, 26, 29 and 30. Rows 27 and 28 are about
 the process, so their tests are in test_server.py.
 """
 
@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 import trio
 from helpers import Inside, Place, Spawned, Wire, daemon, eventually, spawned
+from tiny_models import tiny_model
 
 from bridge.config import Limits
+from bridge.providers.local import LocalProvider
 from protocol.commands import LoadOptions
 
 pytestmark = pytest.mark.faults
@@ -370,6 +372,43 @@ async def test_fault_18_a_bad_beginning(default_model: Path, tmp_path: Path, sta
     async with daemon(backend="llama") as place, await place.unix() as wire:
         assert await wire.code(f"LOAD {path}") == "load_failed"
         assert (await wire.ask("PING"))["data"] == "pong"
+
+
+def lies(content: bytes) -> dict[str, bytes]:
+    """A model with one number in its header changed."""
+
+    def changed(after: bytes | int, number: int, size: int = 8) -> bytes:
+        at = after if isinstance(after, int) else content.index(after) + len(after)
+        return content[:at] + number.to_bytes(size, "little") + content[at + size :]
+
+    tokens = b"tokenizer.ggml.tokens\x09\0\0\0"
+    embedding = b"token_embd.weight\x02\0\0\0"
+    return {
+        "2^60 tensors": changed(8, 2**60),
+        "2^60 keys": changed(16, 2**60),
+        "a key of 2^63 bytes": changed(24, 2**63),
+        "tokens that are numbers": changed(tokens, 4, size=4),
+        "2^60 tokens": changed(tokens + b"\x08\0\0\0", 2**60),
+        "a dimension of 2^62": changed(embedding, 2**62),
+        "an offset past the end": changed(embedding + content[content.index(embedding) + len(embedding) :][:20], 2**40),
+    }
+
+
+@pytest.mark.needs("llama_cpp")
+async def test_fault_19_a_header_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker is spawned for it, so llama.cpp does not see it; and the model loaded before still answers."""
+    path = tiny_model(tmp_path, "llama")
+    content = path.read_bytes()
+    async with daemon(backend="llama", load=LoadOptions(n_ctx=64, n_threads=1)) as place, await place.unix() as wire:
+        assert (await wire.ask(f"LOAD name=before {path}"))["status"] == "ok"
+        monkeypatch.setattr(LocalProvider, "_spawn", lambda self: pytest.fail("a worker was spawned"))
+        bad = tmp_path / "bad.gguf"
+        for what, patch in lies(content).items():
+            bad.write_bytes(patch)
+            error = await wire.ask(f"LOAD {bad}")
+            assert error["code"] == "load_failed", what
+            assert error["message"].startswith(f"Failed to load model: {bad}: "), what
+        assert (await wire.ask("INFER max_tokens=2 Hello"))["model"] == "before"
 
 
 async def test_fault_20_what_is_no_file(tmp_path: Path) -> None:

@@ -89,7 +89,16 @@ def test_a_worker_knows_neither_the_wire_nor_trio() -> None:
     for name in ("protocol", "client", "trio", "click", "structlog"):
         assert not who_imports(name) & worker, name
     ours = {name for module in worker for name in imports(module) if name.partition(".")[0] in OURS}
-    assert ours - worker == {"bridge.ipc"}
+    assert ours - worker == {"bridge.ipc", "bridge.suit"}
+
+
+def test_models_know_the_wire_alone() -> None:
+    models = inside("bridge.models")
+    for name in ("trio", "click", "structlog"):
+        assert not who_imports(name) & models, name
+    ours = {name for module in models for name in imports(module) if name.partition(".")[0] in OURS}
+    assert ours - models - inside("protocol") <= {"bridge.suit"}
+    assert not imports("bridge.suit") & MODULES.keys()
 
 
 def test_the_engine_is_behind_one_door() -> None:
@@ -97,18 +106,21 @@ def test_the_engine_is_behind_one_door() -> None:
     assert who_imports("llama_cpp") <= behind
     others = {module: imports(module) & behind for module in MODULES.keys() - behind}
     assert {module: found for module, found in others.items() if found} == {
-        "bridge.worker.__main__": {"bridge.worker.llama"}
+        "bridge.worker.__main__": {"bridge.worker.llama"},
+        "bridge.worker.about": {"bridge.worker.llama_about"},
     }
     assert who_imports("bridge.worker") <= inside("bridge.worker")  # the daemon starts a worker, it does not import one
 
 
 def test_only_handlers_translate_between_wire_and_worker() -> None:
-    # bridge.server loads the configured models at the start, as a LOAD would.
+    # bridge.planner makes of LOAD's options, with what suits the machine, the worker's.
     both = who_imports("protocol.commands") & who_imports("bridge.ipc")
-    assert both <= {"bridge.dispatch", "bridge.generation", "bridge.server"}
+    assert both <= {"bridge.dispatch", "bridge.generation", "bridge.loading", "bridge.lora", "bridge.planner"}
 
 
-@pytest.mark.parametrize("module", ["bridge.registry", "bridge.worker.scheduler"])
+@pytest.mark.parametrize(
+    "module", ["bridge.registry", "bridge.entry", "bridge.room", "bridge.models.fit", "bridge.worker.scheduler"]
+)
 def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}
 

@@ -12,10 +12,9 @@ import trio
 import trio.testing
 from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually, until_gone
 
-from bridge import ipc
 from bridge.config import Limits
+from bridge.entry import Entry, Spec, Terms
 from bridge.providers.local import LocalProvider
-from bridge.registry import Entry, Spec
 
 LONG = "INFER_STREAM max_tokens=100000 ignore_eos=true"
 
@@ -243,7 +242,7 @@ async def test_free_while_it_loads() -> None:
         await wire.send("LOAD echo?load_ms=200")
         await in_state(place, "loading")
         await third.send("INFER a")
-        await eventually(lambda: waits_for(place, 1))
+        await eventually(lambda: waits_for(place, 2))
         assert (await other.ask("FREE echo"))["freed"] == ["echo"]
         assert (await wire.line())["code"] == "not_found"
         assert (await third.line())["code"] == "not_found"
@@ -252,7 +251,7 @@ async def test_free_while_it_loads() -> None:
 
 
 async def waits_for(place: Inside, users: int) -> bool:
-    return place.server._daemon.pool._users.get("echo") == users
+    return place.server._daemon.pool.pick("echo").waiting == users
 
 
 @pytest.mark.parametrize("order", ["LOAD FREE", "LOAD FREE FREE"])
@@ -289,17 +288,13 @@ async def test_free_is_told_although_the_model_is_loaded_again_at_once(monkeypat
         def ended_and_loaded_again(name: str, why: str, now: float) -> object:
             monkeypatch.undo()
             effects = ended(name, why, now)
-            loaded: Entry = pool.begin_load(None, local_spec("echo"), 99)
+            loaded: Entry = pool.begin_load(None, Spec("echo"), 99, Terms(), None)
             assert loaded.state == "loading"
             return effects
 
         monkeypatch.setattr(pool._registry, "ended", ended_and_loaded_again)
         assert (await wire.ask("FREE echo"))["freed"] == ["echo"]
         await place.until_ready()
-
-
-def local_spec(path: str) -> Spec:
-    return Spec(path, ipc.Options())
 
 
 async def test_free_of_what_rests() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from protocol.commands import Cancel, Command, Infer, InferStream, Ping, Request, Status
+from protocol.commands import Cancel, Command, Infer, InferStream, Ping, Pull, Request, Status
 from protocol.connection import (
     TEXT_LINE_LIMIT,
     TRANSITIONS,
@@ -23,9 +23,17 @@ from protocol.connection import (
     State,
 )
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
-from protocol.replies import Failed, Final, Ok, Reply, Started, Token
+from protocol.replies import Failed, Final, Ok, Progress, Queued, Reply, Started, Token
 
-REPLIES: tuple[Reply, ...] = (Ok("x"), Failed("internal", "x"), Started(), Token("x"), Final("", "stop"))
+REPLIES: tuple[Reply, ...] = (
+    Ok("x"),
+    Failed("internal", "x"),
+    Progress("download", 5),
+    Started(),
+    Queued(1, 0.0),
+    Token("x"),
+    Final("", "stop"),
+)
 ASK = {State.REQUESTED: Ping(), State.STREAM_REQUESTED: InferStream(prompt="x")}
 
 
@@ -118,8 +126,9 @@ def test_every_reply_in_every_state_of_a_client(state: State, reply: Reply) -> N
     asker, answerer, exchange, _ = in_state(state)
     # A server that breaks the rules: another exchange of its own, in a state in which it may say this.
     answerer = server()
-    lax = requested(answerer, (b"PING" if isinstance(reply, Ok | Failed) else b"INFER_STREAM x") + b"\n").exchange
-    if isinstance(reply, Token | Final):
+    in_line = isinstance(reply, Ok | Failed | Progress)
+    lax = requested(answerer, b"PING\n" if in_line else b"INFER_STREAM x\n").exchange
+    if isinstance(reply, Queued | Token | Final):
         answerer.reply(lax, Started())
     line = answerer.reply(lax, reply).replace(b"}\n", b',"id":"a"}\n')
 
@@ -175,6 +184,30 @@ def test_with_ids_answers_come_in_any_order() -> None:
     events = list(asker.receive(b"".join(lines)))
     mine = [exchange for exchange, _ in asked]
     assert [event.exchange for event in events if isinstance(event, Answer)] == [mine[i] for i in (1, 2, 1, 0, 1)]
+    assert asker.open_exchanges == answerer.open_exchanges == 0
+
+
+def test_progress_goes_before_the_answer_it_belongs_to_with_and_without_an_id() -> None:
+    asker, answerer = client(), server()
+    asked = [asker.request(Request(Pull(source="x"), id)) for id in (None, "a")]
+    plain, with_id = (requested(answerer, line).exchange for _, line in asked)
+    lines = [
+        answerer.reply(plain, Progress("download", 1, 9)),
+        answerer.reply(with_id, Progress("download", 2, 9)),
+        answerer.reply(plain, Progress("check", 3)),
+        answerer.reply(with_id, Ok("Model pulled")),
+        answerer.reply(plain, Failed("pull_failed", "x")),
+    ]
+    with pytest.raises(LocalProtocolError):
+        answerer.reply(plain, Progress("check", 4))
+    mine = [exchange for exchange, _ in asked]
+    assert list(asker.receive(b"".join(lines))) == [
+        Answer(mine[0], Progress("download", 1, 9)),
+        Answer(mine[1], Progress("download", 2, 9, id="a")),
+        Answer(mine[0], Progress("check", 3)),
+        Answer(mine[1], Ok("Model pulled", id="a")),
+        Answer(mine[0], Failed("pull_failed", "x")),
+    ]
     assert asker.open_exchanges == answerer.open_exchanges == 0
 
 

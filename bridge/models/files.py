@@ -1,27 +1,15 @@
-"""Looks at a model's file before a worker is spawned for it."""
+"""Looks at a model's files before a worker is spawned for it."""
 
 from __future__ import annotations
 
-import os
-import stat
-
+from bridge.models.gguf import GgufError, Header, read_model
 from protocol.errors import BridgeError, ErrorCode
 
-_MAGIC = b"GGUF"
 
-
-def check_model_file(path: str) -> None:
-    """Raises BridgeError (load_failed) where there is no GGUF file to be read. Opens no FIFO and no device."""
-    if reason := _what_is_wrong(path):
-        raise BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}: {reason}")
-
-
-def _what_is_wrong(path: str) -> str | None:
+def read_model_files(path: str) -> list[Header]:
+    """The headers of all its files. Raises BridgeError (load_failed) unless whole GGUF files lie there."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return "it is not a regular file"
-        with open(path, "rb") as file:
-            start = file.read(len(_MAGIC))
-    except (OSError, ValueError) as error:
-        return getattr(error, "strerror", None) or str(error)
-    return None if start == _MAGIC else f"it does not begin with {_MAGIC.decode()}"
+        return read_model(path)
+    except (GgufError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}: {reason}") from None

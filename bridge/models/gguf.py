@@ -14,20 +14,22 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
+
+from bridge.models.gguf_reader import HEADER_BYTES, GgufError, Reader
+
+__all__ = ["ArrayInfo", "GgufError", "Header", "Tensor", "read_header", "read_model"]
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 
 # Bounds, so that a hostile header costs little: about what the largest known ones have, times 4.
-_HEADER_BYTES = 64 << 20
 _KEYS = 16_384
 _TENSORS = 262_144
 _TEXTS = 4 << 20
 _SHARDS = 4_096
 _KEPT = 1024  # entries of an array that are kept; there is one a layer in those that are asked for
 
-_CHUNK = 1 << 20
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _MAX_NAME = 64  # GGML_MAX_NAME, with the zero at its end
 _INT64 = 2**63 - 1
@@ -44,9 +46,6 @@ _TYPE_NAMES = (
 _TYPES = {
     "general.alignment": (_UINT32,),
     "general.architecture": (_STRING,),
-    "general.type": (_STRING,),
-    "adapter.type": (_STRING,),
-    "adapter.lora.alpha": (_FLOAT32,),
     "split.no": (_UINT16,),
     "split.count": (_UINT16,),
 }
@@ -68,12 +67,7 @@ BLOCKS = {
     34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18),
 }  # fmt: skip
 
-_LENGTH = struct.Struct("<Q")
 _SHARD_NAME = re.compile(r"^(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
-
-
-class GgufError(Exception):
-    """What is wrong with the file, for people."""
 
 
 class Tensor(NamedTuple):
@@ -123,7 +117,7 @@ def read_header(path: str | Path) -> Header:
 @lru_cache(maxsize=64)
 def _read_version(path: str, *version: int) -> Header:
     with open(path, "rb", buffering=0) as file:
-        return _read(path, _Reader(file))
+        return _read(path, Reader(file))
 
 
 def read_model(path: str | Path) -> list[Header]:
@@ -176,7 +170,7 @@ def _check_together(shards: list[Header]) -> None:
 # -- a file ----------------------------------------------------------------------------------------------------
 
 
-def _read(path: str, reader: _Reader) -> Header:
+def _read(path: str, reader: Reader) -> Header:
     if reader.bytes(min(len(MAGIC), reader.file_size)) != MAGIC:
         raise GgufError("it does not begin with GGUF")
     version = reader.number("I")
@@ -206,7 +200,7 @@ def _read(path: str, reader: _Reader) -> Header:
     return Header(path, reader.file_size, version, alignment, metadata, placed)
 
 
-def _read_value(reader: _Reader, key: str) -> Any:
+def _read_value(reader: Reader, key: str) -> Any:
     kind = reader.number("I")
     if kind == _ARRAY:
         return _read_array(reader, key)
@@ -214,7 +208,7 @@ def _read_value(reader: _Reader, key: str) -> Any:
     return reader.text() if kind == _STRING else reader.number(_SCALARS[kind])
 
 
-def _read_array(reader: _Reader, key: str) -> tuple[Any, ...] | ArrayInfo:
+def _read_array(reader: Reader, key: str) -> tuple[Any, ...] | ArrayInfo:
     kind, count = reader.number("I"), reader.number("Q")
     if kind == _ARRAY:
         raise GgufError(f"key {key!r} is an array of arrays, which llama.cpp does not read")
@@ -222,13 +216,13 @@ def _read_array(reader: _Reader, key: str) -> tuple[Any, ...] | ArrayInfo:
         raise GgufError(f"key {key!r} is an array; it must be {_name(_TYPES[key][0])}")
     _check_type(key, kind, _ARRAY_TYPES.get(key, ()), array=False)
     if kind == _STRING:
-        reader.check_count(f"strings in {key!r}", count, _TEXTS, each=_LENGTH.size)
+        reader.check_count(f"strings in {key!r}", count, _TEXTS, each=8)
         if count <= _KEPT:
             return tuple(reader.text() for _ in range(count))
         reader.skip_texts(count)
     else:
         size = struct.calcsize(_SCALARS[kind])
-        reader.check_count(f"numbers in {key!r}", count, _HEADER_BYTES, each=size)
+        reader.check_count(f"numbers in {key!r}", count, HEADER_BYTES, each=size)
         if count <= _KEPT:
             return struct.unpack(f"<{count}{_SCALARS[kind]}", reader.bytes(count * size))
         reader.skip(count * size)
@@ -247,7 +241,7 @@ def _name(kind: int) -> str:
     return _TYPE_NAMES[kind]
 
 
-def _read_tensor(reader: _Reader) -> Tensor:
+def _read_tensor(reader: Reader) -> Tensor:
     """Its offset is still that in the data section."""
     name = reader.text(_MAX_NAME - 1)
     n_dims = reader.number("I")
@@ -288,78 +282,3 @@ def _place(tensors: dict[str, Tensor], start: int, alignment: int, file_size: in
 
 def _pad(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
-
-
-# -- its bytes -------------------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """Goes through the file from its start; ``at`` is how far. What it holds is what was there to be read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._data = b""
-        self.file_size = os.fstat(file.fileno()).st_size
-        self.at = 0
-
-    def check_count(self, what: str, count: int, most: int, *, each: int) -> None:
-        """Whether so many things of ``each`` bytes or more can be in what is left of the file."""
-        if count * each > self.file_size - self.at:
-            raise GgufError(f"it claims {count} {what}, which its {self.file_size} bytes cannot hold")
-        if count > most:
-            raise GgufError(f"it has {count} {what}; allowed: up to {most}")
-
-    def bytes(self, size: int) -> bytes:
-        start = self.at
-        self.skip(size)
-        return self._data[start : self.at]
-
-    def number(self, letter: str) -> Any:
-        value = struct.unpack("<" + letter, self.bytes(struct.calcsize("<" + letter)))[0]
-        return bool(value) if letter == "?" else value
-
-    def text(self, most: int = _HEADER_BYTES) -> str:
-        """What is no UTF-8 in it becomes U+FFFD."""
-        length = self.number("Q")
-        if length > most:
-            raise GgufError(f"at byte {self.at} it claims a text of {length} bytes; allowed: up to {most}")
-        return self.bytes(length).decode(errors="replace")
-
-    def skip_texts(self, count: int) -> None:
-        """Past so many texts: one a step of this loop, which vocabularies of 100,000 tokens and more go through."""
-        unpack = _LENGTH.unpack_from
-        while count:
-            data, at = self._data, self.at
-            try:
-                for count in range(count, 0, -1):  # noqa: B007, B020 (how many are left, if it breaks off)
-                    at += 8 + unpack(data, at)[0]
-                count = 0
-            except (struct.error, OverflowError):  # the next length is not read yet, or nowhere
-                pass
-            self.at = at
-            self._have(_LENGTH.size if count else 0)
-
-    def skip(self, size: int) -> None:
-        self._have(size)
-        self.at += size
-
-    def _have(self, size: int) -> None:
-        """Reads on until ``size`` bytes from here on are there."""
-        end = self.at + size
-        if end <= len(self._data):
-            return
-        if end > self.file_size:
-            raise GgufError(f"its header goes on to byte {end}, but the file has {self.file_size}: it is cut short")
-        if end > _HEADER_BYTES:
-            raise GgufError(f"its header goes on to byte {end}; allowed: up to {_HEADER_BYTES}")
-        missing = max(end - len(self._data), _CHUNK, len(self._data) // 2)
-        parts = [self._data]
-        while missing > 0:
-            part = self._file.read(missing)
-            if not part:
-                break
-            parts.append(part)
-            missing -= len(part)
-        self._data = b"".join(parts)
-        if end > len(self._data):
-            raise GgufError("it became shorter while it was read")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from bridge import ipc
+from bridge.config import Limits
 
 AskAdapters = ipc.LoadAdapter | ipc.UnloadAdapter | ipc.ListAdapters
 Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue | ipc.Park | AskAdapters
@@ -40,6 +41,8 @@ class Provider(Protocol):
 
     info: ipc.ModelInfo
     load_ms: float
+    limits: Limits  # in force from when they are set
+    adapters: set[str]  # the keys of those that are there; of whoever asks for them
 
     @property
     def pid(self) -> int: ...

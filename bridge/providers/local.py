@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from bridge import ipc, log
-from bridge.models.files import check_model_file
+from bridge.config import Limits
 from bridge.outbox import Outbox
 from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
 from bridge.receipts import Totals
@@ -46,7 +46,7 @@ class _Pending:
 
 
 class LocalProvider:
-    """``queue`` bounds the requests in the worker, waiting or running, ``queue_bytes`` the length of their prompts.
+    """``limits`` bound the requests in the worker, waiting or running; they may be replaced.
 
     What the worker computed is added to ``totals``, also for those that did not wait for their answer.
     """
@@ -56,19 +56,15 @@ class LocalProvider:
         name: str,
         backend: str,
         load: ipc.Load,
-        *,
-        queue: int,
-        queue_bytes: int,
-        load_seconds: float,
+        limits: Limits,
         totals: Totals,
     ) -> None:
         self._name = name
         self._totals = totals
         self._backend = backend
         self._load = load
-        self._queue = queue
-        self._queue_bytes = queue_bytes
-        self._load_seconds = load_seconds
+        self.limits = limits
+        self.adapters = {adapter.key for adapter in load.lora}
         self._pending: dict[int, _Pending] = {}
         self._waiting_bytes = 0
         self._last_rid = 0
@@ -94,8 +90,6 @@ class LocalProvider:
     # -- life --------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        if self._backend == "llama":
-            check_model_file(self._load.path)
         try:
             self._spawn()
         except OSError as error:  # no process, no memory or no file descriptor left
@@ -103,11 +97,11 @@ class LocalProvider:
         self._outbox = Outbox(self._home, limit=_UNBOUNDED, stall=float("inf"))
         self._outbox.put(ipc.encode(self._load))
         try:
-            with trio.fail_after(self._load_seconds):
+            with trio.fail_after(self.limits.load):
                 answer = await self._first_frame()
         except trio.TooSlowError:
             await self._bury()
-            raise self._failed(f"it took longer than {self._load_seconds:g} s") from None
+            raise self._failed(f"it took longer than {self.limits.load:g} s") from None
         except _NO_FRAME as error:
             await self._bury()
             raise self._failed(f"its worker sent what is no frame: {error}") from None
@@ -240,11 +234,12 @@ class LocalProvider:
             raise self._crashed("has just died")
         if isinstance(request, ipc.ListQueue | ipc.Park | AskAdapters):
             return  # they compute nothing, and a full queue is what one wants to look at
-        if size > self._queue_bytes:
-            message = f"The prompts have {size} characters; allowed: {self._queue_bytes}, as limits.queue_bytes says"
+        if size > self.limits.queue_bytes:
+            most = self.limits.queue_bytes
+            message = f"The prompts have {size} characters; allowed: {most}, as limits.queue_bytes says"
             raise BridgeError(ErrorCode.BAD_ARGUMENT, message)
-        full = len(self._pending) >= self._queue
-        if full or self._waiting_bytes + size > self._queue_bytes:
+        full = len(self._pending) >= self.limits.queue
+        if full or self._waiting_bytes + size > self.limits.queue_bytes:
             what = f"{len(self._pending)} requests" if full else f"{self._waiting_bytes} bytes of prompts"
             wait = self._seconds_a_request * (1 + self.queued) / self.info.n_parallel
             message = f"{self._name} has {what} waiting, all it may"

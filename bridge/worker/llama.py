@@ -19,7 +19,7 @@ from typing import Any
 
 import llama_cpp as C
 
-from bridge import ipc
+from bridge import ipc, suit
 from bridge.worker.backend import Aborted, Adapters, BackendError, Batch, EmbedLimits, LoadError, Sampled
 from bridge.worker.llama_batch import CBatch
 from bridge.worker.llama_callbacks import AbortFlag, Log
@@ -27,7 +27,7 @@ from bridge.worker.llama_cells import LlamaCells
 from bridge.worker.llama_chat import Chat
 from bridge.worker.llama_embed import Embedder
 from bridge.worker.llama_lora import LlamaLora
-from bridge.worker.llama_options import DEFAULT_N_CTX, context_params, model_params, resolve, suit_flash_attn
+from bridge.worker.llama_options import context_params, model_params, resolve, suit_flash_attn
 from bridge.worker.llama_sampling import Samplers
 from bridge.worker.llama_vocab import Vocab
 
@@ -72,7 +72,7 @@ class LlamaBackend(LlamaCells):
         if not model:
             raise LoadError(self._log.why("llama.cpp could not load it"))
         n_ctx_train = C.llama_model_n_ctx_train(model)
-        self._options["n_ctx"] = self._options["n_ctx"] or min(n_ctx_train, DEFAULT_N_CTX)
+        self._options["n_ctx"] = self._options["n_ctx"] or suit.n_ctx(n_ctx_train)
         return model
 
     def _init_context(self) -> Any:

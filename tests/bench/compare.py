@@ -28,6 +28,7 @@ import conversation
 import costs
 import decode
 import embeddings
+import models
 import orjson
 import prefix
 import psutil
@@ -59,6 +60,7 @@ GROUPS = {
     "embeddings": Group(embeddings.rows, "llama_server"),
     "stall": Group(stall.rows, "llama_server"),
     "costs": Group(costs.rows),
+    "models": Group(models.rows),
 }
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -58,6 +58,6 @@ def _one_round(settings: Settings, number: int) -> dict[str, float]:
 
 def _free_and_load(settings: Settings, path: str) -> None:
     with Client(path, timeout=600) as client:
-        (model,) = client.models()
+        (model,) = client.models(loaded=True)
         client.free(model.name)
         client.load(str(settings.model))

@@ -1,0 +1,124 @@
+"""The configuration in force: its models at the start, and what becomes of it when it is read anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import trio
+
+from bridge import log
+from bridge.config import Config, ConfigError, Model
+from bridge.daemon import Daemon
+from bridge.entry import Terms
+from bridge.registry import CONFIGURATION
+from protocol.commands import LoadOptions
+from protocol.errors import BridgeError, ErrorCode
+
+NEEDS_RESTART = ("socket", "socket_mode", "socket_group", "tcp", "backend", "log.level", "log.format")
+
+
+class Configured:
+    """Has the daemon follow its configuration. ``read`` raises ConfigError."""
+
+    def __init__(self, daemon: Daemon, read: Callable[[], Config], nursery: trio.Nursery) -> None:
+        self._daemon = daemon
+        self._read = read
+        self._nursery = nursery
+        self._names: dict[bytes, str] = {}  # what its models, by all that it says of them, are loaded as
+        self._one = trio.Lock()
+        self._log = log.get()
+
+    async def begin(self) -> None:
+        """Has the models loaded, in their order: the first is the default. Returns when all are known by name.
+
+        But for those that are to be fetched or converted first, which follow.
+        """
+        async with self._one:
+            for model in self._daemon.config.models:
+                if await self._is_here(model):
+                    await self._load(model)
+                else:
+                    self._nursery.start_soon(self._load, model)
+
+    async def reload(self) -> dict[str, Any]:
+        """Reads it anew, and says what changed. Raises BridgeError (bad_config), and then nothing has."""
+        async with self._one:
+            old = self._daemon.config
+            try:
+                new = self._read()
+            except ConfigError as error:
+                raise BridgeError(ErrorCode.BAD_CONFIG, f"The configuration stays as it is: {error}") from None
+            changed = sorted(_differences(old, new))
+            new = _keep(old, new)
+            self._daemon.config = new
+            self._daemon.library.reconfigure(new)
+            self._daemon.pool.reconfigure(new)
+            freed = await self._free(self._names.keys() - set(map(_key, new.models)))
+            added = [model for model in new.models if _key(model) not in self._names]
+            failed = {model.path: why for model in added if (why := await self._load(model))}
+            self._log.info("configuration reloaded", changed=changed)
+            return {
+                "changed": [key for key in changed if key not in NEEDS_RESTART],
+                "needs_restart": [key for key in changed if key in NEEDS_RESTART],
+                "loaded": [self._names[_key(model)] for model in added if _key(model) in self._names],
+                "freed": freed,
+                "failed": failed,
+            }
+
+    async def _is_here(self, model: Model) -> bool:
+        try:
+            return not model.quant and await self._daemon.library.is_ready(model.path)
+        except BridgeError:
+            return False
+
+    async def _load(self, model: Model) -> str | None:
+        """Begins to; returns why that cannot be."""
+        library, pool = self._daemon.library, self._daemon.pool
+        try:
+            found = await library.prepare(model.path, model.quant, lambda progress: None)
+            options = msgspec.convert(model, LoadOptions, from_attributes=True)
+            spec = found.spec(options, await self._daemon.adapters.resolve(model.lora))
+            if model not in self._daemon.config.models:
+                raise BridgeError(ErrorCode.NOT_FOUND, "the configuration names it no longer")
+            terms = Terms(model.keep_alive, model.pin)
+            name = model.name or found.name
+            if model.preload:
+                entry = pool.begin_load(name, spec, CONFIGURATION, terms, None)
+            else:
+                entry = pool.know(name, spec, terms)
+        except BridgeError as error:
+            self._log.error("configured model failed", path=model.path, reason=error.message)
+            return error.message
+        self._names[_key(model)] = entry.name
+        return None
+
+    async def _free(self, keys: Iterable[bytes]) -> list[str]:
+        """What the configuration no longer names goes, unless somebody else holds it."""
+        names = {self._names.pop(key) for key in keys} - set(self._names.values())
+        return await self._daemon.pool.give_back(names, CONFIGURATION)
+
+
+def _key(model: Model) -> bytes:
+    return msgspec.json.encode(model)
+
+
+def _differences(old: Config, new: Config) -> Iterable[str]:
+    """The keys that differ, those of a section as ``section.key``."""
+    for key in Config.__struct_fields__:
+        before, after = getattr(old, key), getattr(new, key)
+        if isinstance(before, msgspec.Struct):
+            yield from (
+                f"{key}.{inner}"
+                for inner in before.__struct_fields__
+                if getattr(before, inner) != getattr(after, inner)
+            )
+        elif before != after:
+            yield key
+
+
+def _keep(old: Config, new: Config) -> Config:
+    """The new one, but for what needs a restart."""
+    kept = {key: getattr(old, key) for key in NEEDS_RESTART if "." not in key}
+    return msgspec.structs.replace(new, **kept, log=old.log)

@@ -1,0 +1,176 @@
+"""Where models are, as the daemon asks for it: found, pulled and converted without holding up anybody.
+
+Looking at folders is done in a thread, one at a time; pulling and converting by processes of their own, which all who
+want the same share.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from bridge.config import Config
+from bridge.entry import DEFAULTS, Spec, Stamp
+from bridge.jobs import Jobs, Progress, run_job
+from bridge.models.about import describe
+from bridge.models.catalogue import Catalogue, Known
+from bridge.models.converted import cached
+from bridge.models.default import models_dir
+from bridge.models.files import read_model_files
+from bridge.models.names import split_quant
+from bridge.models.reference import LocalPath, Name, parse
+from bridge.models.weights import needs_converting
+from protocol.commands import LoadOptions
+from protocol.errors import BridgeError, ErrorCode
+
+T = TypeVar("T")
+Tell = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model's file, its first one if there are several. ``name`` is what it is called where it was found."""
+
+    path: str
+    name: str | None = None
+    stamp: Stamp = ()
+
+    def spec(self, options: LoadOptions = DEFAULTS, lora: tuple[tuple[str, float], ...] = ()) -> Spec:
+        return Spec(self.path, options, lora, self.stamp)
+
+
+class Library:
+    """The fake's has nothing, and takes any path for a model's."""
+
+    def __init__(self, nursery: trio.Nursery, config: Config) -> None:
+        self._jobs = Jobs(nursery)
+        self._one = trio.CapacityLimiter(1)  # thread that looks at folders
+        self.reconfigure(config)
+
+    def reconfigure(self, config: Config) -> None:
+        settings = config.store
+        self.fake = config.backend == "fake"
+        self._settings = settings
+        self._store = _folder(settings.dir) if settings.dir else models_dir()
+        self._catalogue = Catalogue(
+            self._store,
+            list(map(_folder, settings.directories)),
+            list(map(_folder, settings.allow)),
+            discover=settings.discover,
+        )
+
+    async def look(self, look: Callable[[], T]) -> T:
+        """Calls it in the thread that looks at files."""
+        return await trio.to_thread.run_sync(look, limiter=self._one, abandon_on_cancel=True)
+
+    # -- what there is -----------------------------------------------------------------------------------------
+
+    async def known(self) -> list[Known]:
+        return [] if self.fake else await self.look(self._catalogue.models)
+
+    async def find(self, reference: str, unknown: BridgeError | None = None) -> Found:
+        """A model that is on this machine. Raises BridgeError: not_found, ambiguous, forbidden."""
+        if self.fake:
+            if unknown is not None:
+                raise unknown
+            return Found(reference)
+        known = await self.look(partial(self._catalogue.find, reference))
+        return Found(known.path, None if known.source == "path" else known.name, known.stamp)
+
+    async def describe(self, path: str) -> dict[str, Any]:
+        """What a model's files say of it. Raises BridgeError (load_failed)."""
+        return {} if self.fake else await self.look(lambda: describe(read_model_files(path)))
+
+    async def check_path(self, path: str) -> str:
+        """The real path of a file that may be read. Raises BridgeError: not_found, forbidden."""
+        return path if self.fake else await self.look(partial(self._catalogue.check_path, path))
+
+    async def is_ready(self, reference: str) -> bool:
+        """Whether it can be loaded as it is. Raises BridgeError: ambiguous, forbidden."""
+        try:
+            return not needs_converting((await self.find(reference)).path)
+        except BridgeError as error:
+            if error.code != ErrorCode.NOT_FOUND:
+                raise
+            return False
+
+    async def remove(self, name: str) -> Known:
+        """Raises BridgeError: not_found, ambiguous, forbidden."""
+        try:
+            return await self.look(partial(self._catalogue.remove, name))
+        except OSError as error:
+            message = f"{name} cannot be removed: {error.filename}: {error.strerror}"
+            raise BridgeError(ErrorCode.FORBIDDEN, message) from None
+
+    # -- what has to be made -----------------------------------------------------------------------------------
+
+    async def prepare(self, reference: str, quant: str | None, tell: Tell) -> Found:
+        """A model that can be loaded: pulled, converted and quantised where that is still to be done.
+
+        Raises BridgeError: what ``find`` and ``pull`` raise, convert_failed, unsupported.
+        """
+        if self.fake:
+            return Found(reference)
+        try:
+            found = await self.find(reference)
+        except BridgeError as error:
+            if error.code != ErrorCode.NOT_FOUND or isinstance(parse(reference), LocalPath | Name):
+                raise
+            pulled = await self.pull(reference, None, tell)
+            found = await self.find(pulled["path"])
+        if quant is None and not needs_converting(found.path):
+            return found
+        made = await self._converted(found, quant)
+        if made is None:
+            arguments = [found.path, "--store", str(self._store)]
+            arguments += ["--quant", quant] if quant else []
+            arguments += ["--python", self._settings.convert_python] if self._settings.convert_python else []
+            made = Path((await self._run("convert", arguments, tell))["path"])
+        return await self._as_made(found, made, quant)
+
+    async def prepared(self, reference: str, quant: str | None) -> Found:
+        """The same, but nothing is made. Raises BridgeError: what ``find`` does, not_found for what is to be made."""
+        found = await self.find(reference)
+        if self.fake or (quant is None and not needs_converting(found.path)):
+            return found
+        made = await self._converted(found, quant)
+        if made is None:
+            raise BridgeError(ErrorCode.NOT_FOUND, f"{reference} has to be converted first, which LOAD does")
+        return await self._as_made(found, made, quant)
+
+    async def _converted(self, found: Found, quant: str | None) -> Path | None:
+        return await self.look(partial(cached, found.path, self._store, quant))
+
+    async def _as_made(self, found: Found, made: Path, quant: str | None) -> Found:
+        name = found.name
+        if quant and name:
+            name = f"{split_quant(name)[0]}:{quant.upper()}"
+        return replace(await self.find(str(made)), name=name)
+
+    async def pull(self, source: str, sha256: str | None, tell: Tell) -> dict[str, Any]:
+        """Fetches it into the store: ``name``, ``path``, ``files``, ``size``, and whether it was ``fetched``.
+
+        Raises BridgeError: what bridge/models/pull.py says, forbidden.
+        """
+        if not self._settings.pull:
+            raise BridgeError(ErrorCode.FORBIDDEN, "PULL is switched off here, by store.pull of the configuration")
+        arguments = [source, "--store", str(self._store)]
+        pulled = await self._run("pull", arguments + (["--sha256", sha256] if sha256 else []), tell)
+        known = await self.look(partial(self._catalogue.find, pulled["path"]))
+        about = {"name": known.name, "path": known.path, "files": known.files, "size": known.size}
+        return about | {"fetched": pulled["fetched"]}
+
+    async def _run(self, program: str, arguments: list[str], tell: Tell) -> dict[str, Any]:
+        command = (f"bridge.models.{program}", *arguments)
+        return await self._jobs.join(command, partial(run_job, command), tell)
+
+
+def _folder(setting: str) -> Path:
+    """Not Path.expanduser, which raises for a user that is not there."""
+    return Path(os.path.expanduser(setting))
