@@ -13,7 +13,7 @@ just computing waits for that, so that what comes together and begins alike is c
 Then ``schedule`` makes the batches. A sequence knows which of its tokens are not in the cache yet (sequence.py).
 
 1. The first batch has one token of every sequence that has just one to compute. These are the running streams: each
-   gets its next token in every round, whatever else is going on.
+   gets its next token in every round, whatever else is going on. (Under several sets of adapters it is several; below.)
 2. Further batches have what there is room for of sequences with more to compute (prompts, and what a rewind took
    back), by priority and age. Only prompts too short to be worth a pass over the weights share one: llama.cpp's split
    cache computes as many tokens of each sequence at a time, so what unequal prompts have over the shortest costs
