@@ -56,6 +56,7 @@ class Configured:
             self._daemon.library.reconfigure(new)
             self._daemon.pool.reconfigure(new)
             freed = await self._free(self._names.keys() - set(map(_key, new.models)))
+            self._forget_what_went()
             added = [model for model in new.models if _key(model) not in self._names]
             following = [model for model in added if await self._takes_long(model)]
             for model in following:
@@ -95,8 +96,17 @@ class Configured:
         except BridgeError as error:
             self._log.error("configured model failed", path=model.path, reason=error.message)
             return error.message
+        except Exception:
+            # A bug in looking for one model must not end the daemon.
+            self._log.exception("configured model failed", path=model.path)
+            return "Internal error; it is logged"
         self._names[_key(model)] = entry.name
         return None
+
+    def _forget_what_went(self) -> None:
+        """Their loads failed since, or somebody freed them: they are to be loaded as if they were new."""
+        held = {entry.name for entry in self._daemon.pool.entries if CONFIGURATION in entry.holders}
+        self._names = {key: name for key, name in self._names.items() if name in held}
 
     async def _free(self, keys: Iterable[bytes]) -> list[str]:
         """What the configuration no longer names goes, unless somebody else holds it."""

@@ -59,7 +59,14 @@ async def test_models_come_and_go(place: Spawned, file: Path) -> None:
         await place.until_ready()
         pid = await place.pid()
         said = await reload(wire, file, models("echo", "two"))
-        assert said == {"changed": ["models"], "needs_restart": [], "loaded": ["two"], "freed": [], "failed": {}}
+        assert said == {
+            "changed": ["models"],
+            "needs_restart": [],
+            "loaded": ["two"],
+            "freed": [],
+            "following": [],
+            "failed": {},
+        }
         await place.until_ready("two")
         assert await place.pid() == pid, "what is as it was is left alone"
         said = await reload(wire, file, models("two"))
@@ -115,9 +122,20 @@ async def test_one_that_fails_is_told_and_tried_again(place: Spawned, file: Path
         said = await reload(wire, file, models("echo", "other/echo"))
         assert said["failed"].keys() == {"other/echo"}
         assert "name echo is taken" in said["failed"]["other/echo"]
-        await wire.ask("FREE echo")
-        assert (await wire.ask("RELOAD"))["data"]["loaded"] == ["echo"]
+        said = await reload(wire, file, models("other/echo"))
+        assert (said["loaded"], said["freed"], said["failed"]) == (["echo"], ["echo"], {})
         assert (await place.models())["echo"]["path"] == "other/echo"
+
+
+async def test_what_went_is_loaded_again(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        assert (await reload(wire, file, models("echo", "broken?load=fail")))["loaded"] == ["broken"]
+        await place.until(lambda there: list(there) == ["echo"])
+        assert (await wire.ask("RELOAD"))["data"]["loaded"] == ["broken"], "it may have been mended"
+        await place.until(lambda there: list(there) == ["echo"])
+        await wire.ask("FREE echo")
+        assert (await wire.ask("RELOAD"))["data"]["loaded"] == ["echo", "broken"]
+        await place.until_ready()
 
 
 async def test_a_model_that_waits_for_its_first_request(place: Spawned, file: Path) -> None:
