@@ -149,7 +149,7 @@ def plan(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **na
     if plan.wait_for:
         click.echo(f"would have to wait for: {', '.join(plan.wait_for)}")
     if plan.n_ctx_max is not None:
-        click.echo(f"the longest n_ctx that fits: {plan.n_ctx_max or 'none'}")
+        click.echo(f"longest n_ctx in what is free now: {plan.n_ctx_max or 'none'}")
     click.echo()
     _print_sizes(plan)
     if plan.options:
