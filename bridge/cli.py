@@ -162,7 +162,7 @@ def reload(client: Client, as_json: bool) -> None:
     if as_json:
         return print_json(reloaded)
     click.echo(f"changed: {', '.join(reloaded.changed) or 'nothing'}")
-    for what, names in (("loaded", reloaded.loaded), ("freed", reloaded.freed)):
+    for what, names in (("loaded", reloaded.loaded), ("freed", reloaded.freed), ("being fetched", reloaded.following)):
         if names:
             click.echo(f"{what}: {', '.join(names)}")
     for path, reason in reloaded.failed.items():

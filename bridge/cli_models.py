@@ -12,6 +12,7 @@ import msgspec
 from bridge.cli import here, json_option, parameters_of, print_json, talks
 from bridge.cli_bar import progress_bar
 from bridge.cli_tables import in_bytes, print_models, print_table
+from bridge.cli_types import NumberOrAuto
 from client import Client
 from client.results import ModelState
 from client.results import Plan as Planned
@@ -97,9 +98,9 @@ def _print_options(options: dict[str, Any], why: dict[str, str]) -> None:
 def loads(command: F) -> F:
     """The options of LOAD and PLAN. The rarer ones are given with -p."""
     options = (
-        click.option("--n-ctx", help="Tokens of one sequence, prompt and answer together; or auto."),
+        click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence, prompt and answer together."),
         click.option("--n-parallel", type=int, help="Sequences that run at once."),
-        click.option("--n-gpu-layers", help="Layers on the GPU; -1 is all; or auto."),
+        click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 is all."),
         click.option("--quant", help="Quantise it first, such as q4_k_m."),
         click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."),
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD."),
@@ -111,10 +112,8 @@ def loads(command: F) -> F:
 
 
 def _options(client: Client, command: type[Command], pairs: tuple[str, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that may be ``auto`` come as text."""
-    given = [f"{key}={value}" for key in ("n_ctx", "n_gpu_layers") if (value := named.pop(key)) is not None]
     named["lora"] = tuple(here(client, adapter) for adapter in named["lora"])
-    return parameters_of(command, (*given, *pairs), **named)
+    return parameters_of(command, pairs, **named)
 
 
 @click.command()

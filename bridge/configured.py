@@ -37,10 +37,10 @@ class Configured:
         """
         async with self._one:
             for model in self._daemon.config.models:
-                if await self._is_here(model):
-                    await self._load(model)
-                else:
+                if await self._takes_long(model):
                     self._nursery.start_soon(self._load, model)
+                else:
+                    await self._load(model)
 
     async def reload(self) -> dict[str, Any]:
         """Reads it anew, and says what changed. Raises BridgeError (bad_config), and then nothing has."""
@@ -57,20 +57,24 @@ class Configured:
             self._daemon.pool.reconfigure(new)
             freed = await self._free(self._names.keys() - set(map(_key, new.models)))
             added = [model for model in new.models if _key(model) not in self._names]
-            failed = {model.path: why for model in added if (why := await self._load(model))}
+            following = [model for model in added if await self._takes_long(model)]
+            for model in following:
+                self._nursery.start_soon(self._load, model)
+            failed = {model.path: why for model in added if model not in following and (why := await self._load(model))}
             self._log.info("configuration reloaded", changed=changed)
             return {
                 "changed": [key for key in changed if key not in NEEDS_RESTART],
                 "needs_restart": [key for key in changed if key in NEEDS_RESTART],
                 "loaded": [self._names[_key(model)] for model in added if _key(model) in self._names],
                 "freed": freed,
+                "following": [model.path for model in following],
                 "failed": failed,
             }
 
-    async def _is_here(self, model: Model) -> bool:
+    async def _takes_long(self, model: Model) -> bool:
         try:
-            return not model.quant and await self._daemon.library.is_ready(model.path)
-        except BridgeError:
+            return await self._daemon.library.takes_long(model.path, model.quant)
+        except BridgeError:  # which _load will tell
             return False
 
     async def _load(self, model: Model) -> str | None:

@@ -91,15 +91,6 @@ class Library:
         """The real path of a file that may be read. Raises BridgeError: not_found, forbidden."""
         return path if self.fake else await self.look(partial(self._catalogue.check_path, path))
 
-    async def is_ready(self, reference: str) -> bool:
-        """Whether it can be loaded as it is. Raises BridgeError: ambiguous, forbidden."""
-        try:
-            return not needs_converting((await self.find(reference)).path)
-        except BridgeError as error:
-            if error.code != ErrorCode.NOT_FOUND:
-                raise
-            return False
-
     async def remove(self, name: str) -> Known:
         """Raises BridgeError: not_found, ambiguous, forbidden."""
         try:
@@ -131,6 +122,16 @@ class Library:
             options = {"quant": quant, "python": self._settings.convert_python}
             made = Path((await self._run("convert", found.path, options, tell))["path"])
         return await self._as_made(found, made, quant)
+
+    async def takes_long(self, reference: str, quant: str | None) -> bool:
+        """Whether ``prepare`` has anything to fetch or to convert. What it will refuse, it refuses soon."""
+        try:
+            found = await self.find(reference)
+        except BridgeError as error:
+            return error.code == ErrorCode.NOT_FOUND and not isinstance(parse(reference), LocalPath | Name)
+        if self.fake or (quant is None and not needs_converting(found.path)):
+            return False
+        return await self._converted(found, quant) is None
 
     async def prepared(self, reference: str, quant: str | None) -> Found:
         """The same, but nothing is made. Raises BridgeError: what ``find`` does, not_found for what is to be made."""

@@ -14,6 +14,7 @@ from bridge.entry import Spec
 from bridge.library import Library
 from bridge.models import fit
 from bridge.models.files import read_model_files
+from bridge.models.gguf import GgufError
 from bridge.models.hardware import accelerator_nodes, detect
 from bridge.room import Memory
 from protocol.commands import LoadOptions
@@ -73,8 +74,11 @@ class Planner:
 
 def _plan(asked: LoadOptions, path: str, free: Memory) -> Planned:
     model = read_model_files(path)
-    hardware = detect(build=fit.repacking_matters(model))
-    plan = fit.plan(model, asked, hardware, room=fit.Room(free.host, (free.gpu,)))
+    try:
+        hardware = detect(build=fit.repacking_matters(model))
+        plan = fit.plan(model, asked, hardware, room=fit.Room(free.host, (free.gpu,)))
+    except GgufError as error:  # well formed, but no model
+        raise BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}: {error}") from None
     parts = {part: getattr(plan.need, part) for part in ("weights", "kv", "compute", "process", "loaded", "total")}
     return Planned(
         options=ipc.Options(**msgspec.structs.asdict(plan.options)),

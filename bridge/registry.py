@@ -67,6 +67,8 @@ class Registry:
             entry = self._new(name or name_of(spec.path), spec)
             effects: list[Effect] = [Start(entry.name)]
         else:
+            if holder is None and entry.state is State.READY:  # it takes what is there, also of a file that was changed
+                spec = replace(spec, stamp=entry.spec.stamp)
             effects = self._join(entry, spec)
         self._call(entry, name)
         self._call(entry, alias)

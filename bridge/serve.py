@@ -11,6 +11,7 @@ import click
 import trio
 
 from bridge import log
+from bridge.cli_types import NumberOrAuto
 from bridge.config import Config, ConfigError, read_config
 from bridge.listeners import ListenError
 from bridge.server import run
@@ -22,10 +23,10 @@ from bridge.server import run
 @click.option("--tcp", metavar="HOST:PORT", multiple=True, help="A TCP port to listen on as well; may be repeated.")
 @click.option("--load", "models", metavar="MODEL", multiple=True, help="A GGUF file to load; may be repeated.")
 @click.option("--backend", type=click.Choice(["llama", "fake"]), help="fake answers with the prompt's own words.")
-@click.option("--n-ctx", type=int, help="Tokens of one sequence.")
+@click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence.")
 @click.option("--n-parallel", type=int, help="Sequences computed at once.")
-@click.option("--n-threads", type=int, help="Threads that compute.")
-@click.option("--n-gpu-layers", type=int, help="Layers on the GPU; -1 for all.")
+@click.option("--n-threads", type=NumberOrAuto(), help="Threads that compute.")
+@click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 for all.")
 @click.option("--cache-dir", metavar="DIR", help="Where prompts' states are kept when a model is unloaded.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def serve(path: Path | None, **flags: Any) -> None:

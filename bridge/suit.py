@@ -1,6 +1,7 @@
 """What suits a model and the machine where LOAD asks for nothing: the one place for it.
 
-``bridge.models.fit`` plans with it; ``bridge.worker.llama_options`` fills in with it what comes without a plan.
+``bridge.models.fit`` plans with it; ``bridge.worker.llama_options`` fills in with it what comes without a plan, and
+the scheduler cuts prompts by it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ N_CTX = 4096  # tokens of one sequence, if the model was trained with as many
 N_PARALLEL = 4
 N_BATCH = 2048
 N_UBATCH = 512
+CHUNK = 256  # tokens of prompts that a step has at most; measured: tests/bench/RESULTS.md
 CACHE_TYPE = "f16"
 _PLAIN_ATTENTION = 512 << 20  # bytes for the products of queries and keys
 

@@ -200,12 +200,15 @@ class Removed(Struct, frozen=True, kw_only=True):
 
 
 class Reloaded(Struct, frozen=True, kw_only=True):
-    """Keys of the configuration that changed, and those of them that a restart alone will change; models by name."""
+    """Keys of the configuration that changed, and those of them that a restart alone will change; models by name, and
+    ``following`` and ``failed``, why, by what the configuration calls them.
+    """
 
     changed: list[str] = []
     needs_restart: list[str] = []
     loaded: list[str] = []
     freed: list[str] = []
+    following: list[str] = []
     failed: dict[str, str] = {}
 
 

@@ -166,6 +166,12 @@ def test_what_is_asked(line: str, command: Command) -> None:
         assert server.seen == [command]
 
 
+def test_a_number_that_is_none() -> None:
+    result = run("load", "--n-ctx", "many", "a.gguf")
+    assert result.exit_code == 2
+    assert "'many' is neither a whole number nor auto" in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [["infer"], ["infer", "-"]], ids=["none", "dash"])
 def test_the_prompt_from_standard_input(arguments: list[str]) -> None:
     with scripted() as server:
@@ -344,7 +350,7 @@ def test_an_interrupted_stream_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> 
         ("infer -p max_tokens=many x", "-p max_tokens=many: Expected `int`"),
         ("infer -p logit_bias={ x", "-p logit_bias={: Expected"),
         ("load", "Missing argument 'MODEL'"),
-        ("load --n-ctx most x", "-p n_ctx=most: "),
+        ("load -p n_ctx=most x", "-p n_ctx=most: "),
         ("plan -p pin=true x", "-p pin=true: PLAN takes KEY=VALUE with one of"),
         ("pull", "Missing argument 'SOURCE'"),
         ("lora dance", "'dance' is not one of"),

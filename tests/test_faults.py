@@ -1,7 +1,7 @@
 """The table of faults, row by row: what the daemon survives, seen from outside. A row's number is in its test's name.
 
-Rows that are not here come with what they are about: 15 to 17, 21, 23, 25, 26, 29 and 30. Rows 27 and 28 are about
-the process, so their tests are in test_server.py.
+Rows that are not here come with what they are about: 15 to 17, 23, 26, 29 and 30. Rows 27 and 28 are about the process,
+so their tests are in test_server.py, and those of a configuration that is read anew in test_configured.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import trio
 from helpers import Inside, Place, Spawned, Wire, daemon, eventually, spawned
 from tiny_models import tiny_model
 
-from bridge.config import Limits
+from bridge.config import Limits, Pool, Store
 from bridge.providers.local import LocalProvider
 from protocol.commands import LoadOptions
 
@@ -411,15 +411,124 @@ async def test_fault_19_a_header_that_lies(tmp_path: Path, monkeypatch: pytest.M
         assert (await wire.ask("INFER max_tokens=2 Hello"))["model"] == "before"
 
 
+@pytest.mark.needs("llama_cpp")
+@pytest.mark.parametrize("cut", [0, 5, 16, 333, 0.5, -1])
+async def test_fault_18_a_tiny_model_cut_short(tmp_path: Path, cut: float) -> None:
+    """By a LOAD, and by a request that names it; what is known of it later, when it is whole, is not what was then."""
+    path = tiny_model(tmp_path, "llama")
+    content = path.read_bytes()
+    end = int(cut * len(content)) if isinstance(cut, float) else cut
+    path.write_bytes(content[:end])
+    async with daemon(backend="llama", load=LoadOptions(n_ctx=64, n_threads=1)) as place, await place.unix() as wire:
+        for line in (f"LOAD {path}", f"INFER model={path} a"):
+            assert await wire.code(line) == "load_failed", line
+        assert await place.models() == {}
+        path.write_bytes(content)
+        assert (await wire.ask(f"INFER model={path} max_tokens=1 a"))["model"] == "tiny-llama"
+
+
+STRANGE = {  # a key, and the type and the value in place of its uint32
+    "no layers": ("llama.block_count", b"\x04\0\0\0" + b"\0" * 4),
+    "4,294,967,295 layers": ("llama.block_count", b"\x04\0\0\0" + b"\xff" * 4),
+    "no heads": ("llama.attention.head_count", b"\x04\0\0\0" + b"\0" * 4),
+    "a length below nothing": ("llama.context_length", b"\x05\0\0\0" + b"\xff" * 4),
+    "heads without end": ("llama.attention.head_count_kv", b"\x06\0\0\0" + b"\0\0\x80\x7f"),
+}
+
+
+@pytest.mark.needs("llama_cpp")
+async def test_fault_19_a_header_of_strange_values(tmp_path: Path) -> None:
+    """They are well formed, and believed until they are computed with. Nobody else suffers."""
+    path = tiny_model(tmp_path, "llama")
+    content = path.read_bytes()
+    strange = tmp_path / "strange.gguf"
+    async with daemon(backend="llama", load=LoadOptions(n_ctx=64, n_threads=1)) as place, await place.unix() as wire:
+        assert (await wire.ask(f"LOAD name=before {path}"))["status"] == "ok"
+        pid = await place.pid("before")
+        for what, (key, value) in STRANGE.items():
+            at = content.index(key.encode()) + len(key)
+            assert content[at : at + 4] == b"\x04\0\0\0", "a uint32"
+            strange.write_bytes(content[:at] + value + content[at + 8 :])
+            for line in (f"PLAN {strange}", f"LOAD {strange}", f"SHOW {strange}"):
+                reply = await wire.ask(line)
+                assert reply.get("blame") != "bug", (what, line, reply)
+            await wire.ask("FREE strange")
+        assert await place.pid("before") == pid
+        assert (await wire.ask("INFER model=before max_tokens=2 Hello"))["status"] == "ok"
+
+
 async def test_fault_20_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dangling").symlink_to(tmp_path / "missing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    what = [tmp_path / "fifo", tmp_path, "/dev/zero", "/dev/fd/0", tmp_path / "missing", tmp_path / "dangling"]
+    what += [tmp_path / "loop", tmp_path / "fifo" / "x.gguf", "x" * 4000, "/" + "../" * 500 + "nowhere", "~nobody/x"]
     async with daemon(backend="llama") as place, await place.unix() as wire:
-        for path in (tmp_path / "fifo", tmp_path, "/dev/zero", tmp_path / "missing", "two\\nlines", "nul\\u0000"):
-            assert await wire.code(f'LOAD {{"path":"{path}"}}') == "load_failed"
+        for path in what:
+            for line in (f"LOAD {path}", f"INFER model={path} a", f"PLAN {path}", f"LORA check {path}"):
+                reply = await wire.ask(line)
+                allowed = ("not_found", "no_model") if line.startswith("LORA") else ("not_found",)
+                assert reply.get("code") in allowed, (line[:100], reply)
+        for text in ("two\\nlines", "nul\\u0000", "/etc/pass\\u0000wd"):
+            for line in (f'LOAD {{"path":"{text}"}}', f'INFER {{"prompt":"a","model":"{text}"}}'):
+                assert await wire.code(line) in ("bad_argument", "not_found"), line
         assert (await wire.ask("STATUS"))["message"] == "No model loaded"
 
 
-# -- 22 and 24: workers ----------------------------------------------------------------------------------------
+@pytest.mark.needs("llama_cpp")
+async def test_fault_20_what_lies_outside(tmp_path: Path) -> None:
+    """It is forbidden whether it is there or not, and whatever it is."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    tiny_model(outside, "llama")
+    os.mkfifo(outside / "fifo")
+    (inside / "escapes.gguf").symlink_to(outside / "tiny-llama.gguf")
+    (inside / "folder").symlink_to(outside)
+    (inside / "within.gguf").symlink_to(tiny_model(inside, "llama"))
+    store = Store(dir=str(tmp_path / "store"), allow=[str(inside)], discover=False)
+    fields = {"store": store, "load": LoadOptions(n_ctx=64, n_threads=1)}
+    async with daemon(backend="llama", **fields) as place, await place.unix() as wire:
+        for path in (
+            outside / "tiny-llama.gguf",
+            outside / "missing.gguf",
+            outside / "fifo",
+            inside / "escapes.gguf",
+            inside / "folder" / "tiny-llama.gguf",
+            f"{inside}/../out/tiny-llama.gguf",
+            f"{inside}ly/tiny-llama.gguf",
+            "/dev/zero",
+            "/etc/passwd",
+        ):
+            for line in (f"LOAD {path}", f"INFER model={path} a", f"PLAN {path}", f"SHOW {path}"):
+                reply = await wire.ask(line)
+                assert (reply.get("code"), reply.get("allowed")) == ("forbidden", [str(inside)]), line
+        assert await place.models() == {}
+        assert await wire.code(f"LOAD {inside}/missing.gguf") == "not_found"
+        assert (await wire.ask(f"LOAD {inside}/within.gguf"))["status"] == "ok"
+
+
+@pytest.mark.needs("llama_cpp")
+async def test_fault_21_a_file_cut_short_under_a_model(tmp_path: Path) -> None:
+    """The pages that are gone are a SIGBUS for who reads them; nobody else reads them."""
+    (tmp_path / "cut").mkdir()
+    path, other = tiny_model(tmp_path / "cut", "llama"), tiny_model(tmp_path, "swa")
+    load = LoadOptions(n_ctx=64, n_threads=1, use_mmap=True, repack=False)
+    async with daemon(backend="llama", load=load) as place, await place.unix() as wire:
+        assert (await wire.ask(f"LOAD {path}"))["model"] == "tiny-llama"
+        assert (await wire.ask(f"LOAD {other}"))["model"] == "tiny-swa"
+        os.truncate(path, 4096)
+        reply = await wire.ask("INFER model=tiny-llama max_tokens=2 Hello")
+        assert (reply["code"], reply["blame"]) == ("model_crashed", "retry")
+        assert "SIGBUS" in reply["message"]
+        assert await wire.code("INFER model=tiny-llama a") == "model_resting", "it cannot be started again"
+        assert (await wire.ask("INFER model=tiny-swa max_tokens=2 Hello"))["status"] == "ok"
+        assert await wire.code(f"LOAD {path}") == "load_failed"
+        assert (await wire.ask("FREE all"))["status"] == "ok"
+        assert await place.models() == {}
+
+
+# -- 22, 24 and 25: workers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
@@ -495,3 +604,51 @@ async def test_fault_24_free_during_a_generation(drain: str) -> None:
         else:
             assert (reply["code"], reply["blame"]) == ("busy", "retry")
         assert await wire.text() == "a" + " a" * 59
+
+
+async def test_fault_24_fifty_loads_and_frees_at_once() -> None:
+    """In any order: each is answered, and in the end the model is there or it is not, with one worker or none."""
+    async with daemon("other") as place, AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(await place.unix()) for _ in range(50)]
+        for _ in range(3):
+            for number, wire in enumerate(wires):
+                await wire.send("FREE echo" if number % 2 else "LOAD echo")
+            replies = [await wire.line() for wire in wires]
+            assert {reply.get("code", "ok") for reply in replies} <= {"ok", "not_found", "busy"}
+            assert "ok" in {reply["status"] for reply in replies}
+        models = await place.models()
+        assert models.keys() <= {"echo", "other"}
+        await wires[0].ask("FREE all")
+        assert await place.models() == {}
+        assert children() == set()
+
+
+def children() -> set[int]:
+    """The processes that this one began and that are still there."""
+    return {int(pid) for pid in Path("/proc/self/task", str(os.getpid()), "children").read_text().split()}
+
+
+async def test_fault_25_too_little_memory() -> None:
+    """Before anything is loaded; who is there stays, and is not asked to leave for nothing."""
+    pool = Pool(memory=250 << 20)
+    async with daemon("echo?mb=100", pool=pool) as place, await place.unix() as wire:
+        pid = await place.pid()
+        for line in ("LOAD big?mb=300", "LOAD big?mb=300&load=segv"):
+            reply = await wire.ask(line)
+            assert (reply["code"], reply["blame"]) == ("load_failed", "client")
+            assert (reply["need"]["host"], reply["have"]["host"]) == (300 << 20, 150 << 20)
+        assert list(await place.models()) == ["echo"]
+        assert await place.pid() == pid
+        await still_answers(place)
+
+
+@pytest.mark.needs("llama_cpp")
+async def test_fault_25_too_little_memory_for_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_model(tmp_path, "llama")
+    monkeypatch.setattr(LocalProvider, "_spawn", lambda self: pytest.fail("a worker was spawned"))
+    async with daemon(backend="llama", pool=Pool(memory=10 << 20)) as place, await place.unix() as wire:
+        reply = await wire.ask(f"LOAD n_ctx=4096 {path}")
+        assert (reply["code"], reply["blame"]) == ("load_failed", "client")
+        assert reply["need"]["host"] > 10 << 20
+        assert reply["have"]["host"] == 10 << 20
+        assert await place.models() == {}

@@ -17,8 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, Architecture, tiny_model
 
+from bridge.models.fit import Room, plan
 from bridge.models.gguf import BLOCKS, ArrayInfo, GgufError, Header, read_header, read_model
+from bridge.models.hardware import Hardware
+from protocol.commands import LoadOptions
 
+CPU = Hardware(cores=1, threads=1, ram_total=10**9, ram_available=10**9)
 HUGE = (2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -296,6 +300,7 @@ def test_damage_is_noticed_or_harmless(
     path.write_bytes(content[:at] + patch + content[at + len(patch) :])
     try:
         damaged = read_header(path)
+        plan([damaged], LoadOptions(n_ctx="auto"), CPU, room=Room(10**9))
     except GgufError:
         return
     assert all(one.offset + one.size <= damaged.file_size for one in damaged.tensors.values())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_prefix_cache import Rig, assert_same
 from tiny_lora import TinyLora, total, weights
-from tiny_models import ARCHITECTURES, Architecture, tiny_model
+from tiny_models import ARCHITECTURES, NAMES, Architecture, tiny_model
 
 from bridge import ipc
 from bridge.worker.backend import Adapters, BackendError, Batch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.needs("llama_cpp")
 
-NAMES = {"llama": "llama", "swa": "gemma3", "mamba": "mamba", "hybrid": "jamba"}
 TEXT = "The quick brown fox jumps over the lazy dog. "
 GREEDY = ipc.Sampling(temperature=0.0, logprobs=0, ignore_eos=True)
 CLOSE = 2e-3  # logits, of some 4 from the likeliest to the mean: B (A x) is summed in another order than (B A) x

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_lora import EMBEDDING, TinyLora, weights
-from tiny_models import ARCHITECTURES, Architecture, tiny_model
+from tiny_models import ARCHITECTURES, NAMES, Architecture, tiny_model
 
 from bridge.models.gguf import GgufError, Header, Tensor, read_header
 from bridge.models.lora import AdapterInfo, check_adapter, content_key, parse_lora, parse_loras
 from protocol.errors import BridgeError
 
-NAMES = {"llama": "llama", "swa": "gemma3", "mamba": "mamba", "hybrid": "jamba"}
 Q, GATE = "blk.1.attn_q.weight", "blk.2.ffn_gate.weight"
 F32, F16, I32, Q8_0, BF16, NVFP4 = 0, 1, 26, 8, 30, 40
 
@@ -71,6 +71,29 @@ def test_one_for_another_model_is_told_apart(tmp_path: Path) -> None:
     assert caught.value.message == (
         f"{path} is no adapter for {model}: it is for the architecture 'gemma3', the model is of 'llama'"
     )
+
+
+@pytest.mark.parametrize(
+    ("add", "key"),
+    [
+        (lambda writer: writer.add_float64("adapter.lora.alpha", 8.0), "adapter.lora.alpha"),
+        (lambda writer: writer.add_int32("adapter.lora.alpha", 8), "adapter.lora.alpha"),
+        (lambda writer: writer.add_array("adapter.lora.alpha", [8.0]), "adapter.lora.alpha"),
+        (lambda writer: writer.add_uint32("general.type", 1), "general.type"),
+        (lambda writer: writer.add_array("adapter.type", ["lora"]), "adapter.type"),
+    ],
+)
+def test_what_llama_cpp_would_read_as_another_type_is_no_header(
+    add: Callable[[gguf.GGUFWriter], None], key: str, tmp_path: Path
+) -> None:
+    """It aborts at these, so they are refused before their values are looked at."""
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
+    add(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(GgufError, match=key):
+        read_header(tmp_path / "lora.gguf")
 
 
 # -- headers ---------------------------------------------------------------------------------------------------

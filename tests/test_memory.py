@@ -21,6 +21,7 @@ LAYOUT = Layout(
     n_ctx=4096,
     n_parallel=4,
     n_ubatch=512,
+    n_tokens=256,
     n_layers_gpu=0,
     n_gpus=0,
     type_k="f16",
@@ -104,8 +105,7 @@ def test_cells_states_and_graphs_of_each_kind_of_memory(tiny: Path, allocated: B
     model = Model(read_model(tiny))
     sizes = allocated.allocate(layout)
     assert model.kv(layout).host == pytest.approx(sizes["KV"] + sizes["RS"], abs=0.02 * MIB)
-    work = model.conversions(layout)
-    assert model.compute(layout).host - work == pytest.approx(sizes["compute"], rel=0.1, abs=0.5 * MIB)
+    assert model.graph(layout, layout.n_ubatch) == pytest.approx(sizes["compute"], rel=0.1, abs=0.5 * MIB)
 
 
 @pytest.mark.parametrize("layout", (LAYOUTS | QUANTISED).values(), ids=LAYOUTS | QUANTISED)
@@ -117,8 +117,7 @@ def test_the_default_model(default_model: Path, layout: Layout) -> None:
     finally:
         buffers.free()
     assert model.kv(layout).host == pytest.approx(sizes["KV"], abs=0.02 * MIB)
-    work = model.conversions(layout)
-    assert model.compute(layout).host - work == pytest.approx(sizes["compute"], rel=0.07)
+    assert model.graph(layout, layout.n_ubatch) == pytest.approx(sizes["compute"], rel=0.07)
 
 
 # -- weights, by hand ------------------------------------------------------------------------------------------
@@ -223,11 +222,19 @@ def test_layers_on_the_gpu_have_their_cells_there() -> None:
     )
 
 
+def test_a_gpu_has_all_that_is_reserved_and_the_host_what_is_used() -> None:
+    model = Model([header(*WEIGHTS, feed_forward_length=256, **ATTENTION)])
+    flash = replace(LAYOUT, plain=False, n_layers_gpu=3, n_gpus=2)
+    assert model.compute(flash).gpu == 2 * model.graph(flash, 512)
+    assert model.compute(flash).host < model.compute(replace(flash, n_layers_gpu=2)).host
+    assert model.compute(replace(flash, n_layers_gpu=0)).gpu == 0
+
+
 def test_experts_need_room_for_as_many_as_are_used() -> None:
     dense = Model([header(*WEIGHTS, feed_forward_length=256, **ATTENTION)]).compute(LAYOUT).host
     used = {"expert_used_count": 8, "expert_feed_forward_length": 1_000_000}
     sparse = Model([header(*WEIGHTS, feed_forward_length=256, **used, **ATTENTION)]).compute(LAYOUT).host
-    assert sparse - dense > 512 * 8 * 3 * 1_000_000 * 4 * 0.9
+    assert sparse - dense > 256 * 8 * 3 * 1_000_000 * 4 * 0.9
 
 
 # -- headers of no model ---------------------------------------------------------------------------------------
@@ -244,6 +251,10 @@ def test_no_model() -> None:
         Model([header()])
     with pytest.raises(GgufError, match="no architecture or no tensors"):
         Model([Header("m.gguf", 0, 3, 32, {}, {"a": WEIGHTS[0]})])
+    adapter = header(*WEIGHTS)
+    adapter.metadata["general.type"] = "adapter"
+    with pytest.raises(GgufError, match="it is no model but of the type 'adapter'"):
+        Model([adapter])
 
 
 @pytest.mark.parametrize("value", ["text", -5, 0.5, True, (), ("a",), (1,) * 600, ArrayInfo(4, 2000), 2**64 - 1])

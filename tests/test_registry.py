@@ -473,6 +473,13 @@ def test_a_file_that_was_changed_is_loaded_anew() -> None:
     assert registry.wake(entry) == [Start("a")]
 
 
+def test_a_request_takes_what_is_there() -> None:
+    registry = with_model(State.READY, HERE)
+    entry, effects = registry.load(None, CHANGED, None, alias="x")
+    assert (effects, entry.state, entry.spec, entry.names) == ([], State.READY, HERE, ["a", "x"])
+    assert registry.load(None, CHANGED, ME)[1] == [Stop("a")], "and the next LOAD what is new"
+
+
 def test_options_that_were_asked_for_outlive_the_change_of_the_file() -> None:
     registry = with_model(State.READY, Spec(HERE.path, SMALL, (), HERE.stamp))
     entry, _ = registry.load(None, CHANGED, ME)

@@ -15,21 +15,23 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tiny_models import Architecture
+from tiny_models import D_INNER, D_STATE, DT_RANK, N_EMBD, N_FF, N_LAYER, N_VOCAB, Architecture
 
 Shape = tuple[int, int]  # n_out, n_in
 
-_N_EMBD, _N_FF, _N_VOCAB, _N_LAYER = 32, 64, 354, 4
-_ATTENTION = {f"attn_{name}": (_N_EMBD, _N_EMBD) for name in ("q", "k", "v", "output")}
-_FEED_FORWARD = {"ffn_gate": (_N_FF, _N_EMBD), "ffn_up": (_N_FF, _N_EMBD), "ffn_down": (_N_EMBD, _N_FF)}
-_MAMBA = {"ssm_in": (128, _N_EMBD), "ssm_x": (20, 64), "ssm_dt": (64, 4), "ssm_out": (_N_EMBD, 64)}
+_ATTENTION = {f"attn_{name}": (N_EMBD, N_EMBD) for name in ("q", "k", "v", "output")}
+_FEED_FORWARD = {"ffn_gate": (N_FF, N_EMBD), "ffn_up": (N_FF, N_EMBD), "ffn_down": (N_EMBD, N_FF)}
+_MAMBA = {
+    "ssm_in": (2 * D_INNER, N_EMBD), "ssm_x": (DT_RANK + 2 * D_STATE, D_INNER), "ssm_dt": (D_INNER, DT_RANK),
+    "ssm_out": (N_EMBD, D_INNER),
+}  # fmt: skip
 EMBEDDING = "token_embd.weight"
 
 
 def weights(architecture: Architecture) -> dict[str, Shape]:
     """Those that llama.cpp multiplies by, and the embedding."""
-    shapes: dict[str, Shape] = {EMBEDDING: (_N_VOCAB, _N_EMBD), "output.weight": (_N_VOCAB, _N_EMBD)}
-    for layer in range(_N_LAYER):
+    shapes: dict[str, Shape] = {EMBEDDING: (N_VOCAB, N_EMBD), "output.weight": (N_VOCAB, N_EMBD)}
+    for layer in range(N_LAYER):
         attends = architecture in ("llama", "swa") or (architecture == "hybrid" and layer == 1)
         block = _ATTENTION if attends else _MAMBA
         if architecture != "mamba":

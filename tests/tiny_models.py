@@ -40,20 +40,20 @@ ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 WINDOW = 32  # tokens that a sliding layer of ``swa`` sees, the present one among them
 N_CTX_TRAIN = 4096
-_NAMES = {"llama": "llama", "swa": "gemma3", "mamba": "mamba", "hybrid": "jamba"}  # llama.cpp's
-_N_LAYER = 4
-_N_EMBD = 32
-_N_FF = 64
+NAMES = {"llama": "llama", "swa": "gemma3", "mamba": "mamba", "hybrid": "jamba"}  # llama.cpp's
+N_LAYER = 4
+N_EMBD = 32
+N_FF = 64
 _N_HEAD = 2
-_HEAD = _N_EMBD // _N_HEAD
-_D_CONV, _D_INNER, _D_STATE, _DT_RANK = 4, 2 * _N_EMBD, 8, 4
+_HEAD = N_EMBD // _N_HEAD
+_D_CONV, D_INNER, D_STATE, DT_RANK = 4, 2 * N_EMBD, 8, 4
 _ATTENTION_LAYER = 1  # of ``hybrid``
 
 
 def tiny_model(folder: Path, architecture: Architecture, plus: Mapping[str, Any] | None = None) -> Path:
     """Writes the model into the folder. ``plus`` has what is added to tensors of these names."""
     path = folder / f"tiny-{architecture}.gguf"
-    writer = gguf.GGUFWriter(path, _NAMES[architecture])
+    writer = gguf.GGUFWriter(path, NAMES[architecture])
     _add_hyperparameters(writer, architecture)
     _add_vocabulary(writer)
     _Weights(writer, plus or {}).add(architecture)
@@ -70,12 +70,12 @@ def _has_attention(architecture: Architecture, layer: int) -> bool:
 
 def _add_hyperparameters(writer: gguf.GGUFWriter, architecture: Architecture) -> None:
     writer.add_context_length(N_CTX_TRAIN)
-    writer.add_embedding_length(_N_EMBD)
-    writer.add_block_count(_N_LAYER)
-    writer.add_feed_forward_length(0 if architecture == "mamba" else _N_FF)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_block_count(N_LAYER)
+    writer.add_feed_forward_length(0 if architecture == "mamba" else N_FF)
     writer.add_head_count(0 if architecture == "mamba" else _N_HEAD)
     # For llama.cpp a layer of a hybrid model is recurrent if it has no such heads.
-    heads = [_N_HEAD * _has_attention(architecture, layer) for layer in range(_N_LAYER)]
+    heads = [_N_HEAD * _has_attention(architecture, layer) for layer in range(N_LAYER)]
     writer.add_head_count_kv(heads if architecture == "hybrid" else heads[0])
     writer.add_layer_norm_rms_eps(1e-5)
     if architecture == "swa":
@@ -85,9 +85,9 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, architecture: Architecture) ->
         writer.add_sliding_window_pattern(2)  # every second layer sees all
     if architecture in ("mamba", "hybrid"):
         writer.add_ssm_conv_kernel(_D_CONV)
-        writer.add_ssm_inner_size(_D_INNER)
-        writer.add_ssm_state_size(_D_STATE)
-        writer.add_ssm_time_step_rank(_DT_RANK)
+        writer.add_ssm_inner_size(D_INNER)
+        writer.add_ssm_state_size(D_STATE)
+        writer.add_ssm_time_step_rank(DT_RANK)
 
 
 # -- the vocabulary --------------------------------------------------------------------------------------------
@@ -96,12 +96,12 @@ _CONTROL = ["<unk>", "<s>", "</s>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _CHARACTERS = ["\u2581", *(chr(code) for code in range(ord("!"), ord("~") + 1))]  # SentencePiece writes a space so
 _N_UNSAID = len(_CONTROL) + len(_BYTES)
-_N_VOCAB = _N_UNSAID + len(_CHARACTERS)
+N_VOCAB = _N_UNSAID + len(_CHARACTERS)
 
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:
     """Characters at random."""
-    return [int(token) for token in np.random.default_rng(seed).integers(_N_UNSAID, _N_VOCAB, count)]
+    return [int(token) for token in np.random.default_rng(seed).integers(_N_UNSAID, N_VOCAB, count)]
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
@@ -109,7 +109,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     kinds = gguf.TokenType
     writer.add_tokenizer_model("llama")
     writer.add_token_list([*_CONTROL, *_BYTES, *_CHARACTERS])
-    writer.add_token_scores([0.0] * _N_VOCAB)
+    writer.add_token_scores([0.0] * N_VOCAB)
     writer.add_token_types(
         [kinds.UNKNOWN, *[kinds.CONTROL] * 2, *[kinds.BYTE] * len(_BYTES), *[kinds.NORMAL] * len(_CHARACTERS)]
     )
@@ -133,14 +133,14 @@ class _Weights:
 
     def add(self, architecture: Architecture) -> None:
         # gemma3 scales what it embeds.
-        self._matrix("token_embd.weight", _N_VOCAB, _N_EMBD, gain=1.0 if architecture == "swa" else _N_EMBD**0.5)
-        self._ones("output_norm.weight", _N_EMBD)
+        self._matrix("token_embd.weight", N_VOCAB, N_EMBD, gain=1.0 if architecture == "swa" else N_EMBD**0.5)
+        self._ones("output_norm.weight", N_EMBD)
         self._output()
-        for layer in range(_N_LAYER):
+        for layer in range(N_LAYER):
             self._layer(architecture, layer, f"blk.{layer}")
 
     def _layer(self, architecture: Architecture, layer: int, block: str) -> None:
-        self._ones(f"{block}.attn_norm.weight", _N_EMBD)
+        self._ones(f"{block}.attn_norm.weight", N_EMBD)
         if _has_attention(architecture, layer):
             self._attention(block)
         else:
@@ -148,41 +148,41 @@ class _Weights:
         if architecture == "swa":
             self._ones(f"{block}.attn_q_norm.weight", _HEAD, value=1.5)
             self._ones(f"{block}.attn_k_norm.weight", _HEAD, value=1.5)
-            self._ones(f"{block}.post_attention_norm.weight", _N_EMBD)
-            self._ones(f"{block}.post_ffw_norm.weight", _N_EMBD)
+            self._ones(f"{block}.post_attention_norm.weight", N_EMBD)
+            self._ones(f"{block}.post_ffw_norm.weight", N_EMBD)
         if architecture != "mamba":
             self._feed_forward(block)
 
     def _attention(self, block: str) -> None:
         """Its queries and keys are large, lest it take the mean of all, which from some length on tells nothing."""
         for name, gain in ("q", 1.2), ("k", 1.2), ("v", 1.5), ("output", 1.5):
-            self._matrix(f"{block}.attn_{name}.weight", _N_EMBD, _N_EMBD, gain=gain)
+            self._matrix(f"{block}.attn_{name}.weight", N_EMBD, N_EMBD, gain=gain)
 
     def _feed_forward(self, block: str) -> None:
-        self._ones(f"{block}.ffn_norm.weight", _N_EMBD)
-        self._matrix(f"{block}.ffn_gate.weight", _N_FF, _N_EMBD)
-        self._matrix(f"{block}.ffn_up.weight", _N_FF, _N_EMBD)
-        self._matrix(f"{block}.ffn_down.weight", _N_EMBD, _N_FF)
+        self._ones(f"{block}.ffn_norm.weight", N_EMBD)
+        self._matrix(f"{block}.ffn_gate.weight", N_FF, N_EMBD)
+        self._matrix(f"{block}.ffn_up.weight", N_FF, N_EMBD)
+        self._matrix(f"{block}.ffn_down.weight", N_EMBD, N_FF)
 
     def _mamba(self, block: str, *, norms: bool) -> None:
         """Its state decays slowly: by half in from some 5 to 500 tokens."""
-        self._matrix(f"{block}.ssm_in.weight", 2 * _D_INNER, _N_EMBD, gain=1.5)
-        self._matrix(f"{block}.ssm_conv1d.weight", _D_INNER, _D_CONV)
-        self._ones(f"{block}.ssm_conv1d.bias", _D_INNER, value=0.0)
-        self._matrix(f"{block}.ssm_x.weight", _DT_RANK + 2 * _D_STATE, _D_INNER, gain=2.0)
-        self._matrix(f"{block}.ssm_dt.weight", _D_INNER, _DT_RANK)
-        self._ones(f"{block}.ssm_dt.bias", _D_INNER, value=-1.0)
-        decay = -np.geomspace(0.005, 0.5, _D_STATE, dtype=np.float32)
-        self._writer.add_tensor(f"{block}.ssm_a", np.tile(decay, (_D_INNER, 1)))
-        self._ones(f"{block}.ssm_d", _D_INNER)
-        self._matrix(f"{block}.ssm_out.weight", _N_EMBD, _D_INNER, gain=1.5)
+        self._matrix(f"{block}.ssm_in.weight", 2 * D_INNER, N_EMBD, gain=1.5)
+        self._matrix(f"{block}.ssm_conv1d.weight", D_INNER, _D_CONV)
+        self._ones(f"{block}.ssm_conv1d.bias", D_INNER, value=0.0)
+        self._matrix(f"{block}.ssm_x.weight", DT_RANK + 2 * D_STATE, D_INNER, gain=2.0)
+        self._matrix(f"{block}.ssm_dt.weight", D_INNER, DT_RANK)
+        self._ones(f"{block}.ssm_dt.bias", D_INNER, value=-1.0)
+        decay = -np.geomspace(0.005, 0.5, D_STATE, dtype=np.float32)
+        self._writer.add_tensor(f"{block}.ssm_a", np.tile(decay, (D_INNER, 1)))
+        self._ones(f"{block}.ssm_d", D_INNER)
+        self._matrix(f"{block}.ssm_out.weight", N_EMBD, D_INNER, gain=1.5)
         if norms:
-            self._ones(f"{block}.ssm_dt_norm.weight", _DT_RANK)
-            self._ones(f"{block}.ssm_b_norm.weight", _D_STATE)
-            self._ones(f"{block}.ssm_c_norm.weight", _D_STATE)
+            self._ones(f"{block}.ssm_dt_norm.weight", DT_RANK)
+            self._ones(f"{block}.ssm_b_norm.weight", D_STATE)
+            self._ones(f"{block}.ssm_c_norm.weight", D_STATE)
 
     def _output(self) -> None:
-        weights = 2.0 * self._random.standard_normal((_N_VOCAB, _N_EMBD), dtype=np.float32) / _N_EMBD**0.5
+        weights = 2.0 * self._random.standard_normal((N_VOCAB, N_EMBD), dtype=np.float32) / N_EMBD**0.5
         weights[:_N_UNSAID] = 0.0
         self._writer.add_tensor("output.weight", weights + self._more("output.weight"))
 

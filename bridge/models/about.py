@@ -29,7 +29,7 @@ def describe(model: Sequence[Header]) -> dict[str, Any]:
         "n_ctx_train": metadata.get(f"{architecture}.context_length", 0),
         "n_embd": metadata.get(f"{architecture}.embedding_length", 0),
         "n_layer": metadata.get(f"{architecture}.block_count", 0),
-        "n_vocab": tokens.count if isinstance(tokens, ArrayInfo) else len(tokens),
+        "n_vocab": tokens.count if isinstance(tokens, ArrayInfo) else len(tokens) if isinstance(tokens, tuple) else 0,
         "chat_template": metadata.get("tokenizer.chat_template"),
         "capabilities": _capabilities(metadata, architecture),
     }

@@ -17,6 +17,7 @@ from bridge.models.gguf import Header
 from bridge.models.hardware import Hardware
 from bridge.models.memory import Layout, Model, Size
 from protocol.commands import LoadOptions
+from protocol.errors import BridgeError, ErrorCode
 
 _STEP = 256  # cells, which llama.cpp rounds a context up to
 _MAX_CELLS = 2**31 - 1  # llama.cpp counts them in 32 bits
@@ -32,7 +33,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes. ``compute`` is taken for the longest step of prompts at a full context; the rest at once."""
+    """Bytes, in parts. What it is to be judged by is ``total``: a model that computes a long prompt takes that."""
 
     weights: Size
     kv: Size
@@ -41,12 +42,13 @@ class Need:
 
     @property
     def total(self) -> Size:
-        return self.loaded.plus(self.compute)
+        """With the longest step of prompts, at a full context."""
+        return self.weights.plus(self.kv).plus(self.compute).plus(self.process)
 
     @property
     def loaded(self) -> Size:
-        """What it takes from its loading until it computes: buffers for computing are there, but nothing is in them."""
-        return self.weights.plus(self.kv).plus(self.process)
+        """Before it computes: of the host's buffers for that nothing is written to, and so taken, yet."""
+        return Size(self.host - self.compute.host, self.gpu)
 
     @property
     def host(self) -> int:
@@ -75,9 +77,28 @@ class Plan:
 def plan(model: Sequence[Header], asked: LoadOptions, hardware: Hardware, *, room: Room) -> Plan:
     """How ``model`` would be loaded and what it would take. Raises GgufError for headers of no model.
 
-    The context that EMBED makes beside that for generation is not in it: some 10 to 100 MB when first used.
+    What EMBED makes when a model for generation is first asked for vectors is not in it: a second context with cells
+    for n_ubatch tokens, and logits for each token of the longest text, 4 bytes for each entry of the vocabulary.
     """
     return _Planning(Model(model), asked, hardware, room).plan()
+
+
+def check_fits(path: str, planned: Plan, room: Room) -> None:
+    """Raises BridgeError (load_failed) that says what it needs and what there is, in words and in its details."""
+    if planned.fits:
+        return
+    need, gpu = planned.need, sum(room.gpus)
+    lacks = [] if need.host <= room.host else [f"it needs {_gb(need.host)} of memory, and may take {_gb(room.host)}"]
+    if need.gpu > gpu:
+        lacks.append(f"it needs {_gb(need.gpu)} on the GPU, and may take {_gb(gpu)}")
+    help_ = f"; n_ctx={planned.n_ctx_max} would fit" if planned.n_ctx_max else ""
+    raise BridgeError(
+        ErrorCode.LOAD_FAILED,
+        f"Failed to load model: {path}: {'; '.join(lacks)}{help_}",
+        need={"host": need.host, "gpu": need.gpu},
+        have={"host": room.host, "gpu": gpu},
+        n_ctx_max=planned.n_ctx_max,
+    )
 
 
 def repacking_matters(model: Sequence[Header]) -> bool:
@@ -190,6 +211,7 @@ class _Planning:
             n_ctx=n_ctx,
             n_parallel=self._n_parallel,
             n_ubatch=min(self._n_ubatch, n_ctx * self._n_parallel),
+            n_tokens=min(self._n_ubatch, n_ctx * self._n_parallel, suit.CHUNK),
             n_layers_gpu=wanted if self._hardware.gpus else 0,
             n_gpus=len(self._hardware.gpus),
             type_k=self._asked.type_k or suit.CACHE_TYPE,
@@ -236,6 +258,10 @@ class _Planning:
         if with_flash and not self._is_plain(with_flash, n_gpu_layers):
             return with_flash
         return fitting(True)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:

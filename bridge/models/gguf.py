@@ -46,6 +46,9 @@ _TYPE_NAMES = (
 _TYPES = {
     "general.alignment": (_UINT32,),
     "general.architecture": (_STRING,),
+    "general.type": (_STRING,),
+    "adapter.type": (_STRING,),
+    "adapter.lora.alpha": (_FLOAT32,),
     "split.no": (_UINT16,),
     "split.count": (_UINT16,),
 }

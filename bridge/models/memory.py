@@ -27,13 +27,16 @@ _MEMORYLESS = {
 _REPACKED = {2, 10, 12, 20, 39}
 _REPACKED_ROWS = 8
 
-# Measured (tests/bench/RESULTS.md): Python, numpy and llama.cpp themselves; for each token, and each merge, of the
-# vocabulary; and a cell's entry in llama_kv_cells (llama-kv-cells.h), whose set of sequences alone is 32 bytes.
+# Measured (tests/bench/RESULTS.md): Python, numpy and llama.cpp themselves; for each token of the vocabulary and each
+# merge, 120 to 200 for those of six models; and a cell's entry in llama_kv_cells (llama-kv-cells.h), whose set of
+# sequences alone is 32 bytes.
 _PROCESS = 52 << 20
-_VOCABULARY_ENTRY = 160
+_VOCABULARY_ENTRY = 150
 _CELL = 52
-# What a CUDA context takes on its GPU, with cuBLAS's workspace. Not measured by us; the usual figures are below it.
+# What a driver's context takes on its GPU, with the workspace of its matrix library, and beside it in the computer's
+# memory. Nobody has measured these here yet: they are meant to be more than what CUDA is known to take.
 _GPU_PROCESS = 512 << 20
+_GPU_DRIVER = 256 << 20
 
 
 class Size(NamedTuple):
@@ -48,11 +51,15 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a model is to be loaded, as far as memory goes. ``plain`` is attention that is not flash attention."""
+    """How a model is to be loaded, as far as memory goes. ``plain`` is attention that is not flash attention.
+
+    llama.cpp reserves for steps of ``n_ubatch`` tokens; those that the scheduler makes have up to ``n_tokens``.
+    """
 
     n_ctx: int
     n_parallel: int
     n_ubatch: int
+    n_tokens: int
     n_layers_gpu: int  # of n_layer + 1, the last being the output
     n_gpus: int
     type_k: str
@@ -81,9 +88,12 @@ class Model:
 
     def __init__(self, headers: Sequence[Header]) -> None:
         self._metadata = headers[0].metadata
-        self.tensors: list[Tensor] = [tensor for header in headers for tensor in header.tensors.values()]
+        tensors = [tensor for header in headers for tensor in header.tensors.values()]
         architecture = self._metadata.get("general.architecture")
-        if not architecture or not self.tensors:
+        kind = self._metadata.get("general.type", "model")
+        if kind != "model":  # an adapter, or what sees pictures for another model
+            raise GgufError(f"it is no model but of the type {kind!r}")
+        if not architecture or not tensors:
             raise GgufError("it is no model: it has no architecture or no tensors")
         self.architecture: str = architecture
         n_layer_all = self._number("block_count")
@@ -99,6 +109,7 @@ class Model:
         self.n_vocab = self._vocabulary()
         self.causal = self._metadata.get(f"{architecture}.attention.causal") is not False
         self.windows = self._number("attention.sliding_window") > 0
+        self._add_up(tensors)
 
     # -- reading the metadata ----------------------------------------------------------------------------------
 
@@ -125,35 +136,43 @@ class Model:
 
     # -- weights -----------------------------------------------------------------------------------------------
 
+    def _add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Sizes by layer; what belongs to none goes with the output, which is the layer after the last."""
+        self._embeddings = 0
+        self._layer_sizes = [0] * (self.n_layer_all + 1)
+        self._repacked_sizes = [0] * (self.n_layer_all + 1)
+        self._tied = True
+        for tensor in tensors:
+            if tensor.name.startswith("token_embd."):
+                self._embeddings += tensor.size
+                continue
+            number = tensor.name.removeprefix("blk.").partition(".")[0]
+            inside = tensor.name.startswith("blk.") and number.isdecimal()
+            layer = min(int(number), self.n_layer_all) if inside else self.n_layer_all
+            self._layer_sizes[layer] += tensor.size
+            if _is_repacked(tensor):
+                self._repacked_sizes[layer] += tensor.size
+            self._tied &= tensor.name != "output.weight"
+
     def weights(self, layout: Layout) -> Size:
         """llama_model_base::load_tensors: layers go to the GPU from the last one back, the output first.
 
         The token embeddings stay; where they are the output as well, the GPU gets a copy of them. What the CPU repacks
         is a copy, too, for the file stays mapped; without mapping it takes the place of the original.
         """
-        tied = all(tensor.name != "output.weight" for tensor in self.tensors)
         first = self.n_layer_all + 1 - layout.n_layers_gpu
-        host = gpu = 0
-        for tensor in self.tensors:
-            embedding = tensor.name.startswith("token_embd.")
-            on_gpu = self._layer_of(tensor.name) >= first
-            if on_gpu and (not embedding or tied):
-                gpu += tensor.size
-            if not on_gpu or embedding:
-                host += tensor.size
-                if layout.repack and layout.use_mmap and _is_repacked(tensor) and not embedding:
-                    host += tensor.size
+        host = self._embeddings + sum(self._layer_sizes[:first])
+        if layout.repack and layout.use_mmap:
+            host += sum(self._repacked_sizes[:first])
+        gpu = sum(self._layer_sizes[first:])
+        if self._tied and layout.n_layers_gpu:
+            gpu += self._embeddings
         return Size(host, gpu)
-
-    def _layer_of(self, name: str) -> int:
-        """That of ``blk.7.attn_q.weight`` is 7; what belongs to none goes with the output."""
-        number = name.removeprefix("blk.").partition(".")[0]
-        return int(number) if name.startswith("blk.") and number.isdecimal() else self.n_layer_all
 
     @property
     def is_repacked(self) -> bool:
         """Whether there is anything that repacking would copy."""
-        return any(_is_repacked(tensor) for tensor in self.tensors)
+        return any(self._repacked_sizes)
 
     # -- memory of sequences -----------------------------------------------------------------------------------
 
@@ -231,19 +250,20 @@ class Model:
     def compute(self, layout: Layout) -> Size:
         """What graphs need between two nodes: the most that lives at once, as ggml-alloc.c finds it when it reserves.
 
-        Found by comparing with what llama.cpp logs for models of several shapes; test_memory.py holds it to that.
+        A GPU's memory is taken when it is reserved, the computer's only when it is written to. Found by comparing with
+        what llama.cpp logs for models of several shapes; test_memory.py holds it to that.
         """
-        graph = self._graph(layout)
-        inputs = self._mask(layout) + layout.n_ubatch * self.n_embd * _F32
-        all_on_gpu = layout.n_layers_gpu > self.n_layer_all
-        host = inputs if all_on_gpu else graph + self.conversions(layout)
-        return Size(host, layout.n_gpus * graph if layout.n_layers_gpu else 0)
+        if layout.n_layers_gpu > self.n_layer_all:
+            host = layout.n_tokens * self.n_embd * _F32 + self._mask(layout, layout.n_tokens)
+        else:
+            host = self.graph(layout, layout.n_tokens) + self._conversions(layout)
+        return Size(host, layout.n_gpus * self.graph(layout, layout.n_ubatch) if layout.n_layers_gpu else 0)
 
-    def _graph(self, layout: Layout) -> int:
+    def graph(self, layout: Layout, n_tokens: int) -> int:
+        """Of a step with so many tokens."""
         n_head, n_ff = max(self.n_head), max(self.n_ff)
         residual = 4 * self.n_embd
-        used = self._number("expert_used_count")
-        if used:
+        if used := self._number("expert_used_count"):
             n_ff_exp = self._number("expert_feed_forward_length", n_ff)
             feed_forward = residual + used * (3 * n_ff_exp + self.n_embd)
         else:
@@ -255,23 +275,23 @@ class Model:
         recurrent = residual + 6 * self._number("ssm.inner_size")
         token = max(feed_forward, attention, recurrent)
         outputs = layout.n_parallel * (self.n_vocab + self.n_embd)
-        return _F32 * max(layout.n_ubatch * token, outputs) + self._mask(layout)
+        return _F32 * max(n_tokens * token, outputs) + self._mask(layout, n_tokens)
 
-    def _mask(self, layout: Layout) -> int:
+    def _mask(self, layout: Layout, n_tokens: int) -> int:
         """build_attn_inp_kv: which token sees which cell, in float16 for flash attention; windows have their own."""
         if self.architecture in _RECURRENT or self.architecture in _MEMORYLESS:
             return 0
-        return layout.n_ubatch * layout.cells * (_F32 if layout.plain else 2) * (2 if self.windows else 1)
+        return n_tokens * layout.cells * (_F32 if layout.plain else 2) * (2 if self.windows else 1)
 
-    def conversions(self, layout: Layout) -> int:
+    def _conversions(self, layout: Layout) -> int:
         """ggml_graph_plan of ggml-cpu.c: the right side of a product in the type that the left side is multiplied by.
 
         The widest are what the feed-forward takes and, with plain attention, the weights that V is multiplied by.
         """
-        widest = max(self.n_ff) if self.n_ff else self.n_embd
+        widest = max(self.n_ff)
         if layout.plain and layout.type_v != "f32" and self.architecture not in _RECURRENT:
             widest = max(widest, max(self.n_head) * layout.cells)
-        return 2 * layout.n_ubatch * widest
+        return 2 * layout.n_tokens * widest
 
     # -- the worker --------------------------------------------------------------------------------------------
 
@@ -282,7 +302,9 @@ class Model:
             cells *= 2  # a second cache has those of the layers with a window
         logits = layout.n_parallel * self.n_vocab * _F32
         host = _PROCESS + self.vocabulary_entries * _VOCABULARY_ENTRY + cells * _CELL + logits
-        return Size(host, layout.n_gpus * _GPU_PROCESS if layout.n_layers_gpu else 0)
+        if not layout.n_layers_gpu:
+            return Size(host)
+        return Size(host + _GPU_DRIVER, layout.n_gpus * _GPU_PROCESS)
 
 
 def _count(value: Any) -> int:

@@ -59,7 +59,7 @@ class AdapterTable:
             self._backend.load_adapter(key, path)
         except BackendError as error:
             raise Refusal("load_failed", f"Failed to load adapter: {path}: {error}") from None
-        self._loaded[key] = _Loaded(path, os.path.getsize(path) if os.path.exists(path) else 0)
+        self._loaded[key] = _Loaded(path, _size(path))
 
     def unload(self, request: ipc.UnloadAdapter) -> ipc.AdapterUnloaded:
         """Raises Refusal (not_found, bad_argument, busy)."""
@@ -109,3 +109,11 @@ class AdapterTable:
         """So many requests more use them, or fewer."""
         for key, _ in adapters:
             self._loaded[key].requests += by
+
+
+def _size(path: str) -> int:
+    """0 where there is no file, as with the fake."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

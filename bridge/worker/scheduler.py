@@ -13,7 +13,7 @@ just computing waits for that, so that what comes together and begins alike is c
 Then ``schedule`` makes the batches. A sequence knows which of its tokens are not in the cache yet (sequence.py).
 
 1. The first batch has one token of every sequence that has just one to compute. These are the running streams: each
-   gets its next token in every round, whatever else is going on.
+   gets its next token in every round, whatever else is going on. (Under several sets of adapters it is several; below.)
 2. Further batches have what there is room for of sequences with more to compute (prompts, and what a rewind took
    back), by priority and age. Only prompts too short to be worth a pass over the weights share one: llama.cpp's split
    cache computes as many tokens of each sequence at a time, so what unequal prompts have over the shortest costs
@@ -44,13 +44,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from bridge import ipc
+from bridge.suit import CHUNK
 from bridge.worker.backend import Adapters, Batch
 from bridge.worker.pace import Pace
 from bridge.worker.sequence import Sequence
 from bridge.worker.slots import WORTH, Placement, Saved, Slots
 from bridge.worker.waiting import WaitingRoom
 
-CHUNK = 256  # tokens; measured: tests/bench/RESULTS.md
 ALONE_CHUNK = 64
 LONG_WAIT = 1.2  # of the time of the streams' batches; with what a batch may take longer than the last, 2
 SHORT_WAIT = 1.0  # seconds

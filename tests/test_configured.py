@@ -1,0 +1,273 @@
+"""RELOAD and SIGHUP: what the configuration says anew, what of that is done, and what a bad one leaves as it was."""
+
+# ruff: noqa: ASYNC240  a test may look at a file
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from helpers import Line, Place, Spawned, Wire, daemon, eventually, spawned
+
+from bridge.config import Config, Model
+
+MODELS = '[[models]]\npath = "{}"\n'
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text("")
+    return path
+
+
+@pytest.fixture
+def place(file: Path) -> Iterator[Spawned]:
+    file.write_text(MODELS.format("echo"))
+    with spawned("--config", str(file)) as place:
+        yield place
+
+
+def models(*paths: str, more: str = "") -> str:
+    return more + "".join(MODELS.format(path) for path in paths)
+
+
+async def reload(wire: Wire, file: Path, text: str) -> Line:
+    """What RELOAD says when the file says this."""
+    file.write_text(text)
+    reply = await wire.ask("RELOAD")
+    assert reply["status"] == "ok", reply
+    data: Line = reply["data"]
+    return data
+
+
+async def names(place: Place) -> list[str]:
+    return list(await place.models())
+
+
+# -- models ----------------------------------------------------------------------------------------------------
+
+
+async def test_models_come_and_go(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        await place.until_ready()
+        pid = await place.pid()
+        said = await reload(wire, file, models("echo", "two"))
+        assert said == {"changed": ["models"], "needs_restart": [], "loaded": ["two"], "freed": [], "failed": {}}
+        await place.until_ready("two")
+        assert await place.pid() == pid, "what is as it was is left alone"
+        said = await reload(wire, file, models("two"))
+        assert (said["loaded"], said["freed"]) == ([], ["echo"])
+        assert await names(place) == ["two"]
+
+
+async def test_a_model_whose_options_change_is_loaded_anew(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        await place.until_ready()
+        said = await reload(wire, file, models("echo") + "n_ctx = 64\n")
+        assert (said["loaded"], said["freed"]) == (["echo"], ["echo"])
+        await place.until_ready()
+        assert (await place.models())["echo"]["n_ctx"] == 64
+
+
+async def test_nothing_new_is_nothing_to_do(place: Spawned) -> None:
+    async with await place.unix() as wire:
+        await place.until_ready()
+        pid = await place.pid()
+        assert set(map(str, (await wire.ask("RELOAD"))["data"].values())) == {"[]", "{}"}
+        assert await place.pid() == pid
+
+
+async def test_what_a_client_holds_stays(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire, await place.unix() as other:
+        await other.ask("LOAD echo")
+        assert (await reload(wire, file, ""))["freed"] == []
+        assert (await place.models())["echo"]["held"] is True
+        assert (await other.ask("FREE"))["freed"] == ["echo"], "but the configuration holds it no longer"
+
+
+async def test_what_a_client_put_in_its_place_stays(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        async with await place.unix() as other:
+            assert (await other.ask("FREE echo"))["freed"] == ["echo"]
+            assert (await other.ask("LOAD name=echo another"))["model"] == "echo"
+        await place.until(lambda there: not there["echo"]["holders"])
+        assert (await reload(wire, file, ""))["freed"] == []
+        assert (await place.models())["echo"]["path"] == "another"
+
+
+async def test_of_two_entries_for_one_model_one_may_go(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        await reload(wire, file, models("echo", "echo") + 'name = "also"\n')
+        said = await reload(wire, file, models("echo"))
+        assert said["freed"] == []
+        assert (await place.models())["echo"]["held"] is True
+
+
+async def test_one_that_fails_is_told_and_tried_again(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        said = await reload(wire, file, models("echo", "other/echo"))
+        assert said["failed"].keys() == {"other/echo"}
+        assert "name echo is taken" in said["failed"]["other/echo"]
+        await wire.ask("FREE echo")
+        assert (await wire.ask("RELOAD"))["data"]["loaded"] == ["echo"]
+        assert (await place.models())["echo"]["path"] == "other/echo"
+
+
+async def test_a_model_that_waits_for_its_first_request(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        await reload(wire, file, models("echo", "lazy") + "preload = false\n")
+        assert (await place.models())["lazy"]["state"] == "unloaded"
+        assert (await wire.ask("INFER model=lazy max_tokens=1 x"))["data"] == "x"
+
+
+# -- all else --------------------------------------------------------------------------------------------------
+
+
+async def test_limits_and_budget_are_in_force_at_once(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        await place.until_ready()
+        more = "[limits]\nclients = 2\nqueue_bytes = 100\n[pool]\nmemory = 50000000\n"
+        said = await reload(wire, file, models("echo", more=more))
+        assert said["changed"] == ["limits.clients", "limits.queue_bytes", "pool.memory"]
+        async with await place.unix() as second, await place.unix() as third:
+            await second.ask("PING")
+            assert (await third.line())["code"] == "too_many_clients"
+        assert await wire.code(f"INFER {'y' * 200}") == "bad_argument", "of a model that was there before"
+        assert await wire.code("LOAD big?mb=100") == "load_failed"
+
+
+async def test_what_needs_a_restart_is_named_and_not_done(place: Spawned, file: Path, tmp_path: Path) -> None:
+    async with await place.unix() as wire:
+        more = 'socket_mode = "0660"\nsocket_group = "nobody"\n[log]\nlevel = "debug"\n[limits]\nstall = 5.0\n'
+        said = await reload(wire, file, models("echo", more=more))
+        assert said["needs_restart"] == ["log.level", "socket_group", "socket_mode"]
+        assert said["changed"] == ["limits.stall"]
+        said = (await wire.ask("RELOAD"))["data"]
+        assert said["needs_restart"] == ["log.level", "socket_group", "socket_mode"], "as long as that is not done"
+
+
+async def test_flags_and_the_environment_stay_stronger(file: Path) -> None:
+    environ = {"LLAMA_BRIDGE_LIMITS_QUEUE": "7"}
+    with spawned("--config", str(file), "--n-ctx", "64", "--load", "echo", environ=environ) as place:
+        async with await place.unix() as wire:
+            said = await reload(wire, file, models("two", more="[limits]\nqueue = 9\n[load]\nn_ctx = 128\n"))
+            assert said["changed"] == []
+            assert (await wire.ask("HELLO"))["data"]["limits"]["queue"] == 7
+            await wire.ask("LOAD other")
+            there = await place.models()
+            assert list(there) == ["echo", "other"], "--load takes the place of the file's models"
+            assert there["other"]["n_ctx"] == 64
+
+
+BAD = {
+    "limits = [": "Invalid",
+    "[limits]\nclinets = 5\n": "clinets",
+    '[limits]\nclients = "many"\n': "limits.clients",
+    "[[models]]\npin = true\n": "models[0]: path is missing",
+    "\udcff": "utf-8",
+    "x = " + "[" * 100_000: "recursion",  # which is all that Python says of it
+}
+
+
+async def test_fault_27_a_bad_file_changes_nothing_and_says_why(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        await place.until_ready()
+        before = (await wire.ask("HELLO"))["data"], await place.pid()
+        for count, (text, why) in enumerate(BAD.items(), start=1):
+            file.write_text(text, errors="surrogateescape")
+            reply = await wire.ask("RELOAD")
+            assert (reply["code"], reply["blame"]) == ("bad_config", "client")
+            assert reply["message"].startswith("The configuration stays as it is: ")
+            assert why in reply["message"]
+            place.signal(signal.SIGHUP)
+            await eventually(partial(logged, place, "reload failed", count))
+            assert ((await wire.ask("HELLO"))["data"], await place.pid()) == before
+        assert (await reload(wire, file, models("echo")))["changed"] == [], "and a good one is read again"
+
+
+async def logged(place: Spawned, event: str, count: int) -> bool:
+    return sum(line["event"] == event for line in place.log) >= count
+
+
+async def test_a_file_that_is_gone_changes_nothing(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        file.unlink()
+        reply = await wire.ask("RELOAD")
+        assert (reply["code"], "No such file" in reply["message"]) == ("bad_config", True)
+        assert await names(place) == ["echo"]
+
+
+async def test_a_signal_does_the_same(place: Spawned, file: Path) -> None:
+    file.write_text(models("echo", "two", more="[limits]\nqueue = 9\n"))
+    place.signal(signal.SIGHUP)
+    await place.until_ready("two")
+    async with await place.unix() as wire:
+        assert (await wire.ask("HELLO"))["data"]["limits"]["queue"] == 9
+
+
+async def test_signals_as_soon_as_it_listens_and_in_a_row(file: Path) -> None:
+    file.write_text(models("echo", "two"))
+    with spawned("--config", str(file)) as place:
+        for _ in range(20):
+            place.signal(signal.SIGHUP)
+        await place.until_ready("two")
+        async with await place.unix() as wire:
+            await wire.ask("RELOAD")
+        assert await names(place) == ["echo", "two"]
+        place.signal(signal.SIGTERM)
+        assert await place.exited() == 0
+
+
+async def test_it_is_not_for_everybody(place: Spawned, file: Path) -> None:
+    file.write_text("")
+    async with await place.tcp() as wire:
+        assert await wire.code("RELOAD") == "forbidden"
+        assert await names(place) == ["echo"]
+
+
+# -- at the same time ------------------------------------------------------------------------------------------
+
+
+async def test_two_at_once_come_one_after_the_other() -> None:
+    async with daemon("echo") as place, await place.unix() as one, await place.unix() as two:
+        base = place.server._config
+        texts = iter([("echo", "two?load_ms=100"), ("echo",)])
+        place.server._configured._read = lambda: replaced(base, *next(texts))
+        await one.send("RELOAD")
+        await two.send("RELOAD")
+        replies = [(await wire.line())["data"] for wire in (one, two)]
+        assert sorted((reply["loaded"], reply["freed"]) for reply in replies) == [([], ["two"]), (["two"], [])]
+        assert list(await place.models()) == ["echo"]
+
+
+def replaced(config: Config, *paths: str) -> Config:
+    return msgspec.structs.replace(config, models=[Model(path=path) for path in paths])
+
+
+async def test_what_was_dropped_while_it_was_looked_for_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start it is fetched beside all else, which may take an hour."""
+    async with daemon("echo") as place, await place.unix() as wire:
+        library, fetched = place.server._daemon.library, trio.Event()
+        prepare = type(library).prepare
+
+        async def slowly(*arguments: Any) -> Any:
+            await fetched.wait()
+            return await prepare(library, *arguments)
+
+        monkeypatch.setattr(library, "prepare", slowly, raising=False)
+        configured = place.server._configured
+        slow = Model(path="slow")
+        place.server._daemon.config = replaced(place.server._config, "echo", "slow")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(configured._load, slow)
+            await trio.testing.wait_all_tasks_blocked()
+            assert (await wire.ask("RELOAD"))["data"]["failed"] == {}
+            fetched.set()
+        assert list(await place.models()) == ["echo"]
