@@ -8,12 +8,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 from helpers import Inside, Line, Wire, daemon
 from test_llama_lora import adapter
 from tiny_models import tiny_model
 
-from bridge.config import Pool, Store
+from bridge.adapters import Adapters
+from bridge.config import Config, Pool, Store
+from bridge.entry import Entry, Spec
+from bridge.library import Library
 from protocol.commands import LoadOptions
+from protocol.errors import BridgeError
 
 ENDLESS = "INFER_STREAM max_tokens=1000000 ignore_eos=true"
 LLAMA = pytest.mark.needs("llama_cpp")
@@ -275,3 +280,57 @@ async def test_paths_of_adapters_have_the_same_bounds(tmp_path: Path) -> None:
             for line in (f"LORA load {path}", f"{GREEDY} lora={path} a"):
                 assert await wire.code(line) == "forbidden", line
         assert (await wire.ask(f"LORA load {tmp_path}/in/x.gguf"))["status"] == "ok"
+
+
+# -- what was checked ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def library(tmp_path: Path) -> AsyncIterator[Library]:
+    config = Config(store=Store(dir=str(tmp_path / "store"), discover=False))
+    async with trio.open_nursery() as nursery:
+        yield Library(nursery, config)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_check_is_made_once_and_again_when_either_file_changed(
+    tmp_path: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = tiny_model(tmp_path, "llama"), adapter().write(tmp_path / "x.gguf")
+    looks: list[object] = []
+    look = library.look
+    monkeypatch.setattr(library, "look", lambda act: (looks.append(act), look(act))[1])
+    adapters = Adapters(library)
+    first = await adapters.check(str(model), str(path))
+    assert await adapters.check(str(model), str(path)) == first
+    assert len(looks) == 1
+    os.utime(model, ns=(1, 1))
+    assert (await adapters.check(str(model), str(path))).key == first.key
+    adapter(seed=2).write(path)
+    assert (await adapters.check(str(model), str(path))).key != first.key
+    assert len(looks) == 3
+
+
+async def test_a_bounded_number_of_checks_is_remembered(
+    tmp_path: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.adapters._REMEMBERED", 2)
+    model = tiny_model(tmp_path, "llama")
+    adapters = Adapters(library)
+    for number in range(4):
+        await adapters.check(str(model), str(adapter().write(tmp_path / f"{number}.gguf")))
+    assert len(adapters._checked) == 2
+
+
+async def test_names_and_paths_with_their_scales(tmp_path: Path, library: Library) -> None:
+    path = str(adapter().write(tmp_path / "x.gguf"))
+    entry = Entry("m", Spec("/m"), 0.0, adapters={"named": "/some/where.gguf"})
+    adapters = Adapters(library)
+    assert await adapters.resolve([f"{path}:0.5", "named:-2", "named"], entry) == (
+        (path, 0.5), ("/some/where.gguf", -2.0), ("/some/where.gguf", 1.0),
+    )  # fmt: skip
+    assert await adapters.resolve(path) == ((path, 1.0),)
+    for name, code in {"named": "not_found", "": "bad_argument", f"{path}:101": "bad_argument"}.items():
+        with pytest.raises(BridgeError) as caught:
+            await adapters.resolve([name])
+        assert caught.value.code == code

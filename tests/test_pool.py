@@ -250,6 +250,27 @@ async def test_free_while_it_loads() -> None:
         assert (await wire.ask("LOAD echo"))["message"] == "Model loaded successfully"
 
 
+async def test_free_of_what_just_took_too_long_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker is being ended already; it does not outlive that it is not waited for."""
+    burying = trio.Event()
+    bury = LocalProvider._bury
+
+    async def watched(self: LocalProvider) -> str:
+        burying.set()
+        return await bury(self)
+
+    pids = starts(monkeypatch)
+    monkeypatch.setattr(LocalProvider, "_bury", watched)
+    async with daemon(limits=Limits(load=0.2)) as place, await place.unix() as wire, await place.unix() as other:
+        await wire.send("LOAD echo?load_ms=60000")
+        with trio.fail_after(PATIENCE):
+            await burying.wait()
+        assert (await other.ask("FREE echo"))["status"] == "ok"
+        with pytest.raises(ProcessLookupError):
+            os.kill(pids[0], 0)
+        assert await place.models() == {}
+
+
 async def waits_for(place: Inside, users: int) -> bool:
     return place.server._daemon.pool.pick("echo").waiting == users
 

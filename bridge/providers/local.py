@@ -106,8 +106,7 @@ class LocalProvider:
             await self._bury()
             raise self._failed(f"its worker sent what is no frame: {error}") from None
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._bury()
+            await self._bury()
             raise
         if isinstance(answer, ipc.Loaded):
             self.info, self.load_ms = answer.info, answer.load_ms
@@ -150,8 +149,7 @@ class LocalProvider:
                 reason = await self._read()
                 nursery.cancel_scope.cancel()
         finally:
-            with trio.CancelScope(shield=True):
-                death = await self._bury()
+            death = await self._bury()
             self._fail_all(reason or death)
         return reason or death
 
@@ -186,8 +184,18 @@ class LocalProvider:
                 return b""
 
     async def _bury(self) -> str:
-        """Makes sure that the process is gone; says how it went."""
+        """Makes sure that the process is gone, also when it is cancelled; says how it went."""
         self._home.close()
+        with trio.CancelScope(shield=True):
+            await self._end()
+        code = self._process.wait()
+        if code >= 0:
+            return f"exited with status {code}"
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"was killed by signal {-code}"
+
+    async def _end(self) -> None:
         pidfd = os.pidfd_open(self._process.pid)
         try:
             with trio.move_on_after(_REAP_SECONDS) as patience:
@@ -197,12 +205,6 @@ class LocalProvider:
                 await trio.lowlevel.wait_readable(pidfd)
         finally:
             os.close(pidfd)
-        code = self._process.wait()
-        if code >= 0:
-            return f"exited with status {code}"
-        with contextlib.suppress(ValueError):
-            return f"was killed by {signal.Signals(-code).name}"
-        return f"was killed by signal {-code}"
 
     # -- requests ----------------------------------------------------------------------------------------------
 
