@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from bridge.cli import here, json_option, parameters_of, print_json, talks
+from bridge.cli import here, json_option, lora_option, parameters_of, print_json, talks
 from bridge.cli_bar import progress_bar
 from bridge.cli_tables import in_bytes, print_models, print_table
 from bridge.cli_types import NumberOrAuto
@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.command()
 @click.argument("part", required=False)
 @click.option("--loaded/--not-loaded", default=None, help="Only those that are loaded, or only the others.")
-@click.option("-a", "--all", "all_of_them", is_flag=True, help="However many, also what the daemon itself converted.")
+@click.option("-a", "--all", "all_of_them", is_flag=True, help="However many, and what the daemon converted, too.")
 @json_option
 @talks
 def models(client: Client, part: str | None, loaded: bool | None, all_of_them: bool, as_json: bool) -> None:
@@ -98,11 +98,13 @@ def _print_options(options: dict[str, Any], why: dict[str, str]) -> None:
 def loads(command: F) -> F:
     """The options of LOAD and PLAN. The rarer ones are given with -p."""
     options = (
-        click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence, prompt and answer together."),
+        click.option(
+            "--n-ctx", type=NumberOrAuto(), metavar="N|auto", help="Tokens of one sequence, prompt and answer together."
+        ),
         click.option("--n-parallel", type=int, help="Sequences that run at once."),
-        click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 is all."),
+        click.option("--n-gpu-layers", type=NumberOrAuto(), metavar="N|auto", help="Layers on the GPU; -1 is all."),
         click.option("--quant", help="Quantise it first, such as q4_k_m."),
-        click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."),
+        lora_option,
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD."),
         json_option,
     )
