@@ -98,11 +98,9 @@ def _print_options(options: dict[str, Any], why: dict[str, str]) -> None:
 def loads(command: F) -> F:
     """The options of LOAD and PLAN. The rarer ones are given with -p."""
     options = (
-        click.option(
-            "--n-ctx", type=NumberOrAuto(), metavar="N|auto", help="Tokens of one sequence, prompt and answer together."
-        ),
+        click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence, prompt and answer together."),
         click.option("--n-parallel", type=int, help="Sequences that run at once."),
-        click.option("--n-gpu-layers", type=NumberOrAuto(), metavar="N|auto", help="Layers on the GPU; -1 is all."),
+        click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 is all."),
         click.option("--quant", help="Quantise it first, such as q4_k_m."),
         lora_option,
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD."),

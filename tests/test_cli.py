@@ -371,6 +371,7 @@ def test_version_and_help() -> None:
     assert good("--version") == f"llama-bridge, version {__version__}\n"
     for name in cli.list_commands(click.Context(cli)):
         assert "--help" in good(name, "-h")
+    assert "--n-ctx N|auto " in good("load", "-h")
 
 
 def llama_bridge(*arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
