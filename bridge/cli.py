@@ -65,6 +65,9 @@ def talks(command: F) -> F:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+lora_option = click.option(
+    "--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."
+)
 
 
 def _fail(message: str) -> typing.NoReturn:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from bridge.cli import here, json_option, parameters_of, print_json, talks
+from bridge.cli import here, json_option, lora_option, parameters_of, print_json, talks
 from bridge.cli_bar import progress_bar
 from bridge.cli_tables import in_bytes, print_models, print_table
 from bridge.cli_types import NumberOrAuto
@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.command()
 @click.argument("part", required=False)
 @click.option("--loaded/--not-loaded", default=None, help="Only those that are loaded, or only the others.")
-@click.option("-a", "--all", "all_of_them", is_flag=True, help="However many, also what the daemon itself converted.")
+@click.option("-a", "--all", "all_of_them", is_flag=True, help="However many, and what the daemon converted, too.")
 @json_option
 @talks
 def models(client: Client, part: str | None, loaded: bool | None, all_of_them: bool, as_json: bool) -> None:
@@ -102,7 +102,7 @@ def loads(command: F) -> F:
         click.option("--n-parallel", type=int, help="Sequences that run at once."),
         click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 is all."),
         click.option("--quant", help="Quantise it first, such as q4_k_m."),
-        click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."),
+        lora_option,
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD."),
         json_option,
     )
@@ -148,7 +148,7 @@ def plan(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **na
     if plan.wait_for:
         click.echo(f"would have to wait for: {', '.join(plan.wait_for)}")
     if plan.n_ctx_max is not None:
-        click.echo(f"the longest n_ctx that fits: {plan.n_ctx_max or 'none'}")
+        click.echo(f"longest n_ctx in what is free now: {plan.n_ctx_max or 'none'}")
     click.echo()
     _print_sizes(plan)
     if plan.options:

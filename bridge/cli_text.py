@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bridge.cli import here, json_option, parameters_of, print_json, talks
+from bridge.cli import here, json_option, lora_option, parameters_of, print_json, talks
 from client import Client, Stream
 from client.results import Completion
 from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferStream
@@ -21,7 +21,6 @@ def _text(words: tuple[str, ...]) -> str:
     return " ".join(words) if words and words != ("-",) else sys.stdin.read()
 
 
-_lora = click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times.")
 _keep_alive = click.option("--keep-alive", type=float, help="Seconds that the model stays after this; -1: for ever.")
 
 
@@ -35,7 +34,7 @@ def generates(command: F) -> F:
         click.option("--top-p", type=float),
         click.option("--seed", type=int, help="Makes the answer repeatable."),
         click.option("--stop", multiple=True, help="Where to stop; may be given several times."),
-        _lora,
+        lora_option,
         _keep_alive,
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
         click.option("--stream/--no-stream", "streamed", default=True, help="Print the text as it comes, or at once."),
@@ -124,7 +123,7 @@ def _explain(completion: Completion | None) -> None:
 @click.argument("text", nargs=-1)
 @click.option("-m", "--model", help="Which model; otherwise the default one.")
 @click.option("--dimensions", type=int, help="Only the first so many components, of length 1 again.")
-@_lora
+@lora_option
 @_keep_alive
 @json_option
 @talks

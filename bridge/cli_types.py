@@ -12,6 +12,10 @@ class NumberOrAuto(click.ParamType[int | str]):
 
     name = "N|auto"
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """As it is written, and not in capitals."""
+        return self.name
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == "auto":
             return "auto"

@@ -154,7 +154,7 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
         "size": sum(file[2] for file in entry.spec.stamp),
         "memory": _resident(provider.pid) if provider else 0,
         "gpu_memory": entry.memory.gpu,
-        "keep_alive": entry.keep_alive,
+        "keep_alive": entry.idle_limit,
         "idle_s": 0.0 if entry.busy else round(now - entry.last_used, 1),
         "usage": msgspec.structs.asdict(entry.totals),
     }

@@ -16,7 +16,7 @@ Reference = Annotated[str, Meta(min_length=1, max_length=4096)]  # a model, by i
 Sha256 = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"^[0-9a-fA-F]*$")]
 KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]  # seconds; negative is for ever
 Adapter = Annotated[str, Meta(min_length=1, max_length=4096)]  # PATH, or PATH:SCALE
-Adapters = Adapter | Annotated[list[Adapter], Meta(max_length=8)]
+Adapters = Adapter | Annotated[list[Adapter], Meta(max_length=4)]
 Answers = Annotated[int, Meta(ge=1, le=64)]
 Count = Annotated[int, Meta(ge=1, le=1_048_576)]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def good(*arguments: str, stdin: str = "") -> str:
                 "/models/tiny.gguf: it fits",
                 "would be unloaded: old",
                 "would have to wait for: busy",
-                "the longest n_ctx that fits: 8192",
+                "longest n_ctx in what is free now: 8192",
                 "98.4 MB",
                 "KV cache",
                 "GPU memory",
@@ -221,7 +222,7 @@ def test_a_plan_that_cannot_be() -> None:
     no = {"fits": False, "path": "/m.gguf", "need": {"total": {"host": 5_000, "gpu": 0}}, "have": {"host": 4_000}}
     with scripted(once(Ok("It does not fit", no | {"n_ctx_max": 0}))) as server:
         output = good("plan", "m", "--socket", server.address)
-    assert output.startswith("/m.gguf: it does not fit\nthe longest n_ctx that fits: none\n")
+    assert output.startswith("/m.gguf: it does not fit\nlongest n_ctx in what is free now: none\n")
     assert "GPU" not in output
     assert "total" in output
 
@@ -370,6 +371,7 @@ def test_version_and_help() -> None:
     assert good("--version") == f"llama-bridge, version {__version__}\n"
     for name in cli.list_commands(click.Context(cli)):
         assert "--help" in good(name, "-h")
+    assert "--n-ctx N|auto " in good("load", "-h")
 
 
 def llama_bridge(*arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
@@ -416,6 +418,20 @@ def test_a_reader_that_leaves_is_no_fault() -> None:
             assert process.stdout.read(4) == b"word"
             process.stdout.close()
             assert b"Traceback" not in process.stderr.read()
+        server.await_end(0)
+
+
+def test_an_interrupted_pull_leaves_the_daemon_at_once() -> None:
+    def fetches(peer: Peer) -> None:
+        peer.expect()
+        process.send_signal(signal.SIGINT)
+        assert peer.request() is None  # the connection is closed, which stops the work
+
+    with scripted(fetches) as server:
+        command = [sys.executable, "-m", "bridge", "pull", "x", "--socket", server.address]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            out, err = process.communicate()
+        assert (process.returncode, out, err.strip()) == (1, b"", b"Aborted!")
         server.await_end(0)
 
 

@@ -143,8 +143,11 @@ async def test_a_request_says_how_long_it_stays() -> None:
         await until(place, a="unloaded")
         await wire.ask('EMBED {"text":"x","keep_alive":0}')
         await until(place, a="unloaded")
+        await wire.ask("INFER keep_alive=900 max_tokens=1 x")
+        assert (await place.models())["a"]["keep_alive"] == 900
         await wire.ask("INFER max_tokens=1 x")
         assert (await place.models())["a"]["idle_s"] < 60
+        assert (await place.models())["a"]["keep_alive"] == 300
 
 
 async def test_looking_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
