@@ -88,11 +88,10 @@ class Configured:
             if model not in self._daemon.config.models:
                 raise BridgeError(ErrorCode.NOT_FOUND, "the configuration names it no longer")
             terms = Terms(model.keep_alive, model.pin)
-            name = model.name or found.name
             if model.preload:
-                entry = pool.begin_load(name, spec, CONFIGURATION, terms, None)
+                entry = pool.begin_load(model.name, spec, CONFIGURATION, terms, None)
             else:
-                entry = pool.know(name, spec, terms)
+                entry = pool.know(model.name, spec, terms)
         except BridgeError as error:
             self._log.error("configured model failed", path=model.path, reason=error.message)
             return error.message

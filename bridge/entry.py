@@ -29,13 +29,15 @@ class State(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Spec:
     """``options`` are those asked for; what they leave open comes from the configuration. ``lora`` are paths and
-    scales of adapters. ``stamp`` tells the very files; it is empty where there are none.
+    scales of adapters. ``stamp`` tells the very files; it is empty where there are none. ``called`` is the model's own
+    name, for want of which it is called as its file is.
     """
 
     path: str
     options: LoadOptions = DEFAULTS
     lora: tuple[tuple[str, float], ...] = ()
     stamp: Stamp = ()
+    called: str | None = None
 
     def same_file(self, other: Spec) -> bool:
         return self.path == other.path or (bool(self.stamp) and _inodes(self.stamp) == _inodes(other.stamp))

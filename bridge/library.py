@@ -42,7 +42,7 @@ class Found:
     stamp: Stamp = ()
 
     def spec(self, options: LoadOptions = DEFAULTS, lora: tuple[tuple[str, float], ...] = ()) -> Spec:
-        return Spec(self.path, options, lora, self.stamp)
+        return Spec(self.path, options, lora, self.stamp, self.name)
 
 
 class Library:

@@ -29,7 +29,7 @@ async def load(call: Call, command: commands.Load) -> Ok:
         found = await _find(call, command)
         spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
         terms = Terms(command.keep_alive, command.pin)
-        entry = call.daemon.pool.begin_load(command.name or found.name, spec, call.peer.number, terms, command.path)
+        entry = call.daemon.pool.begin_load(command.name, spec, call.peer.number, terms, command.path)
     except BridgeError as error:
         if error.code in (ErrorCode.NAME_TAKEN, ErrorCode.BUSY):
             raise

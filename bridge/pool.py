@@ -111,7 +111,7 @@ class ModelPool:
             if name is None or not autoload:
                 raise
             found = await self._library.find(name, unknown)
-            return self.begin_load(found.name, found.spec(), None, Terms(), name)
+            return self.begin_load(None, found.spec(), None, Terms(), name)
         if entry.state is State.UNLOADED and not autoload:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is not loaded, and pool.autoload is off: LOAD it")
         return entry

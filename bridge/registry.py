@@ -64,14 +64,14 @@ class Registry:
         """
         entry = self._find(spec, name)
         if entry is None:
-            entry = self._new(name or name_of(spec.path), spec)
+            entry = self._new(name or spec.called or name_of(spec.path), spec)
             effects: list[Effect] = [Start(entry.name)]
         else:
             if holder is None and entry.state is State.READY:  # it takes what is there, also of a file that was changed
                 spec = replace(spec, stamp=entry.spec.stamp)
             effects = self._join(entry, spec)
-        self._call(entry, name)
-        self._call(entry, alias)
+        for also in (name, spec.called, alias):
+            self._call(entry, also)
         if holder is not None:
             self._hold(entry, holder, terms)
         return entry, effects
@@ -80,12 +80,13 @@ class Registry:
         """The configuration names a model that is to be loaded when first asked for."""
         entry = self._find(spec, name)
         if entry is None:
-            entry = self._new(name or name_of(spec.path), spec)
+            entry = self._new(name or spec.called or name_of(spec.path), spec)
             entry.state = State.UNLOADED
             entry.proven = True
         elif entry.state is State.UNLOADED:
             self._respecify(entry, spec)
-        self._call(entry, name)
+        for also in (name, spec.called):
+            self._call(entry, also)
         self._hold(entry, CONFIGURATION, terms)
         return entry
 

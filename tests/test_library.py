@@ -172,6 +172,15 @@ async def test_models_lists_what_is_loaded_and_what_could_be(folder: Path, tiny:
         assert (available["size"], available["source"]) == (tiny.stat().st_size, "directory")
 
 
+@LLAMA
+async def test_other_options_are_no_reason_to_load_it_twice_unless_a_name_says_so(folder: Path) -> None:
+    async with library(folder) as place, await place.unix() as wire:
+        assert (await wire.ask("LOAD name=mine Tiny-1M"))["model"] == "mine"
+        assert await wire.code("LOAD n_ctx=32 Tiny-1M") == "name_taken"
+        assert (await wire.ask("LOAD n_ctx=32 name=short Tiny-1M"))["model"] == "short"
+        assert list(await place.models()) == ["mine", "short"]
+
+
 # -- fetching --------------------------------------------------------------------------------------------------
 
 

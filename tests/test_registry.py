@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -441,6 +442,25 @@ def test_all_is_not_even_a_further_name() -> None:
     refused(ErrorCode.NAME_TAKEN, registry.know, ALL, B, NO_TERMS)
 
 
+NAMED = Spec("/blobs/sha256-0123", called="llama3:8b")
+
+
+def test_a_model_that_has_a_name_is_called_by_it() -> None:
+    assert Registry().load(None, NAMED, ME)[0].name == "llama3:8b"
+    assert Registry().know(None, NAMED, Terms()).name == "llama3:8b"
+    assert Registry().load("mine", NAMED, ME)[0].names == ["mine", "llama3:8b"]
+
+
+def test_its_own_name_is_none_that_was_asked_for() -> None:
+    """So it is no reason to load it twice, nor to refuse it because another goes by that."""
+    registry = Registry()
+    registry.load("mine", NAMED, ME)
+    refused(ErrorCode.NAME_TAKEN, registry.load, None, replace(NAMED, options=LoadOptions(n_ctx=64)), ME)
+    assert registry.load(None, A, ME, alias="x")[0].name == "a"
+    registry.load("also", replace(B, called="a"), ME)
+    assert registry.load(None, replace(B, called="a"), ME)[0].name == "also"
+
+
 # -- the same file ---------------------------------------------------------------------------------------------
 
 HERE = Spec("/m/a.gguf", stamp=((1, 100, 5000, 7),))
@@ -638,6 +658,7 @@ SPECS = st.builds(
     st.sampled_from([LoadOptions(), SMALL]),
     st.just(()),
     st.sampled_from([(), ((1, 1, 1, 1),), ((1, 1, 1, 2),)]),
+    st.sampled_from([None, "x", ALL]),
 )
 TERMS = st.builds(Terms, st.sampled_from([None, 0.0, 5.0, -1.0]), st.booleans())
 
