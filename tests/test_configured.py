@@ -59,7 +59,14 @@ async def test_models_come_and_go(place: Spawned, file: Path) -> None:
         await place.until_ready()
         pid = await place.pid()
         said = await reload(wire, file, models("echo", "two"))
-        assert said == {"changed": ["models"], "needs_restart": [], "loaded": ["two"], "freed": [], "failed": {}}
+        assert said == {
+            "changed": ["models"],
+            "needs_restart": [],
+            "loaded": ["two"],
+            "freed": [],
+            "following": [],
+            "failed": {},
+        }
         await place.until_ready("two")
         assert await place.pid() == pid, "what is as it was is left alone"
         said = await reload(wire, file, models("two"))

@@ -349,7 +349,8 @@ async def test_the_fake_takes_any_path_and_nothing_is_looked_for() -> None:
         assert await fake.known() == []
         assert await fake.find("any/path") == Found("any/path")
         assert await fake.prepare("any/path", "Q4_0", lambda progress: None) == Found("any/path")
-        assert await fake.is_ready("any/path")
+        assert await fake.prepared("any/path", "Q4_0") == Found("any/path")
+        assert not await fake.takes_long("any/path", "Q4_0")
 
 
 async def test_a_folder_of_a_user_that_is_not_there(folder: Path) -> None:
