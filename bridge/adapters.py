@@ -48,7 +48,9 @@ class Adapters:
         """
         named = [parse_lora(one) for one in ([names] if isinstance(names, str) else names)]
         known = entry.adapters if entry else {}
-        return tuple([(known.get(name) or await self._library.check_path(name), scale) for name, scale in named])
+        return tuple(
+            [(known.get(name) or await self._library.check_path(name, "adapter"), scale) for name, scale in named]
+        )
 
     async def check(self, model: str, path: str) -> Checked:
         """Raises BridgeError: bad_adapter, which says what differs, not_found."""

@@ -87,9 +87,15 @@ class Library:
         """What a model's files say of it. Raises BridgeError (load_failed)."""
         return {} if self.fake else await self.look(lambda: describe(read_model_files(path)))
 
-    async def check_path(self, path: str) -> str:
-        """The real path of a file that may be read. Raises BridgeError: not_found, forbidden."""
-        return path if self.fake else await self.look(partial(self._catalogue.check_path, path))
+    async def check_path(self, path: str, what: str) -> str:
+        """The real path of a file that may be read. Raises BridgeError, of ``what``: not_found, forbidden."""
+        if self.fake:
+            return path
+        try:
+            return await self.look(partial(self._catalogue.check_path, path))
+        except BridgeError as error:
+            message = error.message.replace("Failed to load model", f"Failed to load {what}", 1)
+            raise BridgeError(error.code, message, **error.details) from None
 
     async def remove(self, name: str) -> Known:
         """Raises BridgeError: not_found, ambiguous, forbidden."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ AVAILABLE = "available"  # the state of a model that is on the disk and was not 
 
 async def load(call: Call, command: commands.Load) -> Ok:
     try:
-        found = await _find(call, command)
+        tell = _teller(call, command.progress)
+        found = await _find(call, command.path, call.daemon.library.prepare(command.path, command.quant, tell))
         spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
         terms = Terms(command.keep_alive, command.pin)
         entry = call.daemon.pool.begin_load(command.name, spec, call.peer.number, terms, command.path)
@@ -38,15 +39,15 @@ async def load(call: Call, command: commands.Load) -> Ok:
     return Ok("Model loaded successfully", None, {"model": entry.name, "load_ms": provider.load_ms})
 
 
-async def _find(call: Call, command: commands.Load) -> Found:
-    """Where there is nothing any more, what was loaded from there will do."""
+async def _find(call: Call, reference: str, look: Awaitable[Found]) -> Found:
+    """Where ``look`` finds nothing, what goes by that name, or was loaded from there, will do."""
     try:
-        return await call.daemon.library.prepare(command.path, command.quant, _teller(call, command.progress))
+        return await look
     except BridgeError as error:
         if error.code != ErrorCode.NOT_FOUND:
             raise
         try:
-            entry = call.daemon.pool.pick(command.path)
+            entry = call.daemon.pool.pick(reference)
         except BridgeError:
             raise error from None
         return Found(entry.spec.path, None, entry.spec.stamp)
@@ -79,7 +80,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 async def plan(call: Call, command: commands.Plan) -> Ok:
-    found = await call.daemon.library.prepared(command.path, command.quant)
+    found = await _find(call, command.path, call.daemon.library.prepared(command.path, command.quant))
     spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
     fits = proposal.room.fits or bool(proposal.room.wait_for)

@@ -20,8 +20,6 @@ from bridge.room import Memory
 from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
-_ELASTIC = ("n_ctx", "n_gpu_layers")  # options that ``auto`` suits to what is free
-
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -68,7 +66,9 @@ class Planner:
             for what, asked, there in (("memory", need.host, have.host), ("GPU memory", need.gpu, have.gpu))
             if asked > there
         ]
-        message = f"Failed to load model: {spec.path}: {', '.join(short)}{why}"
+        n_ctx = planned.n_ctx_max
+        helps = f"; n_ctx={n_ctx} would fit" if n_ctx else ""
+        message = f"Failed to load model: {spec.path}: {', '.join(short)}{helps}{why}"
         return BridgeError(ErrorCode.LOAD_FAILED, message, need=asdict(need), have=asdict(have))
 
 
@@ -83,7 +83,7 @@ def _plan(asked: LoadOptions, path: str, free: Memory) -> Planned:
     return Planned(
         options=ipc.Options(**msgspec.structs.asdict(plan.options)),
         memory=Memory(plan.need.host, plan.need.gpu),
-        elastic=any(getattr(asked, name) == "auto" for name in _ELASTIC) or bool(hardware.gpus),
+        elastic=asked.n_ctx == "auto" or (bool(hardware.gpus) and not isinstance(asked.n_gpu_layers, int)),
         need={part: {"host": size.host, "gpu": size.gpu} for part, size in parts.items()},
         n_ctx_max=plan.n_ctx_max,
         why=plan.why,

@@ -12,11 +12,10 @@ from workers import generate, worker
 
 from bridge import ipc
 from bridge.models import hardware
-from bridge.models.fit import Plan, Room, check_fits, plan, repacking_matters
+from bridge.models.fit import Plan, Room, plan, repacking_matters
 from bridge.models.gguf import ArrayInfo, GgufError, Header, Tensor, read_model
 from bridge.models.hardware import Gpu, Hardware
 from protocol.commands import LoadOptions
-from protocol.errors import BridgeError, ErrorCode
 
 GB = 10**9
 CPU = Hardware(cores=8, threads=16, ram_total=64 * GB, ram_available=60 * GB)
@@ -226,28 +225,6 @@ def test_repacking_is_reckoned_with_as_the_build_does_it() -> None:
 def test_headers_of_no_model() -> None:
     with pytest.raises(GgufError):
         plan([Header("m.gguf", 0, 3, 32, {}, {})], LoadOptions(), CPU, room=PLENTY)
-
-
-def test_too_little_memory_is_said_with_need_and_have() -> None:
-    room = Room(6 * GB, (GB,))
-    check_fits("/m.gguf", planned(n_ctx=256), room)
-    decided = planned(room=room)
-    with pytest.raises(BridgeError) as caught:
-        check_fits("/m.gguf", decided, room)
-    error = caught.value
-    assert error.code == ErrorCode.LOAD_FAILED
-    needs = f"{decided.need.host / 1e9:.2f} GB"
-    assert error.message == (
-        f"Failed to load model: /m.gguf: it needs {needs} of memory, and may take 6.00 GB;"
-        f" n_ctx={decided.n_ctx_max} would fit"
-    )
-    assert error.details == {
-        "need": {"host": decided.need.host, "gpu": 0},
-        "have": {"host": 6 * GB, "gpu": GB},
-        "n_ctx_max": decided.n_ctx_max,
-    }
-    with pytest.raises(BridgeError, match=r"it needs 7\.\d\d GB on the GPU, and may take 1\.00 GB"):
-        check_fits("/m.gguf", planned(GPU, Room(60 * GB, (GB,)), n_gpu_layers=-1), Room(60 * GB, (GB,)))
 
 
 # -- against workers -------------------------------------------------------------------------------------------

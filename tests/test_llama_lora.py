@@ -240,7 +240,10 @@ def test_any_mixture(architecture: Architecture, tmp_path: Path) -> None:
         if (prompt, number) not in expected:
             expected[prompt, number] = alone(tmp_path, architecture, prompt, SETS[number])
         assert_same(rig.done[rid], expected[prompt, number])
-    assert any(done.usage.cached_tokens for done in rig.done.values())
+    if (
+        architecture == "llama"
+    ):  # what can't be rewound is of use to few, and whether to any depends on the machine's pace
+        assert any(done.usage.cached_tokens for done in rig.done.values())
 
 
 def test_alone_means_bit_by_bit(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from bridge.models.gguf import Header
 from bridge.models.hardware import Hardware
 from bridge.models.memory import Layout, Model, Size
 from protocol.commands import LoadOptions
-from protocol.errors import BridgeError, ErrorCode
 
 _STEP = 256  # cells, which llama.cpp rounds a context up to
 _MAX_CELLS = 2**31 - 1  # llama.cpp counts them in 32 bits
@@ -81,24 +80,6 @@ def plan(model: Sequence[Header], asked: LoadOptions, hardware: Hardware, *, roo
     for n_ubatch tokens, and logits for each token of the longest text, 4 bytes for each entry of the vocabulary.
     """
     return _Planning(Model(model), asked, hardware, room).plan()
-
-
-def check_fits(path: str, planned: Plan, room: Room) -> None:
-    """Raises BridgeError (load_failed) that says what it needs and what there is, in words and in its details."""
-    if planned.fits:
-        return
-    need, gpu = planned.need, sum(room.gpus)
-    lacks = [] if need.host <= room.host else [f"it needs {_gb(need.host)} of memory, and may take {_gb(room.host)}"]
-    if need.gpu > gpu:
-        lacks.append(f"it needs {_gb(need.gpu)} on the GPU, and may take {_gb(gpu)}")
-    help_ = f"; n_ctx={planned.n_ctx_max} would fit" if planned.n_ctx_max else ""
-    raise BridgeError(
-        ErrorCode.LOAD_FAILED,
-        f"Failed to load model: {path}: {'; '.join(lacks)}{help_}",
-        need={"host": need.host, "gpu": need.gpu},
-        have={"host": room.host, "gpu": gpu},
-        n_ctx_max=planned.n_ctx_max,
-    )
 
 
 def repacking_matters(model: Sequence[Header]) -> bool:
@@ -258,10 +239,6 @@ class _Planning:
         if with_flash and not self._is_plain(with_flash, n_gpu_layers):
             return with_flash
         return fitting(True)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
