@@ -159,6 +159,7 @@ def _discovery(settings: Settings) -> list[Row]:
     config = {"store_directories": folder, "store_discover": "false", "store_dir": settings.folder / "store"}
     with daemon(settings.folder, config) as (_, path), Client(path, timeout=60) as client:
         client.ping()
+        time.sleep(3)  # what was written just now is looked at again, for a file system's clock is coarse
         cold = _seconds(lambda: client.models(loaded=False))
         count = len(client.models())
         again = median(_seconds(lambda: client.models(loaded=False)) for _ in range(settings.pick(21, 3)))
