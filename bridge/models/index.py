@@ -95,7 +95,7 @@ class Index:
         if len(fits) > 1:
             candidates = [known.name for known in fits]
             message = f"{name} fits {len(fits)} models: {_list(candidates)}; say which one by its name"
-            raise BridgeError("ambiguous", message, candidates=candidates)
+            raise BridgeError(ErrorCode.AMBIGUOUS, message, candidates=candidates)
         return fits[0] if fits else None
 
     def same(self, stamp: Stamp) -> Known | None:

@@ -41,7 +41,7 @@ def shards(path: str) -> tuple[str, ...]:
     """The paths of all shards of a model by that of any of them, there or not; of what is no shard, its own."""
     folder, file = os.path.split(path)
     if shard := shard_of(file):
-        return tuple(os.path.join(folder, shard.name(number)) for number in range(1, shard.total + 1))
+        return tuple(os.path.join(folder, name) for name in shard.all_names)
     return (path,)
 
 

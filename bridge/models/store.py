@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from protocol.errors import BridgeError
+from protocol.errors import BridgeError, ErrorCode
 
 CHUNK = 1 << 20
 ABANDONED = 30 * 24 * 3600  # seconds
@@ -148,7 +148,7 @@ def check_space(store: Path, need: int) -> None:
     have = disk.f_bavail * disk.f_frsize
     if need > have:
         message = f"The disk of {store} has {have:,} bytes free, {need:,} are still to come"
-        raise BridgeError("pull_failed", message, need=need, have=have)
+        raise BridgeError(ErrorCode.PULL_FAILED, message, need=need, have=have)
 
 
 def is_full(error: OSError) -> bool:
