@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import trio
 
 from bridge.config import Config
-from bridge.entry import DEFAULTS, Spec, Stamp
+from bridge.entry import DEFAULTS, Lora, Spec
 from bridge.jobs import Jobs, Progress, run_job
 from bridge.models.about import describe
 from bridge.models.catalogue import Catalogue, Known
@@ -25,6 +25,7 @@ from bridge.models.default import models_dir
 from bridge.models.files import read_model_files
 from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
+from bridge.models.stamp import Stamp
 from bridge.models.weights import needs_converting
 from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
@@ -41,7 +42,7 @@ class Found:
     name: str | None = None
     stamp: Stamp = ()
 
-    def spec(self, options: LoadOptions = DEFAULTS, lora: tuple[tuple[str, float], ...] = ()) -> Spec:
+    def spec(self, options: LoadOptions = DEFAULTS, lora: Lora = ()) -> Spec:
         return Spec(self.path, options, lora, self.stamp, self.name)
 
 

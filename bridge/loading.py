@@ -16,6 +16,7 @@ from bridge.entry import Entry, State, Terms
 from bridge.keeper import Proposal
 from bridge.library import Found
 from bridge.meter import Meter
+from bridge.models.stamp import identity_of, size_of
 from bridge.pool import ModelPool
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
@@ -120,11 +121,11 @@ async def models(call: Call, command: commands.Models) -> Ok:
     if command.loaded is not None:
         described = [one for one in described if (one["state"] != State.UNLOADED) == command.loaded]
     if command.loaded is not True:
-        there = {file[:2] for entry in pool.entries for file in entry.spec.stamp}
+        there = {identity_of(entry.spec.stamp) for entry in pool.entries}
         described += [
             {"name": one.name, "path": one.path, "state": AVAILABLE, "source": one.source, "size": one.size}
             for one in await call.daemon.library.known()
-            if one.stamp[0][:2] not in there
+            if one.identity not in there
         ]
     return Ok(f"{len(described)} models", described)
 
@@ -152,7 +153,7 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
         "restarts": entry.restarts,
         "n_ctx": provider.info.n_ctx if provider else None,
         "n_parallel": provider.info.n_parallel if provider else None,
-        "size": sum(file[2] for file in entry.spec.stamp),
+        "size": size_of(entry.spec.stamp),
         "memory": _resident(provider.pid) if provider else 0,
         "gpu_memory": entry.memory.gpu,
         "keep_alive": entry.idle_limit,

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from bridge.models import paths
 from bridge.models.converted import all_cached
-from bridge.models.index import Index, Known, known_by_path, size_of
+from bridge.models.index import Index, Known, known_by_path
 from bridge.models.reference import LocalPath, Name, Reference, control_character, parse
+from bridge.models.stamp import Stamp, size_of, stamp_of
 from bridge.models.store import forget_file
 from bridge.models.stores import OLLAMA_TAG, Found, Place, discovered, scan_directory, scan_store
-from bridge.models.watch import Stamp, Watch, stamp_of
+from bridge.models.watch import Watch
 from protocol.errors import BridgeError, ErrorCode
 
 __all__ = ["Catalogue", "Known"]
