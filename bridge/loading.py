@@ -29,7 +29,7 @@ async def load(call: Call, command: commands.Load) -> Ok:
     try:
         tell = _teller(call, command.progress)
         found = await _find(call, command.path, call.daemon.library.prepare(command.path, command.quant, tell))
-        spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
+        spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
         terms = Terms(command.keep_alive, command.pin)
         entry = call.daemon.pool.begin_load(command.name, spec, call.peer.number, terms, command.path)
     except BridgeError as error:
@@ -60,10 +60,6 @@ def failed_to_load(path: str, reason: str) -> str:
     return reason if reason.startswith(start) else f"{start}: {reason.removeprefix(f'{path}: ')}"
 
 
-def _options(command: commands.Loading) -> commands.LoadOptions:
-    return msgspec.convert(command, commands.LoadOptions, from_attributes=True)
-
-
 def _teller(call: Call, wanted: bool) -> Callable[[jobs.Progress], None]:
     """What tells the client how far it is, now and then."""
     meter = Meter()
@@ -81,8 +77,8 @@ def _rounded(value: float | None) -> float | None:
 
 
 async def plan(call: Call, command: commands.Plan) -> Ok:
-    found = await _find(call, command.path, call.daemon.library.prepared(command.path, command.quant))
-    spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
+    found = await _find(call, command.path, call.daemon.library.find_prepared(command.path, command.quant))
+    spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
     fits = proposal.room.fits or bool(proposal.room.wait_for)
     return Ok("It fits" if fits else "It does not fit", _proposal(proposal) | {"path": found.path})

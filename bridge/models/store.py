@@ -4,6 +4,7 @@
     .partial/KEY.part    what came so far of a file, KEY being the SHA-256 of its source's name; kept for 30 days
     .partial/KEY.json    what is known of that source (Record); stays, so that a second PULL knows what it has
     .sources.json        {reference: file name}, for finding a model by what it was pulled by
+    converted/           models that were made of others (converted.py)
 
 Whoever reads it ignores what begins with a dot.
 """
@@ -28,6 +29,7 @@ CHUNK = 1 << 20
 ABANDONED = 30 * 24 * 3600  # seconds
 PARTIAL = ".partial"
 SOURCES = ".sources.json"
+CONVERTED = "converted"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

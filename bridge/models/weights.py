@@ -46,6 +46,12 @@ def needs_converting(path: str | Path) -> bool:
         return False
 
 
+def weights_in(folder: str) -> list[str]:
+    """The paths of all weights in a directory; none if there is no configuration beside them. Raises OSError."""
+    parts = _parts(Path(folder))
+    return [str(part) for part in parts.values()] if os.path.isfile(os.path.join(folder, CONFIG)) else []
+
+
 def examine(path: Path) -> Weights:
     """Everything that can be known to be wrong without the converter. Raises BridgeError."""
     try:
@@ -88,9 +94,10 @@ def _examine_gguf(path: Path) -> Weights:
 
 
 def _parts(folder: Path) -> dict[str, Path]:
+    names = sorted(os.listdir(folder))
     for prefix, suffix in _FORMATS:
-        if parts := sorted(folder.glob(f"{prefix}*{suffix}")):
-            return {part.name: part for part in parts}
+        if parts := [name for name in names if name.startswith(prefix) and name.endswith(suffix)]:
+            return {name: folder / name for name in parts}
     return {}
 
 
