@@ -244,7 +244,7 @@ class _Fetch:
         kept = (
             f"; the {self._partial.size:,} bytes that came are kept, PULL again goes on" if self._partial.size else ""
         )
-        return BridgeError(ErrorCode.PULL_FAILED, f"{self._remote.source}: {why}{kept}", have=self._partial.size)
+        return BridgeError(ErrorCode.PULL_FAILED, f"{self._remote.source}: {why}{kept}", kept=self._partial.size)
 
     def _refused(self, response: httpx2.Response) -> BridgeError:
         message = f"{self._remote.source}: {_status(response)}"
