@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bridge import ipc
-from bridge.entry import Entry
+from bridge.entry import Entry, Lora
 from bridge.library import Library
 from bridge.models.files import read_model_files
 from bridge.models.gguf import GgufError, read_header
@@ -21,7 +21,6 @@ from bridge.providers.base import Asking, Provider
 from protocol.errors import BridgeError, ErrorCode
 
 _REMEMBERED = 256  # checks
-Lora = tuple[tuple[str, float], ...]  # paths and scales
 
 
 @dataclass(frozen=True, slots=True)

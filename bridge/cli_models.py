@@ -13,13 +13,13 @@ from bridge.cli import here, json_option, lora_option, parameters_of, print_json
 from bridge.cli_bar import progress_bar
 from bridge.cli_tables import in_bytes, print_models, print_table
 from bridge.cli_types import NumberOrAuto
+from bridge.models.store import CONVERTED
 from client import Client
 from client.results import ModelState
 from client.results import Plan as Planned
 from protocol.commands import Command, Load, Plan
 
 PARTS = {"kv": "KV cache", "compute": "computing", "loaded": "once loaded"}  # of what a model needs, in other words
-CONVERTED = "converted"  # the folder of what the daemon made itself, in its store
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,7 +13,6 @@ from bridge.config import Config, ConfigError, Model
 from bridge.daemon import Daemon
 from bridge.entry import Terms
 from bridge.registry import CONFIGURATION
-from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
 NEEDS_RESTART = ("socket", "socket_mode", "socket_group", "tcp", "backend", "log.level", "log.format")
@@ -75,7 +74,7 @@ class Configured:
     async def _takes_long(self, model: Model) -> bool:
         try:
             return await self._daemon.library.takes_long(model.path, model.quant)
-        except BridgeError:  # which _load will tell
+        except Exception:  # which _load will come to, and tell
             return False
 
     async def _load(self, model: Model) -> str | None:
@@ -83,8 +82,7 @@ class Configured:
         library, pool = self._daemon.library, self._daemon.pool
         try:
             found = await library.prepare(model.path, model.quant, lambda progress: None)
-            options = msgspec.convert(model, LoadOptions, from_attributes=True)
-            spec = found.spec(options, await self._daemon.adapters.resolve(model.lora))
+            spec = found.spec(model, await self._daemon.adapters.resolve(model.lora))
             if model not in self._daemon.config.models:
                 raise BridgeError(ErrorCode.NOT_FOUND, "the configuration names it no longer")
             terms = Terms(model.keep_alive, model.pin)

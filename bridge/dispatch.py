@@ -1,7 +1,9 @@
-"""Commands to replies: with ``generation`` the only place that knows both the wire's types and the workers'.
+"""Commands to replies: with ``generation``, ``loading`` and ``lora`` the only place that knows both the wire's types
+and the workers'.
 
 ``INSTANT`` handlers return their reply at once. ``LASTING`` ones may wait, for a model or for its answer; each runs in
-a task of its own. Both raise BridgeError. To add a command: a handler here, and its line in one of the two tables.
+a task of its own. Both raise BridgeError. To add a command: a handler in one of these, and its line in one of the two
+tables.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from bridge.models.stamp import Stamp, identity_of
 from bridge.receipts import Totals
 from bridge.room import NONE, Memory
 from protocol.commands import LoadOptions
@@ -14,7 +15,7 @@ from protocol.errors import BridgeError, ErrorCode
 
 CRASHES_BEFORE_REST = 3
 DEFAULTS = LoadOptions()
-Stamp = tuple[tuple[int, ...], ...]  # of each file its device, inode, size and time
+Lora = tuple[tuple[str, float], ...]  # paths and scales of adapters
 
 
 class State(StrEnum):
@@ -28,19 +29,19 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """``options`` are those asked for; what they leave open comes from the configuration. ``lora`` are paths and
-    scales of adapters. ``stamp`` tells the very files; it is empty where there are none. ``called`` is the model's own
-    name, for want of which it is called as its file is.
+    """``options`` are those asked for; what they leave open comes from the configuration. ``stamp`` tells the very
+    files; it is empty where there are none. ``called`` is the model's own name, for want of which it is called as its
+    file is.
     """
 
     path: str
     options: LoadOptions = DEFAULTS
-    lora: tuple[tuple[str, float], ...] = ()
+    lora: Lora = ()
     stamp: Stamp = ()
     called: str | None = None
 
     def same_file(self, other: Spec) -> bool:
-        return self.path == other.path or (bool(self.stamp) and _inodes(self.stamp) == _inodes(other.stamp))
+        return self.path == other.path or (bool(self.stamp) and identity_of(self.stamp) == identity_of(other.stamp))
 
     def serves(self, asked: Spec) -> bool:
         """Who asks for nothing in particular takes what is there, however it was loaded."""
@@ -100,7 +101,3 @@ class Entry:
     @property
     def busy(self) -> bool:
         return self.state is not State.READY or self.users + self.waiting > 0
-
-
-def _inodes(stamp: Stamp) -> list[tuple[int, ...]]:
-    return [file[:2] for file in stamp]

@@ -1,20 +1,15 @@
-"""What daemon and worker say to each other: frames of a 4-byte big-endian length and a msgpack message.
+"""What daemon and worker say to each other; ``bridge.frames`` has how it travels.
 
 The daemon sends requests, each under a number of its own (``rid``). The worker sends one ``Loaded`` or ``LoadFailed``,
-and then a ``Step`` whenever its engine has something to tell. Times are seconds of CLOCK_MONOTONIC,
-which both processes share. There is no pickle here, and nothing that could run code.
+and then a ``Step`` whenever its engine has something to tell. Times are seconds of CLOCK_MONOTONIC, which both
+processes share.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Any, Literal, get_args
 
-import msgspec
 from msgspec import Struct
-
-MAX_FRAME = 1 << 30
-_LENGTH = struct.Struct(">I")
 
 # -- to the worker ---------------------------------------------------------------------------------------------
 
@@ -371,37 +366,3 @@ class Step(Struct, frozen=True, array_like=True, tag="step"):
 
 
 ToDaemon = Loaded | LoadFailed | Step
-
-# -- frames ----------------------------------------------------------------------------------------------------
-
-_encoder = msgspec.msgpack.Encoder()
-decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
-decode_to_daemon = msgspec.msgpack.Decoder(ToDaemon).decode
-
-
-def encode(message: ToWorker | ToDaemon) -> bytes:
-    payload = _encoder.encode(message)
-    return _LENGTH.pack(len(payload)) + payload
-
-
-class FrameBuffer:
-    """Bytes in, payloads out. Raises ValueError for a length that no message of ours has."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        self._buffer += data
-        frames = []
-        start = 0
-        while len(self._buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, start)
-            if length > MAX_FRAME:
-                raise ValueError(f"frame of {length} bytes")
-            end = start + _LENGTH.size + length
-            if len(self._buffer) < end:
-                break
-            frames.append(bytes(self._buffer[start + _LENGTH.size : end]))
-            start = end
-        del self._buffer[:start]
-        return frames

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 
 from bridge.config import Config
-from bridge.entry import DEFAULTS, Spec, Stamp
+from bridge.entry import DEFAULTS, Lora, Spec
 from bridge.jobs import Jobs, Progress, run_job
 from bridge.models.about import describe
 from bridge.models.catalogue import Catalogue, Known
@@ -25,8 +26,9 @@ from bridge.models.default import models_dir
 from bridge.models.files import read_model_files
 from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
+from bridge.models.stamp import Stamp
 from bridge.models.weights import needs_converting
-from protocol.commands import LoadOptions
+from protocol.commands import Loading, LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
 T = TypeVar("T")
@@ -41,7 +43,9 @@ class Found:
     name: str | None = None
     stamp: Stamp = ()
 
-    def spec(self, options: LoadOptions = DEFAULTS, lora: tuple[tuple[str, float], ...] = ()) -> Spec:
+    def spec(self, asked: Loading | None = None, lora: Lora = ()) -> Spec:
+        """With the options of ``asked``; its adapters are ``lora``, by their paths."""
+        options = DEFAULTS if asked is None else msgspec.convert(asked, LoadOptions, from_attributes=True)
         return Spec(self.path, options, lora, self.stamp, self.name)
 
 
@@ -91,11 +95,7 @@ class Library:
         """The real path of a file that may be read. Raises BridgeError, of ``what``: not_found, forbidden."""
         if self.fake:
             return path
-        try:
-            return await self.look(partial(self._catalogue.check_path, path))
-        except BridgeError as error:
-            message = error.message.replace("Failed to load model", f"Failed to load {what}", 1)
-            raise BridgeError(error.code, message, **error.details) from None
+        return await self.look(partial(self._catalogue.check_path, path, what))
 
     async def remove(self, name: str) -> Known:
         """Raises BridgeError: not_found, ambiguous, forbidden."""
@@ -112,8 +112,6 @@ class Library:
 
         Raises BridgeError: what ``find`` and ``pull`` raise, convert_failed, unsupported.
         """
-        if self.fake:
-            return Found(reference)
         try:
             found = await self.find(reference)
         except BridgeError as error:
@@ -121,36 +119,33 @@ class Library:
                 raise
             pulled = await self.pull(reference, tell)
             found = await self.find(pulled["path"])
-        if quant is None and not needs_converting(found.path):
-            return found
-        made = await self._converted(found, quant)
-        if made is None:
+        ready = await self._ready(found, quant)
+        if ready is None:
             options = {"quant": quant, "python": self._settings.convert_python}
-            made = Path((await self._run("convert", found.path, options, tell))["path"])
-        return await self._as_made(found, made, quant)
+            made = await self._run("convert", found.path, options, tell)
+            ready = await self._as_made(found, Path(made["path"]), quant)
+        return ready
 
     async def takes_long(self, reference: str, quant: str | None) -> bool:
         """Whether ``prepare`` has anything to fetch or to convert. What it will refuse, it refuses soon."""
         try:
-            found = await self.find(reference)
+            return await self._ready(await self.find(reference), quant) is None
         except BridgeError as error:
             return error.code == ErrorCode.NOT_FOUND and not isinstance(parse(reference), LocalPath | Name)
-        if self.fake or (quant is None and not needs_converting(found.path)):
-            return False
-        return await self._converted(found, quant) is None
 
-    async def prepared(self, reference: str, quant: str | None) -> Found:
-        """The same, but nothing is made. Raises BridgeError: what ``find`` does, not_found for what is to be made."""
-        found = await self.find(reference)
-        if self.fake or (quant is None and not needs_converting(found.path)):
-            return found
-        made = await self._converted(found, quant)
-        if made is None:
+    async def find_prepared(self, reference: str, quant: str | None) -> Found:
+        """What ``prepare`` would give. Raises BridgeError: what ``find`` does, not_found for what is to be made."""
+        ready = await self._ready(await self.find(reference), quant)
+        if ready is None:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{reference} has to be converted first, which LOAD does")
-        return await self._as_made(found, made, quant)
+        return ready
 
-    async def _converted(self, found: Found, quant: str | None) -> Path | None:
-        return await self.look(partial(cached, found.path, self._store, quant))
+    async def _ready(self, found: Found, quant: str | None) -> Found | None:
+        """What of it can be loaded: itself, or what was made of it once; None where that is still to be made."""
+        if self.fake or (quant is None and not await self.look(partial(needs_converting, found.path))):
+            return found
+        made = await self.look(partial(cached, found.path, self._store, quant))
+        return None if made is None else await self._as_made(found, made, quant)
 
     async def _as_made(self, found: Found, made: Path, quant: str | None) -> Found:
         name = found.name

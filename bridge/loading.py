@@ -16,6 +16,7 @@ from bridge.entry import Entry, State, Terms
 from bridge.keeper import Proposal
 from bridge.library import Found
 from bridge.meter import Meter
+from bridge.models.stamp import identity_of, size_of
 from bridge.pool import ModelPool
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
@@ -28,7 +29,7 @@ async def load(call: Call, command: commands.Load) -> Ok:
     try:
         tell = _teller(call, command.progress)
         found = await _find(call, command.path, call.daemon.library.prepare(command.path, command.quant, tell))
-        spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
+        spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
         terms = Terms(command.keep_alive, command.pin)
         entry = call.daemon.pool.begin_load(command.name, spec, call.peer.number, terms, command.path)
     except BridgeError as error:
@@ -59,10 +60,6 @@ def failed_to_load(path: str, reason: str) -> str:
     return reason if reason.startswith(start) else f"{start}: {reason.removeprefix(f'{path}: ')}"
 
 
-def _options(command: commands.Loading) -> commands.LoadOptions:
-    return msgspec.convert(command, commands.LoadOptions, from_attributes=True)
-
-
 def _teller(call: Call, wanted: bool) -> Callable[[jobs.Progress], None]:
     """What tells the client how far it is, now and then."""
     meter = Meter()
@@ -80,8 +77,8 @@ def _rounded(value: float | None) -> float | None:
 
 
 async def plan(call: Call, command: commands.Plan) -> Ok:
-    found = await _find(call, command.path, call.daemon.library.prepared(command.path, command.quant))
-    spec = found.spec(_options(command), await call.daemon.adapters.resolve(command.lora))
+    found = await _find(call, command.path, call.daemon.library.find_prepared(command.path, command.quant))
+    spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
     fits = proposal.room.fits or bool(proposal.room.wait_for)
     return Ok("It fits" if fits else "It does not fit", _proposal(proposal) | {"path": found.path})
@@ -120,11 +117,11 @@ async def models(call: Call, command: commands.Models) -> Ok:
     if command.loaded is not None:
         described = [one for one in described if (one["state"] != State.UNLOADED) == command.loaded]
     if command.loaded is not True:
-        there = {file[:2] for entry in pool.entries for file in entry.spec.stamp}
+        there = {identity_of(entry.spec.stamp) for entry in pool.entries}
         described += [
             {"name": one.name, "path": one.path, "state": AVAILABLE, "source": one.source, "size": one.size}
             for one in await call.daemon.library.known()
-            if one.stamp[0][:2] not in there
+            if one.identity not in there
         ]
     return Ok(f"{len(described)} models", described)
 
@@ -152,7 +149,7 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
         "restarts": entry.restarts,
         "n_ctx": provider.info.n_ctx if provider else None,
         "n_parallel": provider.info.n_parallel if provider else None,
-        "size": sum(file[2] for file in entry.spec.stamp),
+        "size": size_of(entry.spec.stamp),
         "memory": _resident(provider.pid) if provider else 0,
         "gpu_memory": entry.memory.gpu,
         "keep_alive": entry.idle_limit,

@@ -42,7 +42,7 @@ async def _load(call: Call, command: commands.Lora) -> Ok:
     adapters = call.daemon.adapters
     async with call.daemon.pool.use(command.model) as (model, provider):
         entry = call.daemon.pool.pick(model)
-        checked = await _check(call, entry, command)
+        checked = await _checked(call, entry, command)
         name = name_of(checked.path)
         _check_name(entry, name, checked.path)
         await adapters.load(provider, checked)
@@ -78,12 +78,12 @@ async def _unload(call: Call, command: commands.Lora) -> Ok:
     return Ok("Adapter unloaded", name, {"model": entry.name})
 
 
-async def _show(call: Call, command: commands.Lora) -> Ok:
+async def _check(call: Call, command: commands.Lora) -> Ok:
     entry = call.daemon.pool.pick(command.model)
-    return Ok("It fits", _about(await _check(call, entry, command)), {"model": entry.name})
+    return Ok("It fits", _about(await _checked(call, entry, command)), {"model": entry.name})
 
 
-async def _check(call: Call, entry: Entry, command: commands.Lora) -> Checked:
+async def _checked(call: Call, entry: Entry, command: commands.Lora) -> Checked:
     [(path, _)] = await call.daemon.adapters.resolve([f"{command.adapter}:1"], entry)
     return await call.daemon.adapters.check(entry.spec.path, path)
 
@@ -98,5 +98,5 @@ _ACTIONS: dict[str, Callable[[Call, commands.Lora], Awaitable[Ok]]] = {
     "list": _list,
     "load": _load,
     "unload": _unload,
-    "check": _show,
+    "check": _check,
 }

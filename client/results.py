@@ -213,12 +213,18 @@ class Reloaded(Struct, frozen=True, kw_only=True):
 
 
 class Adapter(Struct, frozen=True, kw_only=True):
-    """A LoRA adapter. ``scale`` is what it is applied with where a request names none; None is not at all."""
+    """A LoRA adapter. ``scale`` is what it is applied with where a request names none; None is not at all.
+
+    ``tensors`` are those that change something, ``ignored`` the names of others; both, and ``rank`` and ``alpha``, only
+    when it is loaded or checked.
+    """
 
     name: str = ""
     path: str = ""
     rank: int = 0
     alpha: float = 0.0
+    tensors: int = 0
+    ignored: list[str] = []
     size: int = 0
     scale: float | None = None
     requests: int = 0

@@ -21,6 +21,7 @@ from bridge.adapters import Adapters
 from bridge.config import Config, Limits, Pool
 from bridge.entry import Spec, State, Terms
 from bridge.library import Library
+from bridge.models.stamp import FileStamp
 from bridge.planner import Planner
 from bridge.pool import ModelPool
 from bridge.registry import Registry
@@ -129,7 +130,8 @@ class Chaos:
         terms = Terms(self.dice.choice([None, 0.0, -1.0]), pin=self.dice.random() < 0.05)
         name = self.dice.choice([None, None, "x", "y"])
         path = self.dice.choice(PATHS)
-        stamp = ((1, PATHS.index(path), 1, self.dice.choice([1, 1, 1, 2])),)  # now and then the file was changed
+        # Now and then the file was changed.
+        stamp = (FileStamp(1, PATHS.index(path), 1, self.dice.choice([1, 1, 1, 2])),)
         entry = self.pool.begin_load(name, Spec(path, options, (), stamp), number, terms, None)
         await self.pool.load(entry)
 
@@ -234,7 +236,7 @@ async def test_a_crash_amid_a_change_of_the_file(
         monkeypatch.setattr(MadeUp, "load", MadeUp._come)
         monkeypatch.setattr(MadeUp, "run", MadeUp._stay)
         pool = rig.pool
-        old, new = (Spec("a?mb=10", stamp=((1, 1, 1, time),)) for time in (1, 2))
+        old, new = (Spec("a?mb=10", stamp=(FileStamp(1, 1, 1, time),)) for time in (1, 2))
         entry = pool.begin_load(None, old, 1, Terms(), None)
         first = await pool.load(entry)
         assert isinstance(first, MadeUp)

@@ -289,3 +289,19 @@ async def test_what_was_dropped_while_it_was_looked_for_is_not_loaded(monkeypatc
             assert (await wire.ask("RELOAD"))["data"]["failed"] == {}
             fetched.set()
         assert list(await place.models()) == ["echo"]
+
+
+async def test_a_bug_in_looking_for_one_model_is_that_ones_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with daemon("echo") as place, await place.unix() as wire:
+        find = type(place.server._daemon.library).find
+
+        async def stumbles(*arguments: Any) -> Any:
+            if arguments[1] == "strange":
+                raise ZeroDivisionError
+            return await find(*arguments)
+
+        monkeypatch.setattr(type(place.server._daemon.library), "find", stumbles)
+        place.server._configured._read = lambda: replaced(place.server._config, "echo", "strange", "two")
+        data = (await wire.ask("RELOAD"))["data"]
+        assert data["failed"] == {"strange": "Internal error; it is logged"}
+        assert data["loaded"] == ["two"]

@@ -265,7 +265,9 @@ def test_a_content_length_that_is_never_reached_is_a_break(web: Web, tmp_path: P
     web.pages["/m.gguf"] = Page(CONTENT, length=len(CONTENT) + 10)
     error = failure(tmp_path, remote(web))
     assert error.code == "pull_failed"
-    assert part(tmp_path) is not None
+    came = part(tmp_path)
+    assert came is not None
+    assert error.details == {"kept": len(came)}
 
 
 def test_a_compressed_body_is_refused(web: Web, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import math
 import pytest
 
 from bridge.entry import Entry, Spec, State
+from bridge.models.stamp import FileStamp
 from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
 SMALL = LoadOptions(n_ctx=512)
-STAMP = ((1, 100, 5000, 7), (1, 101, 5000, 7))  # device, inode, size, time
+STAMP = (FileStamp(1, 100, 5000, 7), FileStamp(1, 101, 5000, 7))
 
 
 def entry(state: State = State.READY, **fields: object) -> Entry:
@@ -26,9 +27,9 @@ def entry(state: State = State.READY, **fields: object) -> Entry:
     [
         (Spec("/m/a.gguf", SMALL), True),
         (Spec("/m/link.gguf", stamp=STAMP), True),
-        (Spec("/m/link.gguf", stamp=((1, 100, 9, 9), (1, 101, 9, 9))), True),  # written to since
+        (Spec("/m/link.gguf", stamp=(FileStamp(1, 100, 9, 9), FileStamp(1, 101, 9, 9))), True),  # written to since
         (Spec("/m/link.gguf", stamp=STAMP[:1]), False),  # another number of shards
-        (Spec("/m/link.gguf", stamp=((2, 100, 5000, 7), (1, 101, 5000, 7))), False),  # another device
+        (Spec("/m/link.gguf", stamp=(FileStamp(2, 100, 5000, 7), STAMP[1])), False),  # another device
         (Spec("/m/link.gguf"), False),  # nothing is known of it
     ],
 )

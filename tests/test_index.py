@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.models.index import Index, size_of
+from bridge.models.index import Index
+from bridge.models.stamp import FileStamp
 from bridge.models.stores import Files, Found
-from bridge.models.watch import FileStamp
 from protocol.errors import BridgeError
 
 NAMES = st.lists(st.sampled_from(["a", "A", "b", "B", "a:Q4", "A:q4", "ß", "SS"]), max_size=3).map(tuple)
@@ -17,10 +17,6 @@ def found(number: int, own: tuple[str, ...], loose: tuple[str, ...] = (), source
     """Of one file; the same number is the same file."""
     stamp = (FileStamp(1, number, 10 + number, 0),)
     return Found(source, Files((f"/{source}/{number}",), stamp), own, loose)
-
-
-def test_its_size_is_that_of_all_shards() -> None:
-    assert size_of((FileStamp(1, 1, 10, 0), FileStamp(1, 2, 5, 0))) == 15
 
 
 def test_the_first_place_counts() -> None:

@@ -1,13 +1,12 @@
-"""Frames between daemon and worker: whole whatever the pipe did to them, and refused if they cannot be ours."""
+"""Messages between daemon and worker: each arrives as it was sent, and only at the side that it is meant for."""
 
 from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bridge import ipc
+from bridge.frames import FrameBuffer, decode_to_daemon, decode_to_worker, encode
 
 SAMPLING = ipc.Sampling(temperature=0.0, seed=7, logit_bias={5: -1.5}, logprobs=3)
 ENTRY = {"token": "ö", "logprob": -0.5, "bytes": [195, 182], "id": 9, "top_logprobs": []}
@@ -74,11 +73,6 @@ EVENTS: list[ipc.Event] = [
     ipc.Refused(2, "context_exceeded", "too long", {"n_prompt": 9, "n_ctx": 8}),
 ]
 ANSWERS: list[ipc.ToDaemon] = [ipc.Loaded(INFO, 12.5), ipc.LoadFailed("why"), ipc.Step(EVENTS)]
-PAYLOADS = [b"", b"a", b"bc" * 300]
-
-
-def frame(payload: bytes) -> bytes:
-    return len(payload).to_bytes(4, "big") + payload
 
 
 def test_every_message_has_its_example() -> None:
@@ -90,55 +84,18 @@ def test_every_message_has_its_example() -> None:
 
 @pytest.mark.parametrize("message", REQUESTS, ids=lambda one: type(one).__name__)
 def test_what_the_daemon_says_arrives_as_it_was(message: ipc.ToWorker) -> None:
-    [payload] = ipc.FrameBuffer().feed(ipc.encode(message))
-    assert ipc.decode_to_worker(payload) == message
+    [payload] = FrameBuffer().feed(encode(message))
+    assert decode_to_worker(payload) == message
 
 
 @pytest.mark.parametrize("message", ANSWERS, ids=lambda one: type(one).__name__)
 def test_what_the_worker_says_arrives_as_it_was(message: ipc.ToDaemon) -> None:
-    [payload] = ipc.FrameBuffer().feed(ipc.encode(message))
-    assert ipc.decode_to_daemon(payload) == message
+    [payload] = FrameBuffer().feed(encode(message))
+    assert decode_to_daemon(payload) == message
 
 
 def test_each_side_takes_only_what_is_meant_for_it() -> None:
     with pytest.raises(msgspec.ValidationError):
-        ipc.decode_to_worker(ipc.encode(ANSWERS[1])[4:])
+        decode_to_worker(encode(ANSWERS[1])[4:])
     with pytest.raises(msgspec.ValidationError):
-        ipc.decode_to_daemon(ipc.encode(REQUESTS[0])[4:])
-
-
-def test_frames_cut_anywhere() -> None:
-    data = b"".join(map(frame, PAYLOADS))
-    for cut in range(len(data) + 1):
-        frames = ipc.FrameBuffer()
-        assert frames.feed(data[:cut]) + frames.feed(data[cut:]) == PAYLOADS
-
-
-def test_frames_byte_by_byte() -> None:
-    frames = ipc.FrameBuffer()
-    data = b"".join(map(frame, PAYLOADS))
-    assert [got for at in range(len(data)) for got in frames.feed(data[at : at + 1])] == PAYLOADS
-
-
-@given(st.lists(st.binary(max_size=40), max_size=8), st.data())
-def test_frames_in_any_pieces(payloads: list[bytes], data: st.DataObject) -> None:
-    left = b"".join(map(frame, payloads))
-    frames = ipc.FrameBuffer()
-    got = []
-    while left:
-        count = data.draw(st.integers(1, len(left)))
-        got += frames.feed(left[:count])
-        left = left[count:]
-    assert got == payloads
-
-
-def test_a_length_beyond_all_reason_is_refused_before_its_bytes_come() -> None:
-    frames = ipc.FrameBuffer()
-    with pytest.raises(ValueError, match="frame of 1073741825 bytes"):
-        frames.feed((ipc.MAX_FRAME + 1).to_bytes(4, "big"))
-    assert ipc.FrameBuffer().feed(ipc.MAX_FRAME.to_bytes(4, "big")) == []
-
-
-def test_an_http_request_is_no_frame() -> None:
-    with pytest.raises(ValueError):
-        ipc.FrameBuffer().feed(b"GET / HTTP/1.1\r\n")
+        decode_to_daemon(encode(REQUESTS[0])[4:])

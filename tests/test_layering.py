@@ -89,7 +89,7 @@ def test_a_worker_knows_neither_the_wire_nor_trio() -> None:
     for name in ("protocol", "client", "trio", "click", "structlog"):
         assert not who_imports(name) & worker, name
     ours = {name for module in worker for name in imports(module) if name.partition(".")[0] in OURS}
-    assert ours - worker == {"bridge.ipc", "bridge.suit"}
+    assert ours - worker == {"bridge.frames", "bridge.ipc", "bridge.suit"}
 
 
 def test_models_know_the_wire_alone() -> None:

@@ -358,7 +358,7 @@ async def test_the_fake_takes_any_path_and_nothing_is_looked_for() -> None:
         assert await fake.known() == []
         assert await fake.find("any/path") == Found("any/path")
         assert await fake.prepare("any/path", "Q4_0", lambda progress: None) == Found("any/path")
-        assert await fake.prepared("any/path", "Q4_0") == Found("any/path")
+        assert await fake.find_prepared("any/path", "Q4_0") == Found("any/path")
         assert not await fake.takes_long("any/path", "Q4_0")
 
 

@@ -19,7 +19,7 @@ from tiny_lora import EMBEDDING, TinyLora, weights
 from tiny_models import ARCHITECTURES, NAMES, Architecture, tiny_model
 
 from bridge.models.gguf import GgufError, Header, Tensor, read_header
-from bridge.models.lora import AdapterInfo, check_adapter, content_key, parse_lora, parse_loras
+from bridge.models.lora import AdapterInfo, check_adapter, content_key, parse_lora
 from protocol.errors import BridgeError
 
 Q, GATE = "blk.1.attn_q.weight", "blk.2.ffn_gate.weight"
@@ -396,13 +396,6 @@ def test_what_names_no_adapter(text: str, why: str) -> None:
 def test_any_path_can_be_written_with_its_scale(path: str, scale: float) -> None:
     if path and "\n" not in path:
         assert parse_lora(f"{path}:{scale!r}") == (path, scale)
-
-
-def test_several() -> None:
-    assert parse_loras("a") == [("a", 1.0)]
-    assert parse_loras("a:0.5,b,c:-1") == [("a", 0.5), ("b", 1.0), ("c", -1.0)]
-    with pytest.raises(BridgeError, match="no path"):
-        parse_loras("a,,b")
 
 
 def test_a_key_names_the_content(tmp_path: Path) -> None:

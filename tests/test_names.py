@@ -31,6 +31,12 @@ def test_only_the_last_type_counts() -> None:
     assert split_quant("tiny-F16.Q4_0") == ("tiny-F16", "Q4_0")
 
 
+def test_all_shards_of_a_model_by_one_of_them() -> None:
+    shard = shard_of("m-00002-of-00003.gguf")
+    assert shard is not None
+    assert shard.all_names == ("m-00001-of-00003.gguf", "m-00002-of-00003.gguf", "m-00003-of-00003.gguf")
+
+
 def test_shards() -> None:
     shard = shard_of("big-Q4_0-00002-of-00003.gguf")
     assert shard is not None

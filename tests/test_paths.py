@@ -52,6 +52,21 @@ def test_weights_that_are_still_to_be_converted(disk: Disk, weights: list[str]) 
     assert find(files[0]).path == files[0]
 
 
+def test_weights_by_other_names_are_none_that_the_converter_finds(disk: Disk) -> None:
+    folder = write(disk.root / "weights" / "other.safetensors").parent
+    write(folder / "config.json", b"{}")
+    error = refusal(disk.catalogue().find, str(folder))
+    assert (error.code, "model*.safetensors, pytorch_model*.bin" in error.message) == ("not_found", True)
+
+
+def test_a_refusal_names_what_it_was_to_be(disk: Disk) -> None:
+    missing = str(disk.root / "missing.gguf")
+    check_path = disk.catalogue().check_path
+    assert refusal(check_path, missing).message == f"Failed to load model: {missing}: No such file or directory"
+    error = refusal(lambda text: check_path(text, "adapter"), missing)
+    assert error.message == f"Failed to load adapter: {missing}: No such file or directory"
+
+
 @pytest.mark.parametrize("fenced", [False, True])
 def test_fault_20_what_is_no_file(disk: Disk, fenced: bool) -> None:
     os.mkfifo(disk.models / "fifo.gguf")

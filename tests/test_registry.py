@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bridge.entry import Entry, Spec, State, Terms
+from bridge.models.stamp import FileStamp
 from bridge.registry import (
     ALL,
     CONFIGURATION,
@@ -458,9 +459,9 @@ def test_its_own_name_is_none_that_was_asked_for() -> None:
 
 # -- the same file ---------------------------------------------------------------------------------------------
 
-HERE = Spec("/m/a.gguf", stamp=((1, 100, 5000, 7),))
+HERE = Spec("/m/a.gguf", stamp=(FileStamp(1, 100, 5000, 7),))
 LINK = Spec("/m/link.gguf", stamp=HERE.stamp)
-CHANGED = Spec("/m/a.gguf", stamp=((1, 100, 6000, 8),))
+CHANGED = Spec("/m/a.gguf", stamp=(FileStamp(1, 100, 6000, 8),))
 SMALL = LoadOptions(n_ctx=512)
 
 

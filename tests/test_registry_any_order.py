@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from bridge.entry import Entry, Spec, State, Terms
+from bridge.models.stamp import FileStamp
 from bridge.registry import ALL, CONFIGURATION, MOST_NAMES, Effect, Registry, Start
 from bridge.room import NONE, Memory
 from protocol.commands import LoadOptions
@@ -26,7 +27,7 @@ SPECS = st.builds(
     PATHS,
     st.sampled_from([LoadOptions(), SMALL]),
     st.just(()),
-    st.sampled_from([(), ((1, 1, 1, 1),), ((1, 1, 1, 2),)]),
+    st.sampled_from([(), (FileStamp(1, 1, 1, 1),), (FileStamp(1, 1, 1, 2),)]),
     st.sampled_from([None, "x", ALL]),
 )
 TERMS = st.builds(Terms, st.sampled_from([None, 0.0, 5.0, -1.0]), st.booleans())

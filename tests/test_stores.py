@@ -11,6 +11,7 @@ from model_disk import DIGEST, REVISION, Disk, refusal, write
 
 from bridge.models import stores, watch
 from bridge.models.catalogue import Catalogue, Known
+from bridge.models.stamp import FileStamp
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_our_own_store(disk: Disk) -> None:
             "SmolLM2-135M-Instruct:Q4_1",
             "SmolLM2-135M-Instruct",
         ),
-        stamp=(watch.FileStamp(status.st_dev, status.st_ino, 8, status.st_mtime_ns),),
+        stamp=(FileStamp(status.st_dev, status.st_ino, 8, status.st_mtime_ns),),
     )
 
 

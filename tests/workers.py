@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from bridge import ipc
+from bridge.frames import FrameBuffer, decode_to_daemon, encode
 
 PATIENCE = 60.0
 ROOT = Path(__file__).parent.parent
@@ -22,12 +23,12 @@ class Worker:
     def __init__(self, process: subprocess.Popen[bytes], home: socket.socket) -> None:
         self.process = process
         self.home = home
-        self._frames = ipc.FrameBuffer()
+        self._frames = FrameBuffer()
         self._messages: list[ipc.ToDaemon] = []
 
     def send(self, *messages: ipc.ToWorker) -> None:
         """In one piece."""
-        self.home.sendall(b"".join(map(ipc.encode, messages)))
+        self.home.sendall(b"".join(map(encode, messages)))
 
     def receive(self) -> ipc.ToDaemon | None:
         """None when the worker is gone."""
@@ -38,7 +39,7 @@ class Worker:
                 return None
             if not data:
                 return None
-            self._messages += map(ipc.decode_to_daemon, self._frames.feed(data))
+            self._messages += map(decode_to_daemon, self._frames.feed(data))
         return self._messages.pop(0)
 
     def load(self, path: str = "fake", **options: int) -> ipc.ToDaemon | None:

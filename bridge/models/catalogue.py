@@ -16,11 +16,13 @@ from pathlib import Path
 
 from bridge.models import paths
 from bridge.models.converted import all_cached
-from bridge.models.index import Index, Known, known_by_path, size_of
+from bridge.models.index import Index, Known, known_by_path
 from bridge.models.reference import LocalPath, Name, Reference, control_character, parse
+from bridge.models.stamp import Stamp, size_of, stamp_of
 from bridge.models.store import forget_file
 from bridge.models.stores import OLLAMA_TAG, Found, Place, discovered, scan_directory, scan_store
-from bridge.models.watch import Stamp, Watch, stamp_of
+from bridge.models.watch import Watch
+from bridge.models.weights import weights_in
 from protocol.errors import BridgeError, ErrorCode
 
 __all__ = ["Catalogue", "Known"]
@@ -76,9 +78,9 @@ class Catalogue:
             case _:
                 raise BridgeError(ErrorCode.NOT_FOUND, f"{text} is not here; PULL fetches it")
 
-    def check_path(self, text: str) -> str:
+    def check_path(self, text: str, what: str = "model") -> str:
         """As bridge.models.paths.check_path, with the directories that are allowed here."""
-        return paths.check_path(text, self._fence(), self._home)
+        return paths.check_path(text, self._fence(), self._home, what)
 
     def forget(self) -> None:
         """Has every place read again the next time."""
@@ -126,7 +128,7 @@ class Catalogue:
 
     def _by_path(self, text: str, index: Index) -> Known:
         path = self.check_path(text)
-        files = tuple(paths.weights_in(path)) if os.path.isdir(path) else paths.shards(path)
+        files = tuple(weights_in(path)) if os.path.isdir(path) else paths.shards(path)
         stamp = _stamp(files)
         if known := index.same(stamp):
             return replace(known, stamp=stamp, size=size_of(stamp))

@@ -21,11 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.models.store import publish
+from bridge.models.store import CONVERTED, publish
 from bridge.models.weights import Weights, examine
 from protocol.errors import BridgeError
 
-FOLDER = "converted"
 _RECIPE = b"1"  # another one when the same files are to be converted in another way
 _CHUNK = 1 << 20
 _DIGEST_SIZE = 20
@@ -44,7 +43,7 @@ class Converted:
     """``converted/`` of a store."""
 
     def __init__(self, store: Path) -> None:
-        self.folder = Path(os.path.abspath(store)) / FOLDER
+        self.folder = Path(os.path.abspath(store)) / CONVERTED
         self._index_path = self.folder / "index.json"
         self._index = self._read_index()
 

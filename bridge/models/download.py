@@ -212,7 +212,7 @@ class _Fetch:
                 return
             if not self._head.startswith(MAGIC):
                 message = f"{self._remote.source} is no GGUF file: it begins with {self._head[:40]!r}"
-                raise BridgeError("bad_model", message)
+                raise BridgeError(ErrorCode.BAD_MODEL, message)
             self._partial.begin(**self._new)  # not before: a proxy's login page shall not cost what came earlier
             self._check_space()
             data, self._new = self._head, None
@@ -236,7 +236,7 @@ class _Fetch:
             return
         if size == self._partial.size:
             self._partial.discard()
-        raise BridgeError("bad_model", message)
+        raise BridgeError(ErrorCode.BAD_MODEL, message)
 
     # -- words -----------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class _Fetch:
         kept = (
             f"; the {self._partial.size:,} bytes that came are kept, PULL again goes on" if self._partial.size else ""
         )
-        return BridgeError("pull_failed", f"{self._remote.source}: {why}{kept}", have=self._partial.size)
+        return BridgeError(ErrorCode.PULL_FAILED, f"{self._remote.source}: {why}{kept}", kept=self._partial.size)
 
     def _refused(self, response: httpx2.Response) -> BridgeError:
         message = f"{self._remote.source}: {_status(response)}"

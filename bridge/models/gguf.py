@@ -8,7 +8,6 @@ below before it is used. The file is read, never mapped: one that is cut short m
 from __future__ import annotations
 
 import os
-import re
 import stat
 import struct
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.models.gguf_reader import HEADER_BYTES, GgufError, Reader
+from bridge.models.names import shard_of
 
 __all__ = ["ArrayInfo", "GgufError", "Header", "Tensor", "read_header", "read_model"]
 
@@ -69,8 +69,6 @@ BLOCKS = {
     23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
     34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18),
 }  # fmt: skip
-
-_SHARD_NAME = re.compile(r"^(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
 
 
 class Tensor(NamedTuple):
@@ -134,14 +132,15 @@ def read_model(path: str | Path) -> list[Header]:
         return [first]
     if count > _SHARDS:
         raise GgufError(f"it is one of {count} files; allowed: up to {_SHARDS}")
-    name = _SHARD_NAME.match(str(path))
-    if not name or int(name["count"]) != count:
+    folder, name = os.path.split(path)
+    shard = shard_of(name)
+    if shard is None or shard.total != count:
         raise GgufError(f"it is one of {count} files, but its name does not end with -00001-of-{count:05}.gguf")
-    if first.metadata.get("split.no") != 0 or int(name["number"]) != 1:
+    if first.metadata.get("split.no") != 0 or shard.number != 1:
         raise GgufError(f"it is not the first of its {count} files; that one is to be named")
     shards = [first]
-    for number in range(1, count):
-        shards.append(_read_shard(f"{name['prefix']}-{number + 1:05}-of-{count:05}.gguf", number, count))
+    for number, name in enumerate(shard.all_names[1:], 1):
+        shards.append(_read_shard(os.path.join(folder, name), number, count))
     _check_together(shards)
     return shards
 

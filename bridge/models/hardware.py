@@ -199,7 +199,7 @@ def accelerator_nodes() -> list[str]:
 
 
 def nvidia_gpus(visible: str | None = None) -> tuple[Gpu, ...]:
-    """Those that CUDA will show us; ``visible`` is CUDA_VISIBLE_DEVICES. None without NVIDIA's library or driver."""
+    """Those that CUDA will show us; ``visible`` is CUDA_VISIBLE_DEVICES. Empty without NVIDIA's library or driver."""
     try:
         pynvml: Any = importlib.import_module("pynvml")  # of nvidia-ml-py, which few need
     except ImportError:

@@ -43,7 +43,7 @@ def choose(repo: str, names: list[str], quant: str | None, file: str | None) -> 
     files = sorted(name for name in names if is_model(_base(name)))
     models = whole_models(files, str)
     if file in files and not any(file in model for model in models):
-        raise BridgeError("bad_model", f"{repo}: of the shards of {file} some are missing")
+        raise BridgeError(ErrorCode.BAD_MODEL, f"{repo}: of the shards of {file} some are missing")
     if file is not None:
         fitting = [model for model in models if file in model]
     elif quant is not None:
@@ -55,7 +55,7 @@ def choose(repo: str, names: list[str], quant: str | None, file: str | None) -> 
     candidates = _candidates(repo, fitting or models)
     listed = ", ".join(candidates) or "no GGUF files"
     if fitting or (models and quant is None and file is None):
-        raise BridgeError("ambiguous", f"{repo} has several models; say which: {listed}", candidates=candidates)
+        raise BridgeError(ErrorCode.AMBIGUOUS, f"{repo} has several models; say which: {listed}", candidates=candidates)
     raise BridgeError(ErrorCode.NOT_FOUND, f"{repo} has no {file or quant or 'model'}; it has {listed}")
 
 
@@ -149,4 +149,4 @@ def _translated(hub: Any, repo: str, error: Exception) -> BridgeError:
 
 
 def _unreachable(repo: str, why: str) -> BridgeError:
-    return BridgeError("pull_failed", f"{repo}: the Hub cannot be asked: {why}")
+    return BridgeError(ErrorCode.PULL_FAILED, f"{repo}: the Hub cannot be asked: {why}")

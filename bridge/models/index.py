@@ -6,15 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from bridge.models.stamp import Identity, Stamp, identity_of, size_of
 from bridge.models.stores import Found
-from bridge.models.watch import Stamp
 from protocol.errors import BridgeError, ErrorCode
 
 NAMED = 5  # models that an error tells of
 LONGEST_GUESS = 200  # characters of a name to which similar ones are sought
 SIMILAR = 0.6  # from 0 to 1, as difflib.SequenceMatcher.ratio has it
-
-Identity = tuple[tuple[int, int], ...]  # device and inode of each file: what tells them from all others
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +41,6 @@ class Known:
 
 def known_by_path(path: str, files: tuple[str, ...], stamp: Stamp) -> Known:
     return Known(path, path, files, size_of(stamp), "path", (path,), stamp)
-
-
-def size_of(stamp: Stamp) -> int:
-    return sum(file.size for file in stamp)
 
 
 class Index:
@@ -95,7 +89,7 @@ class Index:
         if len(fits) > 1:
             candidates = [known.name for known in fits]
             message = f"{name} fits {len(fits)} models: {_list(candidates)}; say which one by its name"
-            raise BridgeError("ambiguous", message, candidates=candidates)
+            raise BridgeError(ErrorCode.AMBIGUOUS, message, candidates=candidates)
         return fits[0] if fits else None
 
     def same(self, stamp: Stamp) -> Known | None:
@@ -111,10 +105,6 @@ class Index:
         else:
             hint = f"known: {_list(list(folded.values())) or 'none'}"
         return BridgeError(ErrorCode.NOT_FOUND, f"No model is known as {name}; {hint}")
-
-
-def identity_of(stamp: Stamp) -> Identity:
-    return tuple((file.device, file.inode) for file in stamp)
 
 
 def _list(names: Sequence[str]) -> str:

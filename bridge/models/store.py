@@ -4,6 +4,7 @@
     .partial/KEY.part    what came so far of a file, KEY being the SHA-256 of its source's name; kept for 30 days
     .partial/KEY.json    what is known of that source (Record); stays, so that a second PULL knows what it has
     .sources.json        {reference: file name}, for finding a model by what it was pulled by
+    converted/           models that were made of others (converted.py)
 
 Whoever reads it ignores what begins with a dot.
 """
@@ -22,12 +23,13 @@ from typing import Any
 
 import msgspec
 
-from protocol.errors import BridgeError
+from protocol.errors import BridgeError, ErrorCode
 
 CHUNK = 1 << 20
 ABANDONED = 30 * 24 * 3600  # seconds
 PARTIAL = ".partial"
 SOURCES = ".sources.json"
+CONVERTED = "converted"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -148,7 +150,7 @@ def check_space(store: Path, need: int) -> None:
     have = disk.f_bavail * disk.f_frsize
     if need > have:
         message = f"The disk of {store} has {have:,} bytes free, {need:,} are still to come"
-        raise BridgeError("pull_failed", message, need=need, have=have)
+        raise BridgeError(ErrorCode.PULL_FAILED, message, need=need, have=have)
 
 
 def is_full(error: OSError) -> bool:

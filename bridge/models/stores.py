@@ -17,12 +17,12 @@ import msgspec
 
 from bridge.models.names import is_model, split_quant, stem_of, whole_models
 from bridge.models.reference import Hub, Wheel, parse
-from bridge.models.store import SOURCES, sources
-from bridge.models.watch import Stamp, Watch
+from bridge.models.stamp import Stamp
+from bridge.models.store import CONVERTED, SOURCES, sources
+from bridge.models.watch import Watch
 from protocol.errors import BridgeError
 
 OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")  # of the user that Ollama's installer makes
-CONVERTED = "converted"  # of our own store
 DEPTH = 6  # folders inside a configured directory
 REPOSITORY_DEPTH = 3  # folders inside one of the Hub's
 MOST_FOLDERS = 10_000  # of one walk

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bridge.models.stamp import Stamp, stamp_of
+
 # A clock tick of the coarsest file system that is met with, in ns: FAT's. What changes twice within a tick has the
 # same time both times, so a directory that is younger than that when it is read is read once more.
 TICK = 2_000_000_000
@@ -23,29 +25,6 @@ class Print(NamedTuple):
     size: int
     mtime: int
     ctime: int
-
-
-class FileStamp(NamedTuple):
-    """Which file it is, and in which state; ``size`` in bytes. Other links to it do not change that."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-
-Stamp = tuple[FileStamp, ...]  # of a model: one for each of its shards
-
-
-def stamp_of(paths: Sequence[str]) -> Stamp | None:
-    """None unless all are regular files. Opens nothing. Raises OSError."""
-    stamps = []
-    for path in paths:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        stamps.append(FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(stamps)
 
 
 def print_of(path: str | Path) -> Print | None:

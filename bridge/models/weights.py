@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bridge.models.gguf import MAGIC
+from bridge.models.names import shard_of
 from bridge.models.safetensors import SafetensorsError, read_header
 from protocol.errors import BridgeError, ErrorCode
 
@@ -23,8 +24,6 @@ _PICKLED = (".bin", ".pt", ".pth")
 _FORMATS = (("model", _SAFETENSORS), ("pytorch_model", ".bin"))  # of two formats the converter takes the first
 _CONFIGURATION = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # no .py: nothing that came with a model is run
 _JSON_LIMIT = 64 << 20
-_MAGIC = b"GGUF"
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class Weights(NamedTuple):
@@ -45,6 +44,12 @@ def needs_converting(path: str | Path) -> bool:
         return path.is_file() and path.suffix in (_SAFETENSORS, *_PICKLED) and not _is_gguf(path)
     except OSError:
         return False
+
+
+def weights_in(folder: str) -> list[str]:
+    """The paths of all weights in a directory; none if there is no configuration beside them. Raises OSError."""
+    parts = _parts(Path(folder))
+    return [str(part) for part in parts.values()] if os.path.isfile(os.path.join(folder, CONFIG)) else []
 
 
 def examine(path: Path) -> Weights:
@@ -70,29 +75,29 @@ def examine(path: Path) -> Weights:
 
 
 def failed(message: str, /, **details: Any) -> BridgeError:
-    return BridgeError("convert_failed", message, **details)
+    return BridgeError(ErrorCode.CONVERT_FAILED, message, **details)
 
 
 def _is_gguf(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _examine_gguf(path: Path) -> Weights:
-    shard = _SHARD.fullmatch(path.name)
+    shard = shard_of(path.name)
     if shard is None:
         return Weights(path.stem, {path.name: path}, 0, is_gguf=True)
-    stem, count = shard[1], int(shard[3])
-    shards = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    for shard_path in shards:
+    shards = {name: path.with_name(name) for name in shard.all_names}
+    for shard_path in shards.values():
         shard_path.stat()
-    return Weights(stem, {shard_path.name: shard_path for shard_path in shards}, 0, is_gguf=True)
+    return Weights(shard.prefix, shards, 0, is_gguf=True)
 
 
 def _parts(folder: Path) -> dict[str, Path]:
+    names = sorted(os.listdir(folder))
     for prefix, suffix in _FORMATS:
-        if parts := sorted(folder.glob(f"{prefix}*{suffix}")):
-            return {part.name: part for part in parts}
+        if parts := [name for name in names if name.startswith(prefix) and name.endswith(suffix)]:
+            return {name: folder / name for name in parts}
     return {}
 
 

@@ -11,8 +11,8 @@ from bridge.config import Limits
 AskAdapters = ipc.LoadAdapter | ipc.UnloadAdapter | ipc.ListAdapters
 Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue | ipc.Park | AskAdapters
 Progress = ipc.Accepted | ipc.Place | ipc.Text
-Adapters = ipc.AdapterLoaded | ipc.AdapterUnloaded | ipc.AdaptersListed
-Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized | ipc.QueueListed | ipc.Parked | Adapters
+AnswerAdapters = ipc.AdapterLoaded | ipc.AdapterUnloaded | ipc.AdaptersListed
+Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized | ipc.QueueListed | ipc.Parked | AnswerAdapters
 
 
 class Asking:
@@ -42,7 +42,7 @@ class Provider(Protocol):
     info: ipc.ModelInfo
     load_ms: float
     limits: Limits  # in force from when they are set
-    adapters: set[str]  # the keys of those that are there; of whoever asks for them
+    adapters: set[str]  # the keys of those that are there, as whoever loads and unloads them keeps it
 
     @property
     def pid(self) -> int: ...

@@ -20,6 +20,7 @@ import trio
 
 from bridge import ipc, log
 from bridge.config import Limits
+from bridge.frames import FrameBuffer, decode_to_daemon, encode
 from bridge.outbox import Outbox
 from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
 from bridge.receipts import Totals
@@ -69,7 +70,7 @@ class LocalProvider:
         self._waiting_bytes = 0
         self._last_rid = 0
         self._seconds_a_request = 1.0  # running average
-        self._frames = ipc.FrameBuffer()
+        self._frames = FrameBuffer()
         self._log = log.get().bind(model=name)
 
     info: ipc.ModelInfo
@@ -95,7 +96,7 @@ class LocalProvider:
         except OSError as error:  # no process, no memory or no file descriptor left
             raise self._failed(f"its worker cannot be started: {error.strerror}") from None
         self._outbox = Outbox(self._home, limit=_UNBOUNDED, stall=float("inf"))
-        self._outbox.put(ipc.encode(self._load))
+        self._outbox.put(encode(self._load))
         try:
             with trio.fail_after(self.limits.load):
                 answer = await self._first_frame()
@@ -136,7 +137,7 @@ class LocalProvider:
     async def _first_frame(self) -> ipc.Loaded | ipc.LoadFailed | None:
         while data := await self._receive():
             for frame in self._frames.feed(data):
-                message = ipc.decode_to_daemon(frame)
+                message = decode_to_daemon(frame)
                 assert isinstance(message, ipc.Loaded | ipc.LoadFailed)
                 return message
         return None
@@ -158,7 +159,7 @@ class LocalProvider:
         try:
             while data := await self._receive():
                 for frame in self._frames.feed(data):
-                    self._on_frame(ipc.decode_to_daemon(frame))
+                    self._on_frame(decode_to_daemon(frame))
         except _NO_FRAME as error:
             return f"sent what is no frame: {error}"
         return ""
@@ -214,13 +215,13 @@ class LocalProvider:
         self._last_rid = rid = self._last_rid + 1
         pending = self._pending[rid] = _Pending(on_progress, size)
         self._waiting_bytes += size
-        self._outbox.put(ipc.encode(msgspec.structs.replace(request, rid=rid)))
-        asking.cancel_by(lambda: self._outbox.put(ipc.encode(ipc.Cancel(rid))))
+        self._outbox.put(encode(msgspec.structs.replace(request, rid=rid)))
+        asking.cancel_by(lambda: self._outbox.put(encode(ipc.Cancel(rid))))
         try:
             await pending.answered.wait()
         except trio.Cancelled:
             pending.on_progress = None
-            self._outbox.put(ipc.encode(ipc.Cancel(rid)))
+            self._outbox.put(encode(ipc.Cancel(rid)))
             raise
         finally:
             asking.cancel_by(lambda: None)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import cast
 
 from bridge import ipc
+from bridge.frames import FrameBuffer, decode_to_worker, encode
 from bridge.worker.backend import Backend, LoadError
 from bridge.worker.engine import Engine
 from bridge.worker.store import Store
@@ -44,11 +45,11 @@ def _serve() -> None:
         backend = _load(sys.argv[1], load)
         engine = Engine(backend, store=_store(load, backend), lora=load.lora)
     except LoadError as error:
-        home.sendall(ipc.encode(ipc.LoadFailed(str(error))))
+        home.sendall(encode(ipc.LoadFailed(str(error))))
         return
     gc.freeze()  # what is there now stays, and need not be gone through between two steps
     engines.append(engine)
-    home.sendall(ipc.encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
+    home.sendall(encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
     while True:
         if engine.idle or not inbox.empty():
             _take_requests(engine, inbox)
@@ -60,7 +61,7 @@ def _serve() -> None:
 
 def _tell(engine: Engine, home: socket.socket) -> None:
     if events := engine.take_events():
-        home.sendall(ipc.encode(ipc.Step(events)))
+        home.sendall(encode(ipc.Step(events)))
 
 
 def _load(name: str, load: ipc.Load) -> Backend:
@@ -100,9 +101,9 @@ def _read(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]], eng
 
 def _hand_over(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]], engines: list[Engine]) -> None:
     """All that comes, until nothing can come any more."""
-    frames = ipc.FrameBuffer()
+    frames = FrameBuffer()
     while data := home.recv(1 << 16):
-        messages = [ipc.decode_to_worker(frame) for frame in frames.feed(data)]
+        messages = [decode_to_worker(frame) for frame in frames.feed(data)]
         if messages:
             inbox.put(messages)
         for message in messages:

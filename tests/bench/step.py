@@ -16,6 +16,7 @@ import msgspec
 from clocked import Clock
 
 from bridge import ipc
+from bridge.frames import encode
 from bridge.worker.engine import Engine
 
 SAMPLINGS = {
@@ -63,7 +64,7 @@ def measure(
     started = time.perf_counter()
     for _ in range(steps):
         engine.step()
-        ipc.encode(ipc.Step(events := engine.take_events()))
+        encode(ipc.Step(events := engine.take_events()))
     took = time.perf_counter() - started
     inside = clock.take()
     if any(not isinstance(event, ipc.Text) for event in events):
