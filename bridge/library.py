@@ -25,7 +25,7 @@ from bridge.models.default import models_dir
 from bridge.models.files import read_model_files
 from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
-from bridge.models.weights import needs_converting
+from bridge.models.weights import examine, needs_converting
 from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
@@ -102,7 +102,7 @@ class Library:
         try:
             return await self.look(partial(self._catalogue.remove, name))
         except OSError as error:
-            message = f"{name} cannot be removed: {error.filename}: {error.strerror}"
+            message = f"{name} cannot be removed: {error.filename or self._store}: {error.strerror}"
             raise BridgeError(ErrorCode.FORBIDDEN, message) from None
 
     # -- what has to be made -----------------------------------------------------------------------------------
@@ -139,9 +139,9 @@ class Library:
             return False
         return await self._converted(found, quant) is None
 
-    async def prepared(self, reference: str, quant: str | None) -> Found:
+    async def prepared(self, reference: str, quant: str | None = None, unknown: BridgeError | None = None) -> Found:
         """The same, but nothing is made. Raises BridgeError: what ``find`` does, not_found for what is to be made."""
-        found = await self.find(reference)
+        found = await self.find(reference, unknown)
         if self.fake or (quant is None and not needs_converting(found.path)):
             return found
         made = await self._converted(found, quant)
@@ -153,8 +153,8 @@ class Library:
         return await self.look(partial(cached, found.path, self._store, quant))
 
     async def _as_made(self, found: Found, made: Path, quant: str | None) -> Found:
-        name = found.name
-        if quant and name:
+        name = found.name or (await self.look(partial(examine, Path(found.path)))).name
+        if quant:
             name = f"{split_quant(name)[0]}:{quant.upper()}"
         return replace(await self.find(str(made)), name=name)
 
@@ -174,7 +174,7 @@ class Library:
         return about | {"fetched": pulled["fetched"]}
 
     async def _run(self, program: str, what: str, options: Mapping[str, str | None], tell: Tell) -> dict[str, Any]:
-        given = [word for key, value in options.items() if value for word in (f"--{key}", value)]
+        given = [f"--{key}={value}" for key, value in options.items() if value]  # a value may begin with a dash
         command = (f"bridge.models.{program}", "--store", str(self._store), *given, "--", what)
         return await self._jobs.join(command, partial(run_job, command), tell)
 
