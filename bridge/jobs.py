@@ -6,6 +6,7 @@ Such a program writes JSON lines (``bridge/models/report.py``), and its end is t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -71,8 +72,11 @@ def _spawn(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+    except ValueError:
+        raise BridgeError(ErrorCode.BAD_ARGUMENT, f"{arguments[0]} can be told nothing with a NUL in it") from None
     except OSError as error:  # no process, no memory or no file descriptor left
-        raise BridgeError(ErrorCode.INTERNAL, f"{arguments[0]} cannot be started: {error.strerror}") from None
+        code = ErrorCode.BAD_ARGUMENT if error.errno == errno.E2BIG else ErrorCode.INTERNAL
+        raise BridgeError(code, f"{arguments[0]} cannot be started: {error.strerror}") from None
 
 
 class _Running:

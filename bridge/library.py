@@ -27,7 +27,7 @@ from bridge.models.files import read_model_files
 from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
 from bridge.models.stamp import Stamp
-from bridge.models.weights import needs_converting
+from bridge.models.weights import examine, needs_converting
 from protocol.commands import Loading, LoadOptions
 from protocol.errors import BridgeError, ErrorCode
 
@@ -102,7 +102,7 @@ class Library:
         try:
             return await self.look(partial(self._catalogue.remove, name))
         except OSError as error:
-            message = f"{name} cannot be removed: {error.filename}: {error.strerror}"
+            message = f"{name} cannot be removed: {error.filename or self._store}: {error.strerror}"
             raise BridgeError(ErrorCode.FORBIDDEN, message) from None
 
     # -- what has to be made -----------------------------------------------------------------------------------
@@ -133,9 +133,11 @@ class Library:
         except BridgeError as error:
             return error.code == ErrorCode.NOT_FOUND and not isinstance(parse(reference), LocalPath | Name)
 
-    async def find_prepared(self, reference: str, quant: str | None) -> Found:
+    async def find_prepared(
+        self, reference: str, quant: str | None = None, unknown: BridgeError | None = None
+    ) -> Found:
         """What ``prepare`` would give. Raises BridgeError: what ``find`` does, not_found for what is to be made."""
-        ready = await self._ready(await self.find(reference), quant)
+        ready = await self._ready(await self.find(reference, unknown), quant)
         if ready is None:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{reference} has to be converted first, which LOAD does")
         return ready
@@ -148,8 +150,8 @@ class Library:
         return None if made is None else await self._as_made(found, made, quant)
 
     async def _as_made(self, found: Found, made: Path, quant: str | None) -> Found:
-        name = found.name
-        if quant and name:
+        name = found.name or (await self.look(partial(examine, Path(found.path)))).name
+        if quant:
             name = f"{split_quant(name)[0]}:{quant.upper()}"
         return replace(await self.find(str(made)), name=name)
 
@@ -169,7 +171,7 @@ class Library:
         return about | {"fetched": pulled["fetched"]}
 
     async def _run(self, program: str, what: str, options: Mapping[str, str | None], tell: Tell) -> dict[str, Any]:
-        given = [word for key, value in options.items() if value for word in (f"--{key}", value)]
+        given = [f"--{key}={value}" for key, value in options.items() if value]  # a value may begin with a dash
         command = (f"bridge.models.{program}", "--store", str(self._store), *given, "--", what)
         return await self._jobs.join(command, partial(run_job, command), tell)
 

@@ -25,9 +25,11 @@ async def _list(call: Call, command: commands.Lora) -> Ok:
     """Wakes nobody: of a model that is not there, what it would have."""
     entry = call.daemon.pool.pick(command.model)
     provider = call.daemon.pool.provider(entry)
+    named: list[dict[str, Any]] = [{"name": name, "path": path, "scale": None} for name, path in entry.adapters.items()]
     if provider is None:
-        defaults = [{"name": name_of(path), "path": path, "scale": scale} for path, scale in entry.spec.lora]
-        named = [{"name": name, "path": path, "scale": None} for name, path in entry.adapters.items()]
+        defaults: list[dict[str, Any]] = [
+            {"name": name_of(path), "path": path, "scale": scale} for path, scale in entry.spec.lora
+        ]
         return Ok(f"{entry.name} is not loaded", defaults + named, {"model": entry.name})
     answer = await provider.ask(ipc.ListAdapters(0), call.asking)
     assert isinstance(answer, ipc.AdaptersListed)
@@ -35,6 +37,8 @@ async def _list(call: Call, command: commands.Lora) -> Ok:
         {"name": name_of(one.path), "path": one.path, "size": one.size, "scale": one.default, "requests": one.requests}
         for one in answer.adapters
     ]
+    there = {one["path"] for one in listed}
+    listed += [one for one in named if one["path"] not in there]  # the next request has them loaded, after a crash, too
     return Ok(f"{len(listed)} adapters", listed, {"model": entry.name})
 
 

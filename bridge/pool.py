@@ -110,7 +110,7 @@ class ModelPool:
         except BridgeError as unknown:
             if name is None or not autoload:
                 raise
-            found = await self._library.find(name, unknown)
+            found = await self._library.find_prepared(name, unknown=unknown)
             return self.begin_load(None, found.spec(), None, Terms(), name)
         if entry.state is State.UNLOADED and not autoload:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is not loaded, and pool.autoload is off: LOAD it")

@@ -252,7 +252,7 @@ class Registry:
         entry = self.entries[name]
         entry.memory = NONE
         if entry.state is State.RESTARTING:
-            return self.ended(name, error.message, now)
+            return self.ended(name, f"did not start: {error.message}", now)
         entry.failures += 1
         entry.why = error
         if entry.asked and entry.proven and not entry.freed:

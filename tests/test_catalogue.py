@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_disk import Disk, refusal, write
 
-from bridge.models import watch
+from bridge.models import store, watch
 from bridge.models.catalogue import Catalogue
 from bridge.models.converted import Converted
 from bridge.models.reference import parse
@@ -282,6 +283,22 @@ def test_removing_a_model_removes_what_was_made_of_it(disk: Disk) -> None:
             made.append(write(kept.place(examine(source), "-Q4_0", lambda size: None)))
     disk.catalogue().remove("a")
     assert [file.exists() for file in (path, made[0], other, made[1])] == [False, False, True, True]
+
+
+def test_removing_a_model_makes_room_on_a_full_disk(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its notes cannot be written anew."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write(disk.store / "a.gguf")
+    write(disk.store / ".sources.json", json.dumps({"http://x/a.gguf": "a.gguf"}).encode())
+    monkeypatch.setattr(store, "replace", refuse)
+    catalogue = disk.catalogue()
+    assert catalogue.remove("a").name == "a"
+    assert not path.exists()
+    assert catalogue.models() == []
+    assert refusal(catalogue.find, "http://x/a.gguf").code == "not_found"
 
 
 def test_removing_a_converted_model(disk: Disk) -> None:

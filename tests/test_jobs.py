@@ -112,6 +112,13 @@ async def test_no_process_to_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch)
     assert "cannot be started: Resource temporarily unavailable" in (await failure("x")).message
 
 
+@pytest.mark.parametrize("word", ["a\0b", "a" * 200_000])
+async def test_what_no_program_can_be_told_is_the_clients_fault(program: Program, word: str) -> None:
+    error = await failure(program(""), word)
+    assert error.code == "bad_argument"
+    assert error.message.startswith("the_program can")
+
+
 async def test_of_much_chatter_the_end_is_kept(program: Program) -> None:
     error = await failure(program("import sys; sys.stderr.write('x' * 1_000_000 + 'the reason'); sys.exit(3)"))
     assert error.message.endswith("xxx" + "the reason")

@@ -3,6 +3,7 @@
 # ruff: noqa: ASYNC240  a test may look at a file
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 from helpers import Inside, Line, Wire, daemon, eventually
+from published import publish
 from tiny_models import tiny_model
 from web import Page, Web, gguf
 
 from bridge.config import Pool, Store
 from bridge.library import Found, Library
+from bridge.models.converted import Converted
+from bridge.models.weights import examine
 from protocol.commands import LoadOptions
 
 FAST = LoadOptions(n_ctx=64, n_parallel=1, n_threads=1)
@@ -311,6 +315,34 @@ async def test_load_quantises_once(folder: Path) -> None:
         assert (await wire.ask("LOAD quant=Q8_0 Tiny-1M"))["model"] == name
         assert made.stat().st_mtime_ns == stamp, "what was made is kept"
         assert (await wire.ask("LOAD Tiny-1M"))["model"] == "Tiny-1M.F32", "beside the one it was made of"
+
+
+@LLAMA
+async def test_what_was_made_of_a_path_is_called_after_it(folder: Path, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere" / "Own-1M.F32.gguf"
+    path.parent.mkdir()
+    shutil.copyfile(tiny, path)
+    async with library(folder) as place, await place.unix() as wire:
+        assert (await wire.ask(f"LOAD quant=q8_0 {path}"))["model"] == "Own-1M:Q8_0"
+
+
+@LLAMA
+async def test_a_request_finds_what_was_converted(folder: Path, tiny: Path, tmp_path: Path) -> None:
+    weights = publish(tmp_path / "Converted-1M", tiny)
+    kept = Converted(tmp_path / "store")
+    async with library(folder) as place, await place.unix() as wire:
+        reply = await wire.ask(f"INFER model={weights} max_tokens=1 x")
+        assert reply["code"] == "not_found"
+        assert reply["message"].endswith("has to be converted first, which LOAD does")
+        with kept.locked(lambda: None):
+            shutil.copyfile(tiny, kept.place(examine(weights), "", lambda size: None))
+        assert (await wire.ask(f"INFER model={weights} max_tokens=1 x"))["model"] == "Converted-1M"
+
+
+@pytest.mark.parametrize("quant", ["--store", "a\0b"])
+async def test_a_quant_that_no_program_can_be_told(folder: Path, quant: str) -> None:
+    async with library(folder) as place, await place.unix() as wire:
+        assert await wire.code(f"LOAD {json.dumps({'path': 'Tiny-1M', 'quant': quant})}") == "bad_argument"
 
 
 async def test_a_quant_that_is_none(folder: Path) -> None:

@@ -78,6 +78,8 @@ async def test_they_are_back_when_the_worker_is(end: str) -> None:
                 "hum": "hum", "shout": "some/shout.gguf",
             }  # fmt: skip
             assert (await place.models())["echo"]["state"] == "unloaded", "nobody is woken by looking"
+        assert await said(wire, "INFER max_tokens=1 a") == "a+hum"
+        assert list(await listed(wire)) == ["hum", "shout"], "it has its name, if the new worker has not read it yet"
         assert await said(wire, "INFER lora=shout max_tokens=1 a") == "a+shout"
         assert await said(wire, "INFER max_tokens=1 a") == "a+hum"
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +74,19 @@ def test_sigterm_unwinds(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run(work)
     assert (caught.value.code, unwound, written(capsys)) == (128 + signal.SIGTERM, [True], [])
+
+
+def test_it_ends_with_its_reader() -> None:
+    """A daemon that is killed closes its end of the pipe; what waits in silence for a server would never notice."""
+    work = "import time; from bridge.models.report import run, say; run(lambda report: (say({}), time.sleep(600)))"
+    with subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_without_a_pipe_it_goes_on(tmp_path: Path) -> None:
+    work = "import time; from bridge.models.report import run; run(lambda report: time.sleep(0.3) or {})"
+    with (tmp_path / "output").open("wb") as file:
+        assert subprocess.run([sys.executable, "-c", work], stdout=file, check=False).returncode == 0

@@ -8,6 +8,7 @@ different files fit, that is an error; the same file found in two places is one 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,7 +101,8 @@ class Catalogue:
             path.unlink(missing_ok=True)
         for file in known.files:  # the first shard first: without it the others are no model
             Path(file).unlink(missing_ok=True)
-            forget_file(self._store, os.path.relpath(file, self._store))
+            with contextlib.suppress(OSError):  # a full disk takes no new notes; old ones of what is gone do no harm
+                forget_file(self._store, os.path.relpath(file, self._store))
         self.forget()
         return known
 

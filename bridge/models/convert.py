@@ -100,7 +100,7 @@ def convert(order: Order, report: Report) -> dict[str, Any]:
         if path := kept.find(weights, order.suffix):
             return _outcome(path, cached=True)
         if order.quant:
-            _run_quantize("--check", order.quant)  # before hours of converting
+            _run_quantize("--check", "--", order.quant)  # before hours of converting
         if not (weights.is_gguf or (order.quant and kept.find(weights, order.whole_suffix))):
             _check_converter(order.python)
         with kept.locked(lambda: report.progress("wait", 0, None, "bytes")):
