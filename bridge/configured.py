@@ -25,7 +25,7 @@ class Configured:
         self._daemon = daemon
         self._read = read
         self._nursery = nursery
-        self._names: dict[bytes, str] = {}  # what its models, by all that it says of them, are loaded as
+        self._names: dict[bytes, str] = {}  # what its models, by how they are to be loaded, are loaded as
         self._one = trio.Lock()
         self._log = log.get()
 
@@ -56,6 +56,9 @@ class Configured:
             self._daemon.pool.reconfigure(new)
             freed = await self._free(self._names.keys() - set(map(_key, new.models)))
             self._forget_what_went()
+            for model in new.models:
+                if model not in old.models and (name := self._names.get(_key(model))):
+                    self._daemon.pool.set_terms(name, Terms(model.keep_alive, model.pin))
             added = [model for model in new.models if _key(model) not in self._names]
             following = [model for model in added if await self._takes_long(model)]
             for model in following:
@@ -112,7 +115,8 @@ class Configured:
 
 
 def _key(model: Model) -> bytes:
-    return msgspec.json.encode(model)
+    """Of all but its terms, which can be changed while it is loaded."""
+    return msgspec.json.encode(msgspec.structs.replace(model, keep_alive=None, pin=False))
 
 
 def _differences(old: Config, new: Config) -> Iterable[str]:

@@ -51,7 +51,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How long a model stays when nobody uses it, in seconds; negative is for ever. None leaves it as it is."""
+    """How long a model stays when nobody uses it, in seconds; negative is for ever, None as the configuration says."""
 
     keep_alive: float | None = None
     pin: bool = False
@@ -63,7 +63,7 @@ class Entry:
 
     name: str
     spec: Spec
-    keep_alive: float
+    keep_alive: float | None = None  # as Terms have it
     names: list[str] = field(default_factory=list)  # all it goes by, ``name`` first
     state: State = State.LOADING
     holders: set[int] = field(default_factory=set)
@@ -75,7 +75,7 @@ class Entry:
     users: int = 0
     waiting: int = 0
     last_used: float = 0.0
-    idle_limit: float = 0.0  # seconds; keep_alive, or what the last request said
+    idle_limit: float = 0.0  # seconds; what the last request said, else keep_alive, else what the configuration says
     memory: Memory = NONE  # that it has, or is about to take
     chosen: dict[str, str] = field(default_factory=dict)  # options, and why each is what it is
     crashes: deque[float] = field(default_factory=lambda: deque(maxlen=CRASHES_BEFORE_REST))

@@ -53,7 +53,7 @@ class ModelPool:
 
     async def plan(self, spec: Spec) -> Proposal:
         """What loading it would need, and who would have to leave. Raises BridgeError (load_failed)."""
-        return await self._keeper.plan(Entry("", spec, 0.0))
+        return await self._keeper.plan(Entry("", spec))
 
     async def load(self, entry: Entry, within: float = math.inf) -> Provider:
         """Waits, so many seconds, until the model is there. A load goes on when who waits is cancelled."""
@@ -146,9 +146,17 @@ class ModelPool:
     # -- the daemon's life -------------------------------------------------------------------------------------
 
     def reconfigure(self, config: Config) -> None:
-        """From now on. What is loaded stays as it is."""
-        self._registry.keep_alive = config.pool.keep_alive
+        """From now on. What is loaded keeps its options."""
+        self._registry.set_keep_alive(config.pool.keep_alive)
         self._keeper.reconfigure(config)
+        for entry in self.entries:
+            self._keeper.rearm(entry)
+
+    def set_terms(self, name: str, terms: Terms) -> None:
+        """Raises BridgeError (not_found)."""
+        entry = self._registry.pick(name)
+        self._registry.set_terms(entry, terms)
+        self._keeper.rearm(entry)
 
     async def park(self) -> None:
         """Saves what is to outlive the providers; the daemon is about to stop."""

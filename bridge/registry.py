@@ -108,7 +108,7 @@ class Registry:
         if taken := self._names.get(name):
             message = f"The name {name} is taken by {taken.spec.path}; give another by name=, or FREE it first"
             raise BridgeError(ErrorCode.NAME_TAKEN, message)
-        entry = self.entries[name] = Entry(name, spec, self.keep_alive, idle_limit=self.keep_alive)
+        entry = self.entries[name] = Entry(name, spec, idle_limit=self.keep_alive)
         self._call(entry, name)
         return entry
 
@@ -220,7 +220,22 @@ class Registry:
     def used(self, entry: Entry, now: float, keep_alive: float | None = None) -> None:
         """A request is done with it; ``keep_alive`` is what that one said."""
         entry.last_used = now
-        entry.idle_limit = entry.keep_alive if keep_alive is None else keep_alive
+        entry.idle_limit = self._limit(entry) if keep_alive is None else keep_alive
+
+    def _limit(self, entry: Entry) -> float:
+        return self.keep_alive if entry.keep_alive is None else entry.keep_alive
+
+    def set_keep_alive(self, seconds: float) -> None:
+        """Of those whose LOAD did not say, but for what a request said."""
+        for entry in self.entries.values():
+            if entry.keep_alive is None and entry.idle_limit == self.keep_alive:
+                entry.idle_limit = seconds
+        self.keep_alive = seconds
+
+    def set_terms(self, entry: Entry, terms: Terms) -> None:
+        """In place of those it had."""
+        entry.pinned, entry.keep_alive = terms.pin, terms.keep_alive
+        entry.idle_limit = self._limit(entry)
 
     def expire(self, now: float) -> list[Effect]:
         """Unloads what nobody used for long enough."""

@@ -83,6 +83,23 @@ async def test_a_model_whose_options_change_is_loaded_anew(place: Spawned, file:
         assert (await place.models())["echo"]["n_ctx"] == 64
 
 
+async def test_how_long_models_stay_changes_while_they_are_loaded(place: Spawned, file: Path) -> None:
+    async with await place.unix() as wire:
+        await place.until_ready()
+        pid = await place.pid()
+        await reload(wire, file, models("echo") + "pin = true\nkeep_alive = 7\n")
+        model = (await place.models())["echo"]
+        assert (model["pinned"], model["keep_alive"], model["state"]) == (True, 7.0, "ready")
+        await wire.ask("INFER max_tokens=1 x")
+        assert (await place.models())["echo"]["keep_alive"] == 7.0
+        await reload(wire, file, models("echo", more="[pool]\nkeep_alive = 99\n"))
+        model = (await place.models())["echo"]
+        assert (model["pinned"], model["keep_alive"]) == (False, 99.0)
+        assert await place.pid() == pid
+        await reload(wire, file, models("echo", more="[pool]\nkeep_alive = 0.1\n"))
+        await place.until(lambda there: there["echo"]["state"] == "unloaded")
+
+
 async def test_nothing_new_is_nothing_to_do(place: Spawned) -> None:
     async with await place.unix() as wire:
         await place.until_ready()

@@ -561,7 +561,21 @@ def test_terms_hold_until_others_are_given() -> None:
 def test_a_request_that_wants_it_neither_holds_it_nor_gives_terms() -> None:
     registry = Registry(keep_alive=7.0)
     entry, effects = registry.load(None, A, None, Terms(), "some/name")
-    assert (entry.holders, entry.asked, entry.keep_alive, effects) == (set(), False, 7.0, [Start("a")])
+    assert (entry.holders, entry.asked, entry.keep_alive, effects) == (set(), False, None, [Start("a")])
+    assert entry.idle_limit == 7.0
+
+
+def test_what_the_configuration_says_anew_is_for_those_who_said_nothing() -> None:
+    registry = Registry(keep_alive=7.0)
+    silent, said, asked = (registry.load(name, Spec(f"/m/{name}"), ME)[0] for name in ("silent", "said", "asked"))
+    registry.set_terms(said, Terms(5.0, pin=True))
+    registry.used(asked, 1.0, keep_alive=3.0)
+    registry.set_keep_alive(9.0)
+    assert [one.idle_limit for one in (silent, said, asked)] == [9.0, 5.0, 3.0]
+    registry.used(asked, 2.0)
+    registry.set_terms(said, Terms())
+    assert [one.idle_limit for one in (silent, said, asked)] == [9.0, 9.0, 9.0]
+    assert not said.pinned
 
 
 # -- idle time, and making room --------------------------------------------------------------------------------
