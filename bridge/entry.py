@@ -65,6 +65,7 @@ class Entry:
     spec: Spec
     keep_alive: float | None = None  # as Terms have it
     names: list[str] = field(default_factory=list)  # all it goes by, ``name`` first
+    heard: set[str] = field(default_factory=set)  # of these, what somebody called it: they give way to another's name
     state: State = State.LOADING
     holders: set[int] = field(default_factory=set)
     pinned: bool = False

@@ -70,8 +70,9 @@ class Registry:
             if holder is None and entry.state is State.READY:  # it takes what is there, also of a file that was changed
                 spec = replace(spec, stamp=entry.spec.stamp)
             effects = self._join(entry, spec)
-        for also in (name, spec.called, alias):
+        for also in (name, spec.called):
             self._call(entry, also)
+        self._call(entry, alias, heard=True)
         if holder is not None:
             self._hold(entry, holder, terms)
         return entry, effects
@@ -94,6 +95,8 @@ class Registry:
         """What the same file is loaded as, under this name or, if it is free or not given, any."""
         _refuse_all(name)
         named = self._names.get(name) if name else None
+        if named and name in named.heard and not named.spec.same_file(spec):
+            named = None
         same = [one for one in self.entries.values() if one.spec.same_file(spec) and named in (None, one)]
         for entry in same:
             if entry.state is State.UNLOADED or entry.spec.serves(spec):
@@ -105,21 +108,33 @@ class Registry:
 
     def _new(self, name: str, spec: Spec) -> Entry:
         _refuse_all(name)
-        if taken := self._names.get(name):
+        taken = self._names.get(name)
+        if taken and name in taken.heard:
+            taken.names.remove(name)
+            taken.heard.remove(name)
+        elif taken:
             message = f"The name {name} is taken by {taken.spec.path}; give another by name=, or FREE it first"
             raise BridgeError(ErrorCode.NAME_TAKEN, message)
         entry = self.entries[name] = Entry(name, spec, idle_limit=self.keep_alive)
         self._call(entry, name)
         return entry
 
-    def _call(self, entry: Entry, name: str | None) -> None:
+    def _call(self, entry: Entry, name: str | None, *, heard: bool = False) -> None:
         """It goes by this name, too, if that is free."""
-        if name is None or name == ALL or name in self._names:
+        if name is None or name == ALL:
+            return
+        if not heard:
+            entry.heard.discard(name)
+        if name in self._names:
             return
         entry.names.append(name)
         self._names[name] = entry
+        if heard:
+            entry.heard.add(name)
         if len(entry.names) > MOST_NAMES:
-            del self._names[entry.names.pop(1)]
+            displaced = entry.names.pop(1)
+            entry.heard.discard(displaced)
+            del self._names[displaced]
 
     @staticmethod
     def _hold(entry: Entry, holder: int, terms: Terms) -> None:

@@ -291,6 +291,20 @@ def test_all_are_freed_whoever_holds_them() -> None:
     assert list(registry.entries) == ["a", "b"], "there was nothing to stop of the third"
 
 
+def test_what_somebody_called_a_model_gives_way_to_the_name_of_another() -> None:
+    registry = Registry()
+    first, _ = registry.load(None, A, None, alias="b")
+    assert registry.pick("b") is first
+    second, effects = registry.load(None, B, ME)
+    assert (second.name, effects) == ("b", [Start("b")])
+    assert registry.pick("b") is second
+    assert first.names == ["a"]
+    third, _ = registry.load("c", A, ME)
+    registry.load(None, A, None, alias="c")
+    assert third is first
+    refused(ErrorCode.NAME_TAKEN, registry.load, "c", B, ME)  # a name that was given does not
+
+
 def test_all_is_no_name() -> None:
     refused(ErrorCode.NAME_TAKEN, Registry().load, ALL, A, ME)
 
