@@ -109,10 +109,7 @@ class Registry:
     def _new(self, name: str, spec: Spec) -> Entry:
         _refuse_all(name)
         taken = self._names.get(name)
-        if taken and name in taken.heard:
-            taken.names.remove(name)
-            taken.heard.remove(name)
-        elif taken:
+        if taken and name not in taken.heard:
             message = f"The name {name} is taken by {taken.spec.path}; give another by name=, or FREE it first"
             raise BridgeError(ErrorCode.NAME_TAKEN, message)
         entry = self.entries[name] = Entry(name, spec, idle_limit=self.keep_alive)
@@ -120,21 +117,29 @@ class Registry:
         return entry
 
     def _call(self, entry: Entry, name: str | None, *, heard: bool = False) -> None:
-        """It goes by this name, too, if that is free."""
+        """It goes by this name, too, if that is free; one that was only ``heard`` of another is."""
         if name is None or name == ALL:
             return
-        if not heard:
-            entry.heard.discard(name)
-        if name in self._names:
+        taken = self._names.get(name)
+        if taken is entry:
+            if not heard:
+                entry.heard.discard(name)
             return
+        if taken:
+            if heard or name not in taken.heard:
+                return
+            self._uncall(taken, name)
         entry.names.append(name)
         self._names[name] = entry
         if heard:
             entry.heard.add(name)
         if len(entry.names) > MOST_NAMES:
-            displaced = entry.names.pop(1)
-            entry.heard.discard(displaced)
-            del self._names[displaced]
+            self._uncall(entry, entry.names[1])
+
+    def _uncall(self, entry: Entry, name: str) -> None:
+        entry.names.remove(name)
+        entry.heard.discard(name)
+        del self._names[name]
 
     @staticmethod
     def _hold(entry: Entry, holder: int, terms: Terms) -> None:
