@@ -248,7 +248,9 @@ class Registry:
             entry.state = State.READY
 
     def load_failed(self, name: str, error: BridgeError, now: float) -> list[Effect]:
-        """A first load that fails is forgotten; one after a crash counts as another crash."""
+        """One after a crash counts as another crash. Else the model is forgotten, unless it was loaded once and
+        somebody had asked for it.
+        """
         entry = self.entries[name]
         entry.memory = NONE
         if entry.state is State.RESTARTING:
