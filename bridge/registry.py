@@ -23,6 +23,7 @@ import re
 from dataclasses import dataclass, replace
 
 from bridge.entry import CRASHES_BEFORE_REST, Entry, Spec, State, Terms
+from bridge.models.names import stem_of
 from bridge.room import NONE, Resident
 from protocol.errors import BridgeError, ErrorCode
 
@@ -303,6 +304,6 @@ def _refuse_all(name: str | None) -> None:
 
 
 def name_of(path: str) -> str:
-    """A model's name when none is given: the file's, without its ending."""
-    name = os.path.basename(path.partition("?")[0]).removesuffix(".gguf")
+    """A model's name when none is given: the file's, without its ending and a shard's number."""
+    name = stem_of(os.path.basename(path.partition("?")[0]))
     return re.sub(r"\s", "-", name)[:128] or "model"
