@@ -14,7 +14,6 @@ MEMORY = 5.0  # seconds, in which what was measured before fades to a third
 
 
 class Reading(NamedTuple):
-    progress: Progress
     rate: float | None  # units a second, once there is something to measure
     seconds_left: float | None  # where the rate and the total are known
 
@@ -40,7 +39,7 @@ class Meter:
                 return None
             self._measure(progress.done - self._done, now - self._at)
         self._done, self._at, self._due = progress.done, now, now + INTERVAL
-        return Reading(progress, self._rate, self._left(progress))
+        return Reading(self._rate, self._left(progress))
 
     def _measure(self, more: int, seconds: float) -> None:
         if seconds <= 0:

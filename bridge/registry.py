@@ -23,6 +23,7 @@ import re
 from dataclasses import dataclass, replace
 
 from bridge.entry import CRASHES_BEFORE_REST, Entry, Spec, State, Terms
+from bridge.models.names import stem_of
 from bridge.room import NONE, Resident
 from protocol.errors import BridgeError, ErrorCode
 
@@ -283,7 +284,9 @@ class Registry:
             entry.state = State.READY
 
     def load_failed(self, name: str, error: BridgeError, now: float) -> list[Effect]:
-        """A first load that fails is forgotten; one after a crash counts as another crash."""
+        """One after a crash counts as another crash. Else the model is forgotten, unless it was loaded once and
+        somebody had asked for it.
+        """
         entry = self.entries[name]
         entry.memory = NONE
         if entry.state is State.RESTARTING:
@@ -336,6 +339,6 @@ def _refuse_all(name: str | None) -> None:
 
 
 def name_of(path: str) -> str:
-    """A model's name when none is given: the file's, without its ending."""
-    name = os.path.basename(path.partition("?")[0]).removesuffix(".gguf")
+    """A model's name when none is given: the file's, without its ending and a shard's number."""
+    name = stem_of(os.path.basename(path.partition("?")[0]))
     return re.sub(r"\s", "-", name)[:128] or "model"

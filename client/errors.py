@@ -85,7 +85,7 @@ class ModelCrashed(TryAgain):
 
 
 class ModelResting(TryAgain):
-    """The model crashed too often and is not started for a while."""
+    """The model crashed too often, and is not started again before somebody LOADs it."""
 
 
 class DeadlineExceeded(TryAgain):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from protocol.commands import COMMANDS, Cancel, Command, Id, Request
+from protocol.commands import COMMANDS, HEXADECIMAL, Cancel, Command, Id, Request
 from protocol.errors import BridgeError, ErrorCode
 
 # What a missing text is answered with, without and after parameters: in the words of the Llambo bridge.
@@ -258,7 +258,7 @@ def _allowed(type_: msgspec.inspect.Type) -> str:
 def _allowed_string(type_: msgspec.inspect.StrType) -> str:
     if type_.max_length is None:
         return "a string"
-    if type_.min_length == type_.max_length:
+    if type_.pattern == HEXADECIMAL:
         return f"{type_.max_length} hexadecimal digits"
     without = " without blanks and slashes" if type_.pattern else ""
     return f"a string of {type_.min_length} to {type_.max_length} characters{without}"

@@ -145,6 +145,7 @@ def test_options_must_agree_with_those_it_has() -> None:
         ("/m/line\nend.gguf", "line-end"),
         ("/m/", "model"),
         ("x" * 300, "x" * 128),
+        ("/m/big.Q4_K_M-00001-of-00003.gguf", "big.Q4_K_M"),
     ],
 )
 def test_the_name_of_a_path(path: str, name: str) -> None:
