@@ -331,11 +331,14 @@ async def test_a_request_finds_what_was_converted(folder: Path, tiny: Path, tmp_
     weights = publish(tmp_path / "Converted-1M", tiny)
     kept = Converted(tmp_path / "store")
     async with library(folder) as place, await place.unix() as wire:
-        reply = await wire.ask(f"INFER model={weights} max_tokens=1 x")
-        assert reply["code"] == "not_found"
-        assert reply["message"].endswith("has to be converted first, which LOAD does")
+        for line in (f"INFER model={weights} max_tokens=1 x", f"SHOW {weights}", f"PLAN {weights}"):
+            reply = await wire.ask(line)
+            assert reply["code"] == "not_found"
+            assert reply["message"].endswith("has to be converted first, which LOAD does")
         with kept.locked(lambda: None):
             shutil.copyfile(tiny, kept.place(examine(weights), "", lambda size: None))
+        about = (await wire.ask(f"SHOW {weights}"))["data"]
+        assert (about["name"], about["state"], about["architecture"]) == ("Converted-1M", "available", "llama")
         assert (await wire.ask(f"INFER model={weights} max_tokens=1 x"))["model"] == "Converted-1M"
 
 
