@@ -174,7 +174,7 @@ async def show(call: Call, command: commands.Show) -> Ok:
     except BridgeError as unknown:
         if command.model is None:
             raise
-        found = await call.daemon.library.prepared(command.model, unknown=unknown)
+        found = await call.daemon.library.find_prepared(command.model, unknown=unknown)
         return await _show_file(call, found.name or command.model, found.path, AVAILABLE)
     if entry.state is State.UNLOADED:
         return await _show_file(call, entry.name, entry.spec.path, entry.state)
