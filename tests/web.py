@@ -158,11 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
             if page.gate and at >= len(body) // 2:
                 self.web.halfway.set()
                 page.gate.wait()
-            seen.sent += len(piece)  # before the client has it, and with it may be done
+            seen.sent += len(piece)  # before the client, which may be done when it has it, can look
             try:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if page.chunked and piece else piece)
-            except OSError:
-                return  # the client has gone
+            except OSError:  # the client has gone
+                seen.sent -= len(piece)
+                return
             if cut is not None and at + PIECE >= cut:
                 return self._break()
         if cut is not None:

@@ -23,7 +23,7 @@ from bridge.models.gguf import GgufError, read_header
 from bridge.models.pypi import WheelFile
 from bridge.models.reference import Hub, Reference, Url, Wheel, parse
 from bridge.models.report import Report, run
-from bridge.models.store import CHUNK, Partial, check_space, is_full, note_sources, remove_abandoned
+from bridge.models.store import CHUNK, Partial, check_space, is_full, locked, note_sources, remove_abandoned
 from protocol.errors import BridgeError, ErrorCode
 
 _NAME = re.compile(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]{0,200}\.gguf", re.IGNORECASE)
@@ -207,8 +207,9 @@ class _File:
         return fetched
 
     def publish(self) -> None:
-        self._check_free()
-        self._partial.publish(self._origin.file)
+        with locked(self._path.parent):  # of two sources that want one name at once, one gets it
+            self._check_free()
+            self._partial.publish(self._origin.file)
 
     def _check_free(self) -> None:
         """Raises BridgeError (name_taken) where a file is that never was this source's."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import urldefrag, urlsplit
 
 from protocol.errors import BridgeError, ErrorCode
 
@@ -187,7 +187,7 @@ def _url(text: str) -> Url:
         raise _bad(f"{text}: not a URL")
     if parts.username is not None:
         raise _bad("A URL with a user's name or a password, which would be kept on the disk")  # nor is it repeated
-    return Url(text)
+    return Url(urldefrag(text).url)  # no server is told the fragment
 
 
 def _wheel(text: str, rest: str) -> Wheel:

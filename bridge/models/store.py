@@ -221,7 +221,7 @@ def sources(store: Path) -> dict[str, str]:
 
 def note_sources(store: Path, references: Iterable[str], file: str) -> None:
     """Has the model found by these references from now on."""
-    with _locked_sources(store):
+    with locked(store):
         known = sources(store)
         more = known | dict.fromkeys(references, file)
         if more != known:
@@ -230,7 +230,7 @@ def note_sources(store: Path, references: Iterable[str], file: str) -> None:
 
 def forget_file(store: Path, file: str) -> None:
     """Takes out all references to a file that was removed."""
-    with _locked_sources(store):
+    with locked(store):
         known = sources(store)
         left = {reference: name for reference, name in known.items() if name != file}
         if left != known:
@@ -238,8 +238,8 @@ def forget_file(store: Path, file: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked_sources(store: Path) -> Iterator[None]:
-    """A lock file of its own, for SOURCES is replaced and the lock would go with the old one."""
+def locked(store: Path) -> Iterator[None]:
+    """What nobody else does to names and notes meanwhile. The lock has a file of its own, for SOURCES is replaced."""
     with (store / f"{SOURCES}.lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
