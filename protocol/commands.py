@@ -12,7 +12,7 @@ from msgspec import Meta, Struct, field
 
 HEXADECIMAL = r"^[0-9a-fA-F]*$"
 Id = Annotated[str, Meta(min_length=1, max_length=64)]
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\s/\\]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\s/\\\x00-\x1f\x7f-\x9f]+$")]
 Reference = Annotated[str, Meta(min_length=1, max_length=4096)]  # a model, by its name or by where it comes from
 Sha256 = Annotated[str, Meta(min_length=64, max_length=64, pattern=HEXADECIMAL)]
 KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]  # seconds; negative is for ever
