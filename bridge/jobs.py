@@ -198,6 +198,11 @@ class Jobs:
         self._nursery = nursery
         self._jobs: dict[Hashable, _Job[Any]] = {}
 
+    def stop(self) -> None:
+        """Ends all that run; who waits for one is told that the daemon is about to stop."""
+        for job in self._jobs.values():
+            job.scope.cancel()
+
     async def join(self, key: Hashable, start: Callable[[OnProgress], Awaitable[T]], on_progress: OnProgress) -> T:
         """What the job of this key comes to: the one that runs, or a new one, ``start``.
 

@@ -105,6 +105,10 @@ class Library:
             message = f"{name} cannot be removed: {error.filename or self._store}: {error.strerror}"
             raise BridgeError(ErrorCode.FORBIDDEN, message) from None
 
+    def stop(self) -> None:
+        """Ends what is being fetched and converted, which the next one who wants it goes on with or begins anew."""
+        self._jobs.stop()
+
     # -- what has to be made -----------------------------------------------------------------------------------
 
     async def prepare(self, reference: str, quant: str | None, tell: Tell) -> Found:

@@ -110,6 +110,7 @@ class Server:
         self._daemon.draining = True
         self._log.info("draining", clients=len(self._sessions), seconds=self._daemon.config.limits.drain)
         started = time.monotonic()
+        self._daemon.library.stop()
         with trio.move_on_after(self._daemon.config.limits.drain) as budget:
             for session in list(self._sessions):
                 session.finish()

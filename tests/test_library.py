@@ -384,6 +384,19 @@ async def test_what_the_disk_does_not_let_go(folder: Path, monkeypatch: pytest.M
         assert "Tiny-1M.F32.gguf: Permission denied" in reply["message"]
 
 
+async def test_a_pull_does_not_hold_up_the_end(folder: Path, web: Web) -> None:
+    gate = threading.Event()
+    web.pages["/some.gguf"] = Page(gguf(300_000), gate=gate)
+    async with library(folder) as place, await place.unix() as wire:
+        await wire.send(f"PULL progress=false {web.url}/some.gguf")
+        await eventually(lambda: is_set(web.halfway))
+        place.server.stop()
+        reply = await wire.line()
+        gate.set()
+        assert (reply["code"], reply["blame"]) == ("draining", "retry")
+        assert await wire.at_end()
+
+
 # -- the fake --------------------------------------------------------------------------------------------------
 
 
