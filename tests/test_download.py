@@ -73,6 +73,21 @@ def test_after_a_break_only_the_rest_is_fetched(web: Web, tmp_path: Path, cut: i
     assert [seen.status for seen in web.seen] == [200, 206 if of_use else 200]
 
 
+def test_a_file_of_unknown_length_leaves_some_of_the_disk(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "STRIDE", 50_000)
+    web.pages["/m.gguf"] = Page(CONTENT, chunked=True)
+    assert bring(tmp_path / "enough", remote(web)) == CONTENT
+    monkeypatch.setattr(download, "RESERVE", 1 << 60)
+    error = failure(tmp_path / "little", remote(web))
+    assert (error.code, error.details["need"]) == ("pull_failed", 1 << 60)
+    assert "does not tell its length" in error.message
+    assert not part(tmp_path / "little")
+    web.pages["/m.gguf"] = Page(CONTENT)
+    assert bring(tmp_path / "little", remote(web)) == CONTENT, "where it is told it is known to fit"
+
+
 def test_many_breaks_that_each_bring_something_are_no_failure(web: Web, tmp_path: Path) -> None:
     web.pages["/m.gguf"] = Page(CONTENT, cuts=[9_000] * (3 * ATTEMPTS))
     assert bring(tmp_path, remote(web)) == CONTENT

@@ -27,6 +27,8 @@ REDIRECTS = 10
 ATTEMPTS = 5  # in a row that bring nothing
 BACKOFF = 0.5  # seconds, doubled with every attempt
 LONGEST_WAIT = 30.0  # seconds, also where Retry-After says more
+STRIDE = 64 << 20  # bytes between two looks at the disk, of a file whose length nobody tells
+RESERVE = 1 << 30  # bytes of the disk that such a file, which may have no end, does not get
 TIMEOUT = httpx2.Timeout(60.0, connect=15.0)  # seconds without a byte
 
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -216,14 +218,25 @@ class _Fetch:
             self._partial.begin(**self._new)  # not before: a proxy's login page shall not cost what came earlier
             self._check_space()
             data, self._new = self._head, None
+        before = self._partial.size
         self._partial.write(data)
         if self._remote.size is not None and self._partial.size > self._remote.size:
             self._check_length(self._partial.size)
+        if self._total is None and before // STRIDE != self._partial.size // STRIDE:
+            self._check_reserve()
         self._on_bytes(self._partial.size, self._total)
 
     def _check_space(self) -> None:
         if self._total is not None:
             check_space(self._partial.store, self._total - self._partial.size)
+
+    def _check_reserve(self) -> None:
+        try:
+            check_space(self._partial.store, RESERVE)
+        except BridgeError as error:
+            self._partial.discard()  # nobody knows how much more it is, so it would never be gone on with
+            came = f"{self._remote.source} does not tell its length, and what came of it fills the disk"
+            raise BridgeError(error.code, f"{came}. {error.message}; what came is removed", **error.details) from None
 
     def _check_length(self, size: int) -> None:
         """Raises BridgeError (bad_model) where it cannot be a model of so many bytes, or not this one."""

@@ -149,7 +149,7 @@ def check_space(store: Path, need: int) -> None:
     disk = os.statvfs(store)
     have = disk.f_bavail * disk.f_frsize
     if need > have:
-        message = f"The disk of {store} has {have:,} bytes free, {need:,} are still to come"
+        message = f"The disk of {store} has {have:,} bytes free, {need:,} are needed"
         raise BridgeError(ErrorCode.PULL_FAILED, message, need=need, have=have)
 
 
