@@ -16,8 +16,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocol.address import Tcp, default_socket, parse_address
-from protocol.commands import KeepAlive, Load, LoadOptions
+from protocol.commands import KeepAlive, Load
 from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
+from protocol.options import LoadOptions
 
 ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
 _SECTIONS = ("limits", "load", "pool", "store", "cache", "log")

@@ -25,7 +25,7 @@ from bridge import loading
 from bridge.config import Config, Limits, Model, Store
 from bridge.server import Server
 from protocol.address import Tcp
-from protocol.commands import LoadOptions
+from protocol.options import LoadOptions
 
 PATIENCE = 30.0
 ROOT = Path(__file__).parents[1]

@@ -26,8 +26,8 @@ from bridge.planner import Planner
 from bridge.pool import ModelPool
 from bridge.registry import Registry
 from bridge.room import NONE, Memory
-from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
+from protocol.options import LoadOptions
 
 MB = 1 << 20
 BUDGET = 250 * MB

@@ -8,8 +8,8 @@ import pytest
 
 from bridge.entry import Entry, Spec, State
 from bridge.models.stamp import FileStamp
-from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
+from protocol.options import LoadOptions
 
 SMALL = LoadOptions(n_ctx=512)
 STAMP = (FileStamp(1, 100, 5000, 7), FileStamp(1, 101, 5000, 7))

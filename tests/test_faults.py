@@ -23,7 +23,7 @@ from tiny_models import tiny_model
 
 from bridge.config import Limits, Pool, Store
 from bridge.providers.local import LocalProvider
-from protocol.commands import LoadOptions
+from protocol.options import LoadOptions
 
 pytestmark = pytest.mark.faults
 

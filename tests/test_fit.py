@@ -15,7 +15,7 @@ from bridge.models import hardware
 from bridge.models.fit import Plan, Room, plan, repacking_matters
 from bridge.models.gguf import ArrayInfo, GgufError, Header, Tensor, read_model
 from bridge.models.hardware import Gpu, Hardware
-from protocol.commands import LoadOptions
+from protocol.options import LoadOptions
 
 GB = 10**9
 CPU = Hardware(cores=8, threads=16, ram_total=64 * GB, ram_available=60 * GB)

@@ -20,7 +20,7 @@ from tiny_models import ARCHITECTURES, Architecture, tiny_model
 from bridge.models.fit import Room, plan
 from bridge.models.gguf import BLOCKS, ArrayInfo, GgufError, Header, read_header, read_model
 from bridge.models.hardware import Hardware
-from protocol.commands import LoadOptions
+from protocol.options import LoadOptions
 
 CPU = Hardware(cores=1, threads=1, ram_total=10**9, ram_available=10**9)
 HUGE = (2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1)

@@ -11,7 +11,7 @@ import trio
 from helpers import Inside, Line, daemon, eventually
 
 from bridge.config import Cache, Limits, Model, Pool
-from protocol.commands import LoadOptions
+from protocol.options import LoadOptions
 
 MB = 1 << 20
 ROOM_FOR_TWO = Pool(memory=250 * MB)

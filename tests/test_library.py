@@ -22,7 +22,7 @@ from bridge.config import Pool, Store
 from bridge.library import Found, Library
 from bridge.models.converted import Converted
 from bridge.models.weights import examine
-from protocol.commands import LoadOptions
+from protocol.options import LoadOptions
 
 FAST = LoadOptions(n_ctx=64, n_parallel=1, n_threads=1)
 LLAMA = pytest.mark.needs("llama_cpp")

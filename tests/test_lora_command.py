@@ -17,8 +17,8 @@ from bridge.adapters import Adapters
 from bridge.config import Config, Pool, Store
 from bridge.entry import Entry, Spec
 from bridge.library import Library
-from protocol.commands import LoadOptions
 from protocol.errors import BridgeError
+from protocol.options import LoadOptions
 
 ENDLESS = "INFER_STREAM max_tokens=1000000 ignore_eos=true"
 LLAMA = pytest.mark.needs("llama_cpp")

@@ -13,8 +13,8 @@ from bridge.entry import Spec
 from bridge.library import Library
 from bridge.planner import Planned, Planner
 from bridge.room import Memory
-from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
+from protocol.options import LoadOptions
 
 PLENTY = Memory(64 << 30, 0)
 

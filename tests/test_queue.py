@@ -11,7 +11,7 @@ from helpers import PATIENCE, Inside, Line, Wire, daemon
 
 from bridge.config import Limits
 from client import AsyncClient, Client
-from protocol.commands import LoadOptions
+from protocol.options import LoadOptions
 
 ONE = LoadOptions(n_parallel=1)
 SLOW = "echo?step_ms=5"

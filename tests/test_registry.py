@@ -21,8 +21,8 @@ from bridge.registry import (
     name_of,
 )
 from bridge.room import Memory
-from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
+from protocol.options import LoadOptions
 
 A = Spec("/m/a.gguf", LoadOptions())
 B = Spec("/m/b.gguf", LoadOptions())

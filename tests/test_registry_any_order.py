@@ -13,8 +13,8 @@ from bridge.entry import Entry, Spec, State, Terms
 from bridge.models.stamp import FileStamp
 from bridge.registry import ALL, CONFIGURATION, MOST_NAMES, Effect, Registry, Start
 from bridge.room import NONE, Memory
-from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
+from protocol.options import LoadOptions
 
 ME, YOU = 7, 8
 SMALL = LoadOptions(n_ctx=512)

@@ -18,8 +18,9 @@ from bridge.config import Limits
 from bridge.daemon import Peer
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
-from protocol.commands import LoadOptions, Ping, Show
+from protocol.commands import Ping, Show
 from protocol.errors import BridgeError, ErrorCode
+from protocol.options import LoadOptions
 
 SLOW = "echo?step_ms=5"
 LONG = "max_tokens=100000 ignore_eos=true"

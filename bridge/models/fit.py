@@ -16,7 +16,7 @@ from bridge import suit
 from bridge.models.gguf import Header
 from bridge.models.hardware import Hardware
 from bridge.models.memory import Layout, Model, Size
-from protocol.commands import LoadOptions
+from protocol.options import LoadOptions
 
 _STEP = 256  # cells, which llama.cpp rounds a context up to
 _MAX_CELLS = 2**31 - 1  # llama.cpp counts them in 32 bits
