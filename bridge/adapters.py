@@ -6,10 +6,12 @@ under the old one is taken for the new one's.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
+
+import msgspec
 
 from bridge import ipc
 from bridge.entry import Entry, Lora
@@ -17,8 +19,11 @@ from bridge.library import Library
 from bridge.models.files import read_model_files
 from bridge.models.gguf import GgufError, read_header
 from bridge.models.lora import AdapterInfo, check_adapter, content_key, parse_lora
+from bridge.models.stamp import stamp_of
 from bridge.providers.base import Asking, Provider
 from protocol.errors import BridgeError, ErrorCode
+
+R = TypeVar("R", ipc.Generate, ipc.Embed)
 
 _REMEMBERED = 256  # checks
 
@@ -46,18 +51,19 @@ class Adapters:
         Raises BridgeError: bad_argument, not_found, forbidden.
         """
         named = [parse_lora(one) for one in ([names] if isinstance(names, str) else names)]
-        known = entry.adapters if entry else {}
-        return tuple(
-            [(known.get(name) or await self._library.check_path(name, "adapter"), scale) for name, scale in named]
-        )
+        return tuple([(await self.find(name, entry), scale) for name, scale in named])
+
+    async def find(self, name: str, entry: Entry | None) -> str:
+        """The real path of one, by its path or the name that LORA gave it. Raises BridgeError: not_found, forbidden."""
+        known = entry.adapters.get(name) if entry else None
+        return known or await self._library.check_path(name, "adapter")
 
     async def check(self, model: str, path: str) -> Checked:
         """Raises BridgeError: bad_adapter, which says what differs, not_found."""
         if self._library.fake:
             return Checked(path, path, 0, AdapterInfo(path, "fake", 1, 1.0, 1))
         try:
-            marks = [(status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, (model, path))]
-            about = (model, path, *marks)
+            about = (model, path, stamp_of((model, path)))
             if about not in self._checked:
                 checked = await self._library.look(partial(_check, model, path))
                 while len(self._checked) >= _REMEMBERED:
@@ -67,14 +73,21 @@ class Adapters:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{error.filename or path}: {error.strerror}") from None
         return self._checked[about]
 
-    async def ready(self, entry: Entry, provider: Provider, names: str | list[str]) -> list[tuple[str, float]]:
-        """Has them loaded where that is still to be done; their keys and scales. Raises BridgeError."""
+    async def apply(
+        self, entry: Entry, provider: Provider, names: str | list[str] | None, requests: list[R]
+    ) -> list[R]:
+        """The requests under the adapters that were named, which are then in the worker; None leaves them as they are.
+
+        Raises BridgeError.
+        """
+        if names is None:
+            return requests
         wanted = []
         for path, scale in await self.resolve(names, entry):
             checked = await self.check(entry.spec.path, path)
             await self.load(provider, checked)
             wanted.append((checked.key, scale))
-        return wanted
+        return [msgspec.structs.replace(request, lora=wanted) for request in requests]
 
     async def load(self, provider: Provider, checked: Checked) -> None:
         if checked.key not in provider.adapters:

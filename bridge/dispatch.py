@@ -115,17 +115,15 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
     for text in texts:
         _refuse_long(text)
     request = ipc.Embed(0, texts, call.received, command.dimensions)
-    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as (name, provider):
-        if command.lora is not None:
-            keys = await call.daemon.adapters.ready(call.daemon.pool.pick(name), provider, command.lora)
-            request = msgspec.structs.replace(request, lora=keys)
+    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as (entry, provider):
+        [request] = await call.daemon.adapters.apply(entry, provider, command.lora, [request])
         answer = await provider.ask(request, call.asking)
     assert isinstance(answer, ipc.Embedded)
     call.totals.add(answer)
     encode = _as_base64 if command.encoding == "base64" else _as_floats
     vectors = [encode(vector) for vector in answer.vectors]
     extra = {
-        "model": name,
+        "model": entry.name,
         "dimensions": len(answer.vectors[0]) // 4,
         "usage": {"prompt_tokens": answer.prompt_tokens},
         "timings": msgspec.structs.asdict(answer.timings),
@@ -156,8 +154,8 @@ async def _detokenize(call: Call, command: commands.Detokenize) -> Ok:
 
 
 async def _ask(call: Call, model: str | None, request: Ask) -> tuple[str, Answer]:
-    async with call.daemon.pool.use(model) as (name, provider):
-        return name, await provider.ask(request, call.asking)
+    async with call.daemon.pool.use(model) as (entry, provider):
+        return entry.name, await provider.ask(request, call.asking)
 
 
 def _refuse_long(text: str) -> None:

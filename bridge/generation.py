@@ -84,33 +84,23 @@ async def _generate(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[str, ipc.Done]:
     request = _request(call, command, prompt, template, stream=on_progress is not None)
-    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as (name, provider):
-        [request] = await _adapted(call, command, name, provider, [request])
+    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as (entry, provider):
+        [request] = await call.daemon.adapters.apply(entry, provider, command.lora, [request])
         done = await provider.ask(request, call.asking, on_progress)
     assert isinstance(done, ipc.Done)
     call.totals.add(done)
-    return name, done
+    return entry.name, done
 
 
 async def _generate_all(
     call: Call, command: commands.Generation, requests: list[ipc.Generate]
 ) -> tuple[str, list[ipc.Done]]:
-    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as (name, provider):
-        requests = await _adapted(call, command, name, provider, requests)
+    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as (entry, provider):
+        requests = await call.daemon.adapters.apply(entry, provider, command.lora, requests)
         dones = await _ask_all(call, provider, requests)
     for done in dones:
         call.totals.add(done)
-    return name, dones
-
-
-async def _adapted(
-    call: Call, command: commands.Generation, name: str, provider: Provider, requests: list[ipc.Generate]
-) -> list[ipc.Generate]:
-    """With the adapters that the command names, which are in the worker then."""
-    if command.lora is None:
-        return requests
-    lora = await call.daemon.adapters.ready(call.daemon.pool.pick(name), provider, command.lora)
-    return [msgspec.structs.replace(request, lora=lora) for request in requests]
+    return entry.name, dones
 
 
 async def infer_multi(call: Call, command: commands.InferMulti) -> Ok:

@@ -44,15 +44,14 @@ async def _list(call: Call, command: commands.Lora) -> Ok:
 
 async def _load(call: Call, command: commands.Lora) -> Ok:
     adapters = call.daemon.adapters
-    async with call.daemon.pool.use(command.model) as (model, provider):
-        entry = call.daemon.pool.pick(model)
+    async with call.daemon.pool.use(command.model) as (entry, provider):
         checked = await _checked(call, entry, command)
         name = name_of(checked.path)
         _check_name(entry, name, checked.path)
         await adapters.load(provider, checked)
         _check_name(entry, name, checked.path)  # another may have come first
         entry.adapters[name] = checked.path
-        return Ok("Adapter loaded", _about(checked), {"model": model})
+        return Ok("Adapter loaded", _about(checked), {"model": entry.name})
 
 
 def _check_name(entry: Entry, name: str, path: str) -> None:
@@ -88,8 +87,8 @@ async def _check(call: Call, command: commands.Lora) -> Ok:
 
 
 async def _checked(call: Call, entry: Entry, command: commands.Lora) -> Checked:
-    [(path, _)] = await call.daemon.adapters.resolve([f"{command.adapter}:1"], entry)
-    return await call.daemon.adapters.check(entry.spec.path, path)
+    adapters = call.daemon.adapters
+    return await adapters.check(entry.spec.path, await adapters.find(command.adapter, entry))
 
 
 def _about(checked: Checked) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class ModelPool:
     @asynccontextmanager
     async def use(
         self, name: str | None, within: float = math.inf, keep_alive: float | None = None
-    ) -> AsyncIterator[tuple[str, Provider]]:
+    ) -> AsyncIterator[tuple[Entry, Provider]]:
         """A model that stays for the time of the block. Has it loaded if need be, and waits for that, so many seconds.
 
         Raises BridgeError.
@@ -95,7 +95,7 @@ class ModelPool:
         provider = await self.load(entry, within)
         entry.users += 1
         try:
-            yield entry.name, provider
+            yield entry, provider
         finally:
             entry.users -= 1
             self._registry.used(entry, time.monotonic(), keep_alive)
