@@ -10,8 +10,8 @@ from enum import StrEnum
 from bridge.models.stamp import Stamp, identity_of
 from bridge.receipts import Totals
 from bridge.room import NONE, Memory
-from protocol.commands import LoadOptions
 from protocol.errors import BridgeError, ErrorCode
+from protocol.options import LoadOptions
 
 CRASHES_BEFORE_REST = 3
 DEFAULTS = LoadOptions()
@@ -92,6 +92,11 @@ class Entry:
             raise self.why
         if self.freed:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{self.name} is being unloaded")
+
+    @property
+    def lasts(self) -> bool:
+        """It stays known when it is not loaded."""
+        return self.asked and self.proven and not self.freed
 
     @property
     def leaves_at(self) -> float:

@@ -28,8 +28,9 @@ from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
 from bridge.models.stamp import Stamp
 from bridge.models.weights import examine, needs_converting
-from protocol.commands import Loading, LoadOptions
+from protocol.commands import Loading
 from protocol.errors import BridgeError, ErrorCode
+from protocol.options import LoadOptions
 
 T = TypeVar("T")
 Tell = Callable[[Progress], None]
@@ -119,7 +120,7 @@ class Library:
         try:
             found = await self.find(reference)
         except BridgeError as error:
-            if error.code != ErrorCode.NOT_FOUND or isinstance(parse(reference), LocalPath | Name):
+            if not _is_elsewhere(reference, error):
                 raise
             pulled = await self.pull(reference, tell)
             found = await self.find(pulled["path"])
@@ -135,7 +136,7 @@ class Library:
         try:
             return await self._ready(await self.find(reference), quant) is None
         except BridgeError as error:
-            return error.code == ErrorCode.NOT_FOUND and not isinstance(parse(reference), LocalPath | Name)
+            return _is_elsewhere(reference, error)
 
     async def find_prepared(
         self, reference: str, quant: str | None = None, unknown: BridgeError | None = None
@@ -178,6 +179,11 @@ class Library:
         given = [f"--{key}={value}" for key, value in options.items() if value]  # a value may begin with a dash
         command = (f"bridge.models.{program}", "--store", str(self._store), *given, "--", what)
         return await self._jobs.join(command, partial(run_job, command), tell)
+
+
+def _is_elsewhere(reference: str, error: BridgeError) -> bool:
+    """What was not found here can be pulled."""
+    return error.code == ErrorCode.NOT_FOUND and not isinstance(parse(reference), LocalPath | Name)
 
 
 def _folder(setting: str) -> Path:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from bridge import ipc, jobs
+from bridge import jobs
 from bridge.call import Call
 from bridge.entry import Entry, State, Terms
 from bridge.keeper import Proposal
 from bridge.library import Found
 from bridge.meter import Meter
 from bridge.models.stamp import identity_of, size_of
+from bridge.planner import given
 from bridge.pool import ModelPool
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
@@ -80,26 +82,22 @@ async def plan(call: Call, command: commands.Plan) -> Ok:
     found = await _find(call, command.path, call.daemon.library.find_prepared(command.path, command.quant))
     spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
-    fits = proposal.room.fits or bool(proposal.room.wait_for)
-    return Ok("It fits" if fits else "It does not fit", _proposal(proposal) | {"path": found.path})
+    message = "It fits" if proposal.room.comes else "It does not fit"
+    return Ok(message, _proposal(proposal) | {"path": found.path})
 
 
 def _proposal(proposal: Proposal) -> dict[str, Any]:
     planned, free, room = proposal
     return {
-        "fits": room.fits or bool(room.wait_for),
+        "fits": room.comes,
         "need": planned.need,
-        "have": {"host": max(0, free.host), "gpu": max(0, free.gpu)},
+        "have": asdict(free.left),
         "leave": room.leave,
         "wait_for": room.wait_for,
         "n_ctx_max": planned.n_ctx_max,
-        "options": without_none(planned.options),
+        "options": given(planned.options),
         "why": planned.why,
     }
-
-
-def without_none(options: ipc.Options) -> dict[str, Any]:
-    return {key: value for key, value in msgspec.structs.asdict(options).items() if value is not None}
 
 
 async def free(call: Call, command: commands.Free) -> Ok:
@@ -181,7 +179,7 @@ async def show(call: Call, command: commands.Show) -> Ok:
     provider = pool.provider(entry) or await pool.load(entry)
     info = msgspec.structs.asdict(provider.info)
     about = {"name": entry.name, "path": entry.spec.path, "state": entry.state} | info
-    about["options"] = without_none(info["options"])
+    about["options"] = given(info["options"])
     return Ok(entry.name, about | {"why": entry.chosen, "pid": provider.pid, "load_ms": provider.load_ms})
 
 

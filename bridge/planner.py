@@ -13,12 +13,12 @@ from bridge.config import Config
 from bridge.entry import Spec
 from bridge.library import Library
 from bridge.models import fit
-from bridge.models.files import read_model_files
+from bridge.models.files import load_failed, read_model_files
 from bridge.models.gguf import GgufError
 from bridge.models.hardware import accelerator_nodes, detect
 from bridge.room import Memory
-from protocol.commands import LoadOptions
-from protocol.errors import BridgeError, ErrorCode
+from protocol.errors import BridgeError
+from protocol.options import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,7 @@ class Planner:
 
     def asked(self, spec: Spec) -> LoadOptions:
         """What LOAD said, and the configuration where it did not."""
-        given = {key: value for key, value in msgspec.structs.asdict(spec.options).items() if value is not None}
-        return msgspec.structs.replace(self.config.load, **given)
+        return msgspec.structs.replace(self.config.load, **given(spec.options))
 
     def device(self, spec: Spec) -> str:
         """Where it is loaded: what takes longest there is the disk's or the bus's work."""
@@ -60,7 +59,7 @@ class Planner:
         return await self._library.look(lambda: _plan(asked, spec.path, free))
 
     def no_memory(self, spec: Spec, planned: Planned, free: Memory, why: str = "") -> BridgeError:
-        need, have = planned.memory, Memory(max(0, free.host), max(0, free.gpu))
+        need, have = planned.memory, free.left
         short = [
             f"it needs {_mib(asked)} of {what}, and {_mib(there)} are to be had"
             for what, asked, there in (("memory", need.host, have.host), ("GPU memory", need.gpu, have.gpu))
@@ -68,8 +67,12 @@ class Planner:
         ]
         n_ctx = planned.n_ctx_max
         helps = f"; n_ctx={n_ctx} would fit" if n_ctx else ""
-        message = f"Failed to load model: {spec.path}: {', '.join(short)}{helps}{why}"
-        return BridgeError(ErrorCode.LOAD_FAILED, message, need=asdict(need), have=asdict(have))
+        return load_failed(spec.path, f"{', '.join(short)}{helps}{why}", need=asdict(need), have=asdict(have))
+
+
+def given(options: msgspec.Struct) -> dict[str, Any]:
+    """Those that are not None."""
+    return {key: value for key, value in msgspec.structs.asdict(options).items() if value is not None}
 
 
 def _plan(asked: LoadOptions, path: str, free: Memory) -> Planned:
@@ -78,7 +81,7 @@ def _plan(asked: LoadOptions, path: str, free: Memory) -> Planned:
         hardware = detect(build=fit.repacking_matters(model))
         plan = fit.plan(model, asked, hardware, room=fit.Room(free.host, (free.gpu,)))
     except GgufError as error:  # well formed, but no model
-        raise BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}: {error}") from None
+        raise load_failed(path, str(error)) from None
     parts = {part: getattr(plan.need, part) for part in ("weights", "kv", "compute", "process", "loaded", "total")}
     return Planned(
         options=ipc.Options(**msgspec.structs.asdict(plan.options)),

@@ -65,14 +65,14 @@ class Registry:
         """
         entry = self._find(spec, name)
         if entry is None:
-            entry = self._new(name or spec.called or name_of(spec.path), spec)
+            entry = self._new(name, spec)
             effects: list[Effect] = [Start(entry.name)]
         else:
             if holder is None and entry.state is State.READY:  # it takes what is there, also of a file that was changed
                 spec = replace(spec, stamp=entry.spec.stamp)
             effects = self._join(entry, spec)
-        for also in (name, spec.called):
-            self._call(entry, also)
+        self._call(entry, name)
+        self._call(entry, spec.called)
         self._call(entry, alias, heard=True)
         if holder is not None:
             self._hold(entry, holder, terms)
@@ -82,13 +82,13 @@ class Registry:
         """The configuration names a model that is to be loaded when first asked for."""
         entry = self._find(spec, name)
         if entry is None:
-            entry = self._new(name or spec.called or name_of(spec.path), spec)
+            entry = self._new(name, spec)
             entry.state = State.UNLOADED
             entry.proven = True
         elif entry.state is State.UNLOADED:
             self._respecify(entry, spec)
-        for also in (name, spec.called):
-            self._call(entry, also)
+        self._call(entry, name)
+        self._call(entry, spec.called)
         self._hold(entry, CONFIGURATION, terms)
         return entry
 
@@ -107,7 +107,8 @@ class Registry:
             raise BridgeError(ErrorCode.NAME_TAKEN, message)
         return None
 
-    def _new(self, name: str, spec: Spec) -> Entry:
+    def _new(self, name: str | None, spec: Spec) -> Entry:
+        name = name or spec.called or name_of(spec.path)
         _refuse_all(name)
         taken = self._names.get(name)
         if taken and name not in taken.heard:
@@ -293,7 +294,7 @@ class Registry:
             return self.ended(name, f"did not start: {error.message}", now)
         entry.failures += 1
         entry.why = error
-        if entry.asked and entry.proven and not entry.freed:
+        if entry.lasts:
             entry.state = State.UNLOADED
         else:
             self._forget(entry)
@@ -319,7 +320,7 @@ class Registry:
     def stopped(self, name: str) -> None:
         """Nothing of it runs any more."""
         entry = self.entries[name]
-        if not entry.freed and ((entry.asked and entry.proven) or entry.waiting):
+        if entry.lasts or (entry.waiting and not entry.freed):
             entry.state = State.UNLOADED
             return
         if entry.freed:

@@ -22,6 +22,11 @@ class Memory:
     def covers(self, need: Memory) -> bool:
         return self.host >= need.host and self.gpu >= need.gpu
 
+    @property
+    def left(self) -> Memory:
+        """What can be had of it: of a debt nothing."""
+        return Memory(max(0, self.host), max(0, self.gpu))
+
 
 NONE = Memory()
 
@@ -47,6 +52,11 @@ class Room:
     fits: bool
     leave: tuple[str, ...] = ()
     wait_for: tuple[str, ...] = ()
+
+    @property
+    def comes(self) -> bool:
+        """There is room, or there will be."""
+        return self.fits or bool(self.wait_for)
 
 
 def make_room(need: Memory, free: Memory, residents: Iterable[Resident]) -> Room:

@@ -21,12 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.models.store import CONVERTED, publish
+from bridge.models.store import CHUNK, CONVERTED, publish, replace
 from bridge.models.weights import Weights, examine
 from protocol.errors import BridgeError
 
 _RECIPE = b"1"  # another one when the same files are to be converted in another way
-_CHUNK = 1 << 20
 _DIGEST_SIZE = 20
 _SCRATCH = ".scratch-"
 
@@ -136,9 +135,7 @@ class Converted:
     def _write_index(self) -> None:
         """Without the files that are gone or changed."""
         lines = {path: entry for path, entry in self._index.items() if _stamp(Path(path)) == entry[:2]}
-        part = self._index_path.with_suffix(".part")
-        part.write_text(json.dumps(lines, indent=0))
-        part.replace(self._index_path)
+        replace(self._index_path, json.dumps(lines, indent=0).encode())
 
 
 def cached(path: str | Path, store: Path, quant: str | None = None, outtype: str = "auto") -> Path | None:
@@ -179,7 +176,7 @@ def _read(path: Path, on_read: Callable[[int], None]) -> _Entry:
     digest = hashlib.blake2b(digest_size=_DIGEST_SIZE)
     with path.open("rb") as file:
         before = _stamp(path)
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
             on_read(len(chunk))
     if before is None or _stamp(path) != before:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bridge.models.gguf import GgufError, Header, read_model
 from protocol.errors import BridgeError, ErrorCode
 
@@ -12,4 +14,8 @@ def read_model_files(path: str) -> list[Header]:
         return read_model(path)
     except (GgufError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}: {reason}") from None
+        raise load_failed(path, reason) from None
+
+
+def load_failed(path: str, reason: str, **details: Any) -> BridgeError:
+    return BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}: {reason}", **details)

@@ -21,6 +21,7 @@ import trio
 from bridge import ipc, log
 from bridge.config import Limits
 from bridge.frames import FrameBuffer, decode_to_daemon, encode
+from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
 from bridge.receipts import Totals
@@ -132,7 +133,7 @@ class LocalProvider:
         self._home = ours
 
     def _failed(self, reason: str) -> BridgeError:
-        return BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {self._load.path}: {reason}")
+        return load_failed(self._load.path, reason)
 
     async def _first_frame(self) -> ipc.Loaded | ipc.LoadFailed | None:
         while data := await self._receive():
