@@ -35,3 +35,8 @@ class Peer:
     number: int
     uid: int | None = None
     tcp: bool = False
+
+    @property
+    def owner(self) -> str:
+        """Whom what outlives the connection belongs to."""
+        return "tcp" if self.uid is None else f"uid:{self.uid}"

@@ -1,23 +1,32 @@
 """The commands, one struct each. What a field may hold stands in its type; ``parse`` does the rest.
 
 ``TEXT`` names the field that takes the rest of the line in the text form; ``DOC`` is what HELP prints. To add a
-command: a struct here, its handler in ``bridge.dispatch``, its section in PROTOCOL.md.
+command: a struct here or in ``protocol.operations``, its handler in ``bridge.dispatch``, its section in PROTOCOL.md.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
+from protocol.command import HEXADECIMAL as HEXADECIMAL
+from protocol.command import Command as Command
+from protocol.command import Id as Id
+from protocol.command import KeepAlive as KeepAlive
+from protocol.command import Name as Name
+from protocol.command import Reference as Reference
+from protocol.command import Request as Request
+from protocol.operations import Cancel as Cancel
+from protocol.operations import Hello as Hello
+from protocol.operations import Help as Help
+from protocol.operations import Ping as Ping
+from protocol.operations import Quit as Quit
+from protocol.operations import Reload as Reload
+from protocol.operations import Status as Status
 from protocol.options import LoadOptions
 
-HEXADECIMAL = r"^[0-9a-fA-F]*$"
-Id = Annotated[str, Meta(min_length=1, max_length=64)]
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\s/\\\x00-\x1f\x7f-\x9f]+$")]
-Reference = Annotated[str, Meta(min_length=1, max_length=4096)]  # a model, by its name or by where it comes from
 Sha256 = Annotated[str, Meta(min_length=64, max_length=64, pattern=HEXADECIMAL)]
-KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]  # seconds; negative is for ever
 Adapter = Annotated[str, Meta(min_length=1, max_length=4096)]  # PATH, or PATH:SCALE
 Adapters = Adapter | Annotated[list[Adapter], Meta(max_length=4)]
 Answers = Annotated[int, Meta(ge=1, le=64)]
@@ -30,72 +39,6 @@ UpTo100 = Annotated[float, Meta(ge=0, le=100)]
 LastN = Annotated[int, Meta(ge=0, le=65_536)]
 Breaker = Annotated[str, Meta(min_length=1, max_length=24)]
 DRY_BREAKERS = ("\n", ":", '"', "*")
-
-
-class Command(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all commands. The ``id`` a line may carry is not here: it is framing, and belongs to Request.
-
-    ``TEXT`` is the field that the text form's text is for; ``WORD`` the one that takes the first word of it.
-    """
-
-    VERB: ClassVar[str]
-    TEXT: ClassVar[str | None] = None
-    WORD: ClassVar[str | None] = None
-    STREAMS: ClassVar[bool] = False
-    DOC: ClassVar[str]
-
-
-class Request(NamedTuple):
-    """A command as it travels. With an ``id`` it runs beside the others of its connection; without, in order."""
-
-    command: Command
-    id: str | None = None
-
-
-# -- the daemon ------------------------------------------------------------------------------------------------
-
-
-class Ping(Command, frozen=True):
-    VERB = "PING"
-    DOC = "PING - answers pong"
-
-
-class Hello(Command, frozen=True):
-    VERB = "HELLO"
-    DOC = "HELLO - version, features and limits of this daemon"
-
-
-class Help(Command, frozen=True):
-    VERB = "HELP"
-    TEXT = "verb"
-    DOC = "HELP [verb] - the commands, or one of them with its parameters"
-
-    verb: str | None = None
-
-
-class Status(Command, frozen=True):
-    VERB = "STATUS"
-    DOC = "STATUS - what is loaded and how busy it is"
-
-
-class Quit(Command, frozen=True):
-    VERB = "QUIT"
-    DOC = "QUIT - stops the daemon; only over the Unix socket, for its own user or root"
-
-
-class Reload(Command, frozen=True):
-    VERB = "RELOAD"
-    DOC = "RELOAD - reads the configuration anew, as SIGHUP does; only over the Unix socket, for its own user or root"
-
-
-class Cancel(Command, frozen=True):
-    """``id`` names the request to cancel, on the same connection; a CANCEL has no id of its own."""
-
-    VERB = "CANCEL"
-    TEXT = "id"
-    DOC = "CANCEL [id] - cancels the request with that id, or without one what is being answered in order"
-
-    id: Id | None = None
 
 
 # -- models ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,48 @@
+"""The commands about the daemon itself: who asks, how it is, what it does, when it ends."""
+
+from __future__ import annotations
+
+from protocol.command import Command, Id
+
+
+class Ping(Command, frozen=True):
+    VERB = "PING"
+    DOC = "PING - answers pong"
+
+
+class Hello(Command, frozen=True):
+    VERB = "HELLO"
+    DOC = "HELLO - version, features and limits of this daemon"
+
+
+class Help(Command, frozen=True):
+    VERB = "HELP"
+    TEXT = "verb"
+    DOC = "HELP [verb] - the commands, or one of them with its parameters"
+
+    verb: str | None = None
+
+
+class Status(Command, frozen=True):
+    VERB = "STATUS"
+    DOC = "STATUS - what is loaded and how busy it is"
+
+
+class Quit(Command, frozen=True):
+    VERB = "QUIT"
+    DOC = "QUIT - stops the daemon; only over the Unix socket, for its own user or root"
+
+
+class Reload(Command, frozen=True):
+    VERB = "RELOAD"
+    DOC = "RELOAD - reads the configuration anew, as SIGHUP does; only over the Unix socket, for its own user or root"
+
+
+class Cancel(Command, frozen=True):
+    """``id`` names the request to cancel, on the same connection; a CANCEL has no id of its own."""
+
+    VERB = "CANCEL"
+    TEXT = "id"
+    DOC = "CANCEL [id] - cancels the request with that id, or without one what is being answered in order"
+
+    id: Id | None = None
