@@ -18,7 +18,9 @@ from bridge import __version__
 
 ROOT = Path(__file__).parent.parent
 NAME = f"llama_bridge-{__version__}"
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", ".hypothesis", "*.egg-info", "build", "dist", "*.gguf")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".*_cache", "__pycache__", ".hypothesis", "*.egg-info", "build", "dist", "*.gguf"
+)
 WHEN_INSTALLED = "import client, protocol, sys; assert client.Client and not {'trio', 'click'} & sys.modules.keys()"
 
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}  # nor finds it our tree
