@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from manual import PAGES
 
 from bridge import __version__
 
@@ -93,7 +94,10 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         *(f"{room}/py.typed" for room in ("protocol", "client", "bridge")),
     }
     assert {name for name in held if name.partition("/")[0] in ("protocol", "client", "bridge")} == modules | beside
-    assert {name.partition("/")[0] for name in held} == {"protocol", "client", "bridge", f"{NAME}.dist-info"}
+    others = {
+        name for name in held if name.partition("/")[0] not in ("protocol", "client", "bridge", f"{NAME}.dist-info")
+    }
+    assert others == {f"{NAME}.data/data/share/man/man{page[-1]}/{page}" for page in PAGES}
     assert held["client/bridge.sh"].external_attr >> 16 & stat.S_IXUSR
     assert f"Version: {__version__}\n" in metadata
     assert "Description-Content-Type: text/markdown" in metadata
