@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+import trio
 
 from bridge import __version__, generation, ipc, loading, lora
 from bridge.call import Call, Caller
@@ -62,6 +63,7 @@ def _status(caller: Caller, _command: commands.Status) -> Ok:
         "uptime_s": round(time.monotonic() - daemon.started, 1),
         "pid": os.getpid(),
         "clients": daemon.clients,
+        "tasks": trio.lowlevel.current_statistics().tasks_living,
         "draining": daemon.draining,
     }
     if models:
