@@ -79,8 +79,13 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
+    """``prompts`` writes down what clients send and get; HELLO tells them."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
+    slow_ms: Annotated[int, Meta(ge=0)] = 0  # a line for each request that takes as long; 0 is none
+    requests: bool = False  # a line for each, however fast
+    prompts: bool = False  # with its prompt and its answer
 
 
 class Model(Load, frozen=True):

@@ -48,6 +48,7 @@ class Configured:
             try:
                 new = self._read()
             except ConfigError as error:
+                self._log.error("reload failed", reason=str(error))
                 raise BridgeError(ErrorCode.BAD_CONFIG, f"The configuration stays as it is: {error}") from None
             changed = sorted(_differences(old, new))
             new = _keep(old, new)
@@ -136,4 +137,5 @@ def _differences(old: Config, new: Config) -> Iterable[str]:
 def _keep(old: Config, new: Config) -> Config:
     """The new one, but for what needs a restart."""
     kept = {key: getattr(old, key) for key in NEEDS_RESTART if "." not in key}
-    return msgspec.structs.replace(new, **kept, log=old.log)
+    log = msgspec.structs.replace(new.log, level=old.log.level, format=old.log.format)
+    return msgspec.structs.replace(new, **kept, log=log)

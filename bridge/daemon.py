@@ -11,6 +11,7 @@ from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.library import Library
 from bridge.pool import ModelPool
+from bridge.refusals import Refusals
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Daemon:
     pool: ModelPool
     stop: Callable[[], None]  # begins the drain; returns at once
     reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed
+    refusals: Refusals = field(default_factory=Refusals)
     started: float = field(default_factory=time.monotonic)
     clients: int = 0
     draining: bool = False

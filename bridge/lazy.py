@@ -19,6 +19,7 @@ class LazyGroup(click.Group):
         "completion": "bridge.cli_completion",
         "doctor": "bridge.doctor",
         "embed": "bridge.cli_text",
+        "events": "bridge.cli_events",
         "free": "bridge.cli_models",
         "infer": "bridge.cli_text",
         "load": "bridge.cli_models",
@@ -31,6 +32,7 @@ class LazyGroup(click.Group):
         "serve": "bridge.serve",
         "show": "bridge.cli_models",
         "tokenize": "bridge.cli_text",
+        "top": "bridge.top",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

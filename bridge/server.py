@@ -57,6 +57,7 @@ class Server:
                 pool = ModelPool(workers, self._config, library, adapters)
                 self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
                 self._configured = Configured(self._daemon, self._read, workers)
+                workers.start_soon(self._daemon.refusals.run)
                 await self._configured.begin()
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
@@ -82,6 +83,7 @@ class Server:
     async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
         peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
         if error := self._unwelcome():
+            self._daemon.refusals.add(error.code)
             await say_goodbye(client, encode_reply(Failed.of(error)))
             return
         session = Session(client, peer, self._daemon)
@@ -154,8 +156,8 @@ async def _obey_signals(
 async def _reload(server: Server) -> None:
     try:
         await server.reload()
-    except BridgeError as error:
-        log.get().error("reload failed", reason=error.message)
+    except BridgeError:
+        pass  # it is logged
     except Exception:
         # A bug must not end the daemon.
         log.get().exception("reload failed")

@@ -6,6 +6,7 @@ a task of its nursery, so when the peer is gone all of it ends, in the queue, in
 
 from __future__ import annotations
 
+import itertools
 import select
 import socket
 import time
@@ -23,6 +24,7 @@ from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
+from bridge.request_log import Record
 from protocol import commands
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role, State
 from protocol.errors import BridgeError, ErrorCode
@@ -51,6 +53,7 @@ class Session:
         self._in_order: deque[Callable[[], None]] = deque()
         self._answering: Exchange | None = None  # of the requests without an id, the one that runs
         self._asking: dict[Exchange, Asking] = {}
+        self._numbers = itertools.count(1)  # of its requests
         self._changed = trio.Event()
         self._log = log.get().bind(client=peer.number)
 
@@ -169,42 +172,52 @@ class Session:
 
     def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
         """Answers at once where that can be done, else in a task."""
+        record = Record(self._daemon, self._peer, next(self._numbers), command, received)
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
             self._reply(exchange, Failed.of(BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")))
         elif handler := INSTANT.get(type(command)):
+            reply: Reply
             try:
-                self._reply(exchange, handler(self._caller, command))
+                reply = handler(self._caller, command)
             except BridgeError as error:
-                self._reply(exchange, Failed.of(error))
+                reply = Failed.of(error)
+            self._reply(exchange, reply)
+            record.end(reply)
         else:
             scope = trio.CancelScope()
             asking = self._asking[exchange] = Asking(scope.cancel)
-            say = partial(self._reply, exchange)
+            say = record.hearing(partial(self._reply, exchange))
             call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
             if exchange.id is None:
                 self._answering = exchange
-            self._nursery.start_soon(self._answer, exchange, command, call, scope)
+            self._nursery.start_soon(self._answer, exchange, command, call, scope, record)
 
-    async def _answer(self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope) -> None:
+    async def _answer(
+        self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope, record: Record
+    ) -> None:
         reply: Reply
+        log.of_request(record.id, exchange.id)
         try:
             with scope:
                 reply = await LASTING[type(command)](call, command)
             if scope.cancelled_caught:
-                reply = self._failure(exchange, BridgeError(ErrorCode.CANCELLED, "Cancelled"))
+                reply = self._failure(exchange, BridgeError(ErrorCode.CANCELLED, "Cancelled"), record)
         except BridgeError as error:
-            reply = self._failure(exchange, error)
+            reply = self._failure(exchange, error, record)
         except Exception:
             self._log.exception("a handler failed", verb=command.VERB)
-            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"))
+            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
         del self._asking[exchange]
         self._reply(exchange, reply)
+        record.end(reply)
         if self._answering is exchange:
             self._answering = None
             self._next_in_turn()
 
-    def _failure(self, exchange: Exchange, error: BridgeError) -> Reply:
-        """A stream that began ends with a final line all the same."""
+    def _failure(self, exchange: Exchange, error: BridgeError, record: Record) -> Reply:
+        """A stream that began ends with a final line all the same. Who has met a bug is told where the log has it."""
+        if error.code == ErrorCode.INTERNAL:
+            error = BridgeError(error.code, error.message, **error.details, request=record.id)
         if exchange.state is not State.STREAMING:
             return Failed.of(error)
         code = ErrorCode(error.code)

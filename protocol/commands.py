@@ -18,6 +18,8 @@ from protocol.command import Name as Name
 from protocol.command import Reference as Reference
 from protocol.command import Request as Request
 from protocol.operations import Cancel as Cancel
+from protocol.operations import EventKind as EventKind
+from protocol.operations import Events as Events
 from protocol.operations import Hello as Hello
 from protocol.operations import Help as Help
 from protocol.operations import Ping as Ping
@@ -299,6 +301,6 @@ COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (
         Ping, Hello, Help, Status, Load, Plan, Free, Models, Show, Queue, Pull, Remove, Lora, Infer, InferStream,
-        InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Reload, Quit,
+        InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Events, Cancel, Reload, Quit,
     )
 }  # fmt: skip

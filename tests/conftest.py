@@ -18,6 +18,8 @@ import pytest
 from made_up_hub import MadeUpHub, made_up_hub
 from web import Web
 
+from bridge import log
+from bridge.config import Log
 from bridge.models.default import ModelError, check_model, default_model_path
 
 NAMED_TESTS = 8
@@ -81,6 +83,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         needs += ["llama_cpp", "model"]
     if lacks := [reason for need in needs if (reason := lack(need))]:
         pytest.skip("; ".join(lacks))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _logs() -> None:
+    """As the daemon has them, for EVENTS tells what is logged."""
+    log.configure(Log(format="json"))
 
 
 def pytest_report_header() -> list[str]:

@@ -1,7 +1,8 @@
 """The table of faults, row by row: what the daemon survives, seen from outside. A row's number is in its test's name.
 
-Rows that are not here come with what they are about: 15 to 17, 23, 26, 29 and 30. Rows 27 and 28 are about the process,
-so their tests are in test_server.py, and those of a configuration that is read anew in test_configured.py.
+Rows that are not here come with what they are about: 15 to 17, 23, 26, the rest of 29, and 30. Rows 27 and 28 are
+about the process, so their tests are in test_server.py, and those of a configuration that is read anew in
+test_configured.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import Inside, Place, Spawned, Wire, daemon, eventually, spawned
+from helpers import PATIENCE, SERVE, Inside, Place, Spawned, Wire, daemon, eventually, serve, spawned
 from tiny_models import tiny_model
 
 from bridge.config import Limits, Pool, Store
@@ -653,3 +654,44 @@ async def test_fault_25_too_little_memory_for_a_real_one(tmp_path: Path, monkeyp
         assert reply["need"]["host"] > 10 << 20
         assert reply["have"]["host"] == 10 << 20
         assert await place.models() == {}
+
+
+# -- 29: the log -----------------------------------------------------------------------------------------------
+
+
+class Unseen(Place):
+    """A daemon whose log nobody reads."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+@pytest.mark.parametrize("what", ["full", "closed", "closed at the start"])
+async def test_fault_29_log_pipe(what: str, tmp_path: Path) -> None:
+    pipe, path = tmp_path / "pipe", str(tmp_path / "bridge.sock")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    command = ("sh", "-c", 'exec "$@" 2>&-', "sh", *SERVE) if what == "closed at the start" else SERVE
+    chatty = {"LLAMA_BRIDGE_LOG_REQUESTS": "true", "LLAMA_BRIDGE_LOG_PROMPTS": "true"}
+    arguments = ("--socket", path, "--backend", "fake", "--load", "echo")
+    with serve(*arguments, stderr=pipe, environ=chatty, command=command) as process:
+        if what == "closed":
+            os.close(reader)
+        place = Unseen(path)
+
+        async def listens() -> bool:
+            return await trio.Path(path).exists()
+
+        await eventually(listens)
+        await place.until_ready()
+        async with await place.unix() as wire:
+            for _ in range(40):  # of 60 kB each: far more than a pipe and what may wait for it take
+                assert (await wire.ask("INFER max_tokens=1 " + "x" * 60_000))["status"] == "ok"
+        await still_answers(place)
+        os.kill(await place.pid(), signal.SIGKILL)
+        await place.until(lambda models: models["echo"]["restarts"] == 1 and models["echo"]["state"] == "ready")
+        await still_answers(place)
+        process.terminate()
+        assert await trio.to_thread.run_sync(process.wait, PATIENCE) == 0
+    if what != "closed":
+        os.close(reader)

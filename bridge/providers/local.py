@@ -29,16 +29,18 @@ from protocol.errors import BridgeError, ErrorCode
 
 _REAP_SECONDS = 2.0
 _NO_FRAME = (ValueError, msgspec.DecodeError)  # from a worker of another version, if we were upgraded under our feet
+_NAMED = 32  # requests in one log line
 _UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts before they come here
 
 
 class _Pending:
-    __slots__ = ("answered", "event", "on_progress", "since", "size")
+    __slots__ = ("answered", "event", "on_progress", "since", "size", "whose")
 
     def __init__(self, on_progress: Callable[[Progress], None] | None, size: int) -> None:
         self.on_progress = on_progress
         self.size = size
         self.since = time.monotonic()
+        self.whose = log.whose()
         self.answered = trio.Event()
         self.event: Answer | BridgeError | None = None
 
@@ -253,7 +255,8 @@ class LocalProvider:
         assert isinstance(message, ipc.Step)
         for event in message.events:
             if isinstance(event, ipc.Warning):
-                self._log.warning(event.message)
+                about = self._pending[event.rid].whose if event.rid in self._pending else {}
+                self._log.warning("worker warned", reason=event.message, **about)
                 continue
             if isinstance(event, ipc.Done | ipc.Embedded):
                 self._totals.add(event)
@@ -273,6 +276,8 @@ class LocalProvider:
                     pending.answer(event)
 
     def _fail_all(self, reason: str) -> None:
+        if lost := [str(one.whose[log.REQUEST]) for one in self._pending.values() if log.REQUEST in one.whose]:
+            self._log.warning("requests lost", reason=reason, count=len(lost), requests=lost[:_NAMED])
         for pending in self._pending.values():
             pending.answer(self._crashed(reason))
 
