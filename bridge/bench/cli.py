@@ -15,8 +15,8 @@ from bridge.bench.ping import measure_pings
 from bridge.bench.report import Report
 from bridge.bench.rounds import Plan, measure
 from bridge.bench.targets import Bridge, LlamaServer, Sampling, Target, TargetError
-from bridge.cli_types import ModelName
 from bridge.bench.trials import trial
+from bridge.cli_types import ModelName
 from protocol.address import Address, Unix, default_socket, parse_address
 
 
