@@ -39,6 +39,11 @@ class ModelPool:
     def provider(self, entry: Entry) -> Provider | None:
         return self._keeper.providers.get(entry)
 
+    def ailing(self) -> list[str]:
+        """The models that are there but do not go on, and why: ``NAME: REASON``."""
+        found = ((entry.name, provider.check()) for entry, provider in self._keeper.providers.items())
+        return [f"{name}: its worker {why}" for name, why in found if why]
+
     # -- loading -----------------------------------------------------------------------------------------------
 
     def begin_load(self, name: str | None, spec: Spec, holder: int | None, terms: Terms, alias: str | None) -> Entry:
