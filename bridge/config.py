@@ -194,6 +194,9 @@ def _check(config: Config) -> None:
             raise ConfigError(f"tcp: {error}") from None
     if not config.socket and not config.tcp:
         raise ConfigError("socket and tcp are both empty: nothing to listen on")
+    limits = config.limits
+    if limits.input < limits.json_line:
+        raise ConfigError(f"limits.input: {limits.input} is less than one line may have, limits.json_line")
     for number, model in enumerate(config.models):
         if not model.path:
             raise ConfigError(f"models[{number}]: path is missing")

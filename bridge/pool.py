@@ -62,6 +62,9 @@ class ModelPool:
 
     async def load(self, entry: Entry, within: float = math.inf) -> Provider:
         """Waits, so many seconds, until the model is there. A load goes on when who waits is cancelled."""
+        if entry.state is not State.READY and entry.waiting >= self._keeper.config.limits.queue:
+            message = f"{entry.waiting} requests wait for {entry.name} to be loaded, all it may"
+            raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000)
         entry.waiting += 1
         try:
             with trio.move_on_after(within) as patience:

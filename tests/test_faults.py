@@ -251,6 +251,35 @@ async def test_fault_09_queue_full(limits: Limits) -> None:
         assert error["retry_after_ms"] > 0
 
 
+async def test_fault_09_too_many_tokens_wait() -> None:
+    """Refused at once, by what the worker said of those that wait; those that run are not counted."""
+    limits, load = Limits(queue_tokens=100), LoadOptions(n_parallel=1)
+    async with daemon(SLOW, limits=limits, load=load) as place, await place.unix() as wire:
+        await wire.send(f"{ENDLESS} id=0 {'a ' * 500}")
+        await wire.send(f"{ENDLESS} id=1 {'b ' * 59}b")
+        await wire.send(f"{ENDLESS} id=2 {'c ' * 59}c")
+        while (line := await wire.line()).get("id") != "2":
+            pass
+        assert line["message"] == "Starting token generation", "its tokens are known"
+        async with await place.unix() as other:
+            error = await other.ask("INFER d")
+            assert (error["code"], error["blame"]) == ("overloaded", "retry")
+            assert "about 120 tokens" in error["message"]
+            assert error["retry_after_ms"] > 0
+
+
+async def test_fault_09_a_crowd_waits_for_a_load() -> None:
+    async with daemon("echo?load_ms=60000", limits=Limits(queue=3), wait=False) as place, AsyncExitStack() as stack:
+        for _ in range(3):
+            wire = await stack.enter_async_context(await place.unix())
+            await wire.send("INFER a")
+        await place.until(lambda models: models["echo"]["waiting"] == 3)
+        async with await place.unix() as other:
+            error = await other.ask("INFER a")
+            assert (error["code"], error["retry_after_ms"]) == ("overloaded", 1000)
+            assert (await other.ask("PING"))["data"] == "pong"
+
+
 async def test_fault_10_deadline_in_the_queue() -> None:
     async with daemon(SLOW, load=LoadOptions(n_parallel=1)) as place, await place.unix() as wire:
         await wire.start(f"{ENDLESS} a")
@@ -731,6 +760,16 @@ async def test_fault_25_too_little_memory() -> None:
         assert list(await place.models()) == ["echo"]
         assert await place.pid() == pid
         await still_answers(place)
+
+
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+async def test_fault_25_when_memory_runs_out_a_worker_goes_first() -> None:
+    """By the kernel's choice: the daemon, and with it the other models, are to stay."""
+    async with daemon("echo") as place:
+        assert oom_score(await place.pid()) > oom_score(os.getpid())
 
 
 @pytest.mark.needs("llama_cpp")

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import trio
@@ -30,6 +31,7 @@ from protocol.errors import BridgeError, ErrorCode
 
 _REAP_SECONDS = 2.0
 _NO_FRAME = (ValueError, msgspec.DecodeError)  # from a worker of another version, if we were upgraded under our feet
+_OOM_SCORE = "500"  # when memory runs out the kernel ends a worker, which is started again, and not the daemon
 _UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts before they come here
 
 
@@ -121,6 +123,8 @@ class LocalProvider:
             )
             on_failure.pop_all()
         self._home = ours
+        with contextlib.suppress(OSError):  # it is gone already
+            Path(f"/proc/{self._process.pid}/oom_score_adj").write_text(_OOM_SCORE)
 
     def _failed(self, reason: str) -> BridgeError:
         return load_failed(self._load.path, reason)
