@@ -255,12 +255,10 @@ async def test_fault_09_too_many_tokens_wait() -> None:
     """Refused at once, by what the worker said of those that wait; those that run are not counted."""
     limits, load = Limits(queue_tokens=100), LoadOptions(n_parallel=1)
     async with daemon(SLOW, limits=limits, load=load) as place, await place.unix() as wire:
-        await wire.send(f"{ENDLESS} id=0 {'a ' * 500}")
-        await wire.send(f"{ENDLESS} id=1 {'b ' * 59}b")
-        await wire.send(f"{ENDLESS} id=2 {'c ' * 59}c")
-        while (line := await wire.line()).get("id") != "2":
-            pass
-        assert line["message"] == "Starting token generation", "its tokens are known"
+        for number, tokens in enumerate((500, 60, 60)):
+            await wire.send(f"{ENDLESS} id={number} a{' a' * (tokens - 1)}")
+            while (await wire.line())["id"] != str(number):  # from now on its tokens are known
+                pass
         async with await place.unix() as other:
             error = await other.ask("INFER d")
             assert (error["code"], error["blame"]) == ("overloaded", "retry")
