@@ -362,6 +362,8 @@ Event = (
 
 
 class Step(Struct, frozen=True, array_like=True, tag="step"):
+    """Without events it says that the worker goes on."""
+
     events: list[Event]
 
 

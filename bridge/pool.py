@@ -39,6 +39,11 @@ class ModelPool:
     def provider(self, entry: Entry) -> Provider | None:
         return self._keeper.providers.get(entry)
 
+    def ailing(self) -> list[str]:
+        """The models that are there but do not go on, and why: ``NAME: REASON``."""
+        found = ((entry.name, provider.check()) for entry, provider in self._keeper.providers.items())
+        return [f"{name}: its worker {why}" for name, why in found if why]
+
     # -- loading -----------------------------------------------------------------------------------------------
 
     def begin_load(self, name: str | None, spec: Spec, holder: int | None, terms: Terms, alias: str | None) -> Entry:
@@ -57,6 +62,9 @@ class ModelPool:
 
     async def load(self, entry: Entry, within: float = math.inf) -> Provider:
         """Waits, so many seconds, until the model is there. A load goes on when who waits is cancelled."""
+        if entry.state is not State.READY and entry.waiting >= self._keeper.config.limits.queue:
+            message = f"{entry.waiting} requests wait for {entry.name} to be loaded, all it may"
+            raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000)
         entry.waiting += 1
         try:
             with trio.move_on_after(within) as patience:

@@ -47,7 +47,9 @@ class Session:
         self._peer = peer
         self._daemon = daemon
         self._caller = Caller(daemon, peer, Totals())
-        self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
+        self._connection = Connection(
+            Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line, room=self._room
+        )
         self._scope = trio.CancelScope()
         self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
         self._in_order: deque[Callable[[], None]] = deque()
@@ -68,6 +70,7 @@ class Session:
                     self._nursery.cancel_scope.cancel()
         finally:
             self._daemon.pool.gone(self._peer.number)
+            self._daemon.intake.hold(self, 0)
             self._sock.close()
 
     def finish(self) -> None:
@@ -85,8 +88,16 @@ class Session:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
+    def _room(self) -> int:
+        """Bytes that a line may have now."""
+        return self._daemon.config.limits.input - self._daemon.intake.others(self) - self._connection.asked
+
+    def _is_full(self) -> bool:
+        """So much was asked that no more is read until some of it is answered."""
+        limits, connection = self._daemon.config.limits, self._connection
+        return connection.open_exchanges >= limits.pipeline or connection.asked >= limits.pipeline_bytes
+
     async def _read(self) -> None:
-        pipeline = self._daemon.config.limits.pipeline
         while True:
             data = await self._receive()
             received = time.monotonic()
@@ -97,16 +108,19 @@ class Session:
                     case Refused(exchange, error, fatal):
                         self._in_turn(exchange, partial(self._reply, exchange, error))
                         if fatal:
-                            await self._until_open_exchanges(0)
+                            await self._while(self._owes)
                             return
                     case Closed():
                         self._probe()
-                        await self._until_open_exchanges(0)
+                        await self._while(self._owes)
                         return
                 if self._outbox.crowded:  # who asks faster than it reads has to wait
                     await self._outbox.drain()
-            if self._connection.open_exchanges >= pipeline:
-                await self._until_open_exchanges(pipeline - 1)
+            self._daemon.intake.hold(self, self._connection.held)
+            await self._while(self._is_full)
+
+    def _owes(self) -> bool:
+        return self._connection.open_exchanges > 0
 
     async def _receive(self) -> bytes:
         while True:
@@ -119,13 +133,13 @@ class Session:
                 self._scope.cancel()
                 await trio.lowlevel.checkpoint()
 
-    async def _until_open_exchanges(self, most: int) -> None:
-        """Waits, without reading, until only so many answers are owed; ends the session when the peer is gone."""
-        if self._connection.open_exchanges <= most:
+    async def _while(self, waits: Callable[[], bool]) -> None:
+        """Reads nothing while that is so, which answers change; ends the session when the peer is gone."""
+        if not waits():
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_for_hangup)
-            while self._connection.open_exchanges > most:
+            while waits():
                 self._changed = trio.Event()
                 await self._changed.wait()
             nursery.cancel_scope.cancel()
@@ -234,6 +248,7 @@ class Session:
     def _reply(self, exchange: Exchange, reply: Reply) -> None:
         self._outbox.put(self._connection.reply(exchange, reply))
         if exchange.state is State.DONE:
+            self._daemon.intake.hold(self, self._connection.held)
             self._changed.set()
             if self._daemon.draining:
                 self._nursery.start_soon(self._finish_when_sent)

@@ -227,7 +227,7 @@ class Requests:
     def _words(self, *, orders: bool = True) -> list[str]:
         """Some begin alike, some are long, a few are deadly."""
         dice = self._dice
-        words = _COMMON[: dice.randrange(len(_COMMON))] if dice.random() < 0.4 else []
+        words = [*_COMMON[: dice.randrange(len(_COMMON))]] if dice.random() < 0.4 else []
         words += [f"{self._vary}.{self._count}"]
         words += [f"{self._vary}w{number}" for number in range(dice.choice([0, 2, 5, 10, 10, 200]))]
         if orders and self._cast.echoes and dice.random() < 0.003:

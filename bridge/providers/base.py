@@ -55,6 +55,10 @@ class Provider(Protocol):
         """Serves ``ask`` and returns, when that is over, why."""
         ...
 
+    def check(self) -> str | None:
+        """What is wrong with it, if anything is: gone, stopped, hanging. Only after ``load``; costs microseconds."""
+        ...
+
     async def park(self) -> None:
         """Saves what is to outlive it, if anything is; for before ``stop``."""
         ...
