@@ -23,7 +23,7 @@ from bridge.config import Limits
 from bridge.frames import FrameBuffer, decode_to_daemon, encode
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
-from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
+from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Crashed, Progress
 from bridge.receipts import Totals
 from protocol.errors import BridgeError, ErrorCode
 
@@ -33,11 +33,12 @@ _UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts b
 
 
 class _Pending:
-    __slots__ = ("answered", "event", "on_progress", "since", "size")
+    __slots__ = ("answered", "begun", "event", "on_progress", "since", "size")
 
     def __init__(self, on_progress: Callable[[Progress], None] | None, size: int) -> None:
         self.on_progress = on_progress
         self.size = size
+        self.begun = False  # a token of the answer is computed
         self.since = time.monotonic()
         self.answered = trio.Event()
         self.event: Answer | BridgeError | None = None
@@ -72,6 +73,7 @@ class LocalProvider:
         self._last_rid = 0
         self._seconds_a_request = 1.0  # running average
         self._frames = FrameBuffer()
+        self._told_to_end = False
         self._log = log.get().bind(model=name)
 
     info: ipc.ModelInfo
@@ -172,6 +174,7 @@ class LocalProvider:
 
     def stop(self) -> None:
         """The worker ends when its input does."""
+        self._told_to_end = True
         with contextlib.suppress(OSError):  # it is being buried already
             self._home.shutdown(socket.SHUT_RDWR)
 
@@ -235,7 +238,7 @@ class LocalProvider:
 
     def _admit(self, request: Ask, size: int) -> None:
         if self._outbox.broken or self._home.fileno() < 0:
-            raise self._crashed("has just died")
+            raise self._crashed("has just died", begun=False)
         if isinstance(request, ipc.ListQueue | ipc.Park | AskAdapters):
             return  # they compute nothing, and a full queue is what one wants to look at
         if size > self.limits.queue_bytes:
@@ -261,7 +264,10 @@ class LocalProvider:
             if pending is None:
                 continue  # nobody waits for it any more
             match event:
+                case ipc.Begun():
+                    pending.begun = True
                 case ipc.Accepted() | ipc.Place() | ipc.Text():
+                    pending.begun = pending.begun or isinstance(event, ipc.Text)
                     if pending.on_progress:
                         pending.on_progress(event)
                 case ipc.Refused():
@@ -274,10 +280,11 @@ class LocalProvider:
 
     def _fail_all(self, reason: str) -> None:
         for pending in self._pending.values():
-            pending.answer(self._crashed(reason))
+            if pending.event is None:
+                pending.answer(self._crashed(reason, begun=pending.begun))
 
-    def _crashed(self, reason: str) -> BridgeError:
-        return BridgeError(ErrorCode.MODEL_CRASHED, f"The worker of {self._name} {reason}")
+    def _crashed(self, reason: str, *, begun: bool) -> Crashed:
+        return Crashed(f"The worker of {self._name} {reason}", harmless=not begun and not self._told_to_end)
 
 
 def _size(request: Ask) -> int:
