@@ -132,7 +132,7 @@ async def test_a_parent_that_ignores_the_end_of_its_children() -> None:
     with spawned(command=[sys.executable, "-c", code]) as place:
         async with await place.unix() as wire:
             assert (await wire.ask("LOAD echo"))["status"] == "ok"
-            assert "SIGKILL" in (await wire.ask("INFER !kill"))["message"]
+            assert "SIGKILL" in (await wire.ask("INFER a !kill"))["message"]
             assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
             assert (await wire.ask("FREE echo"))["freed"] == ["echo"]
 
@@ -269,7 +269,7 @@ def test_no_resource_is_left_behind() -> None:
     async def use(place: Spawned) -> None:
         await place.until_ready()
         async with await place.unix() as wire:
-            await wire.ask("INFER !kill")
+            await wire.ask("INFER a !kill")
             await wire.ask("FREE echo")
             await wire.ask("LOAD echo?load=fail")
             await wire.ask("LOAD echo?load=kill")
