@@ -18,7 +18,7 @@ import trio
 
 from bridge.config import Config
 from bridge.entry import DEFAULTS, Lora, Spec
-from bridge.jobs import Jobs, Progress, run_job
+from bridge.programs import Progress, Shared, run_program
 from bridge.models.about import describe
 from bridge.models.catalogue import Catalogue, Known
 from bridge.models.converted import cached
@@ -54,7 +54,7 @@ class Library:
     """The fake's has nothing, and takes any path for a model's."""
 
     def __init__(self, nursery: trio.Nursery, config: Config) -> None:
-        self._jobs = Jobs(nursery)
+        self._programs = Shared(nursery)
         self._one = trio.CapacityLimiter(1)  # thread that looks at folders
         self.reconfigure(config)
 
@@ -108,7 +108,7 @@ class Library:
 
     def stop(self) -> None:
         """Ends what is being fetched and converted, which the next one who wants it goes on with or begins anew."""
-        self._jobs.stop()
+        self._programs.stop()
 
     # -- what has to be made -----------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Library:
     async def _run(self, program: str, what: str, options: Mapping[str, str | None], tell: Tell) -> dict[str, Any]:
         given = [f"--{key}={value}" for key, value in options.items() if value]  # a value may begin with a dash
         command = (f"bridge.models.{program}", "--store", str(self._store), *given, "--", what)
-        return await self._jobs.join(command, partial(run_job, command), tell)
+        return await self._programs.join(command, partial(run_program, command), tell)
 
 
 def _is_elsewhere(reference: str, error: BridgeError) -> bool:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bridge.jobs import Progress
+from bridge.programs import Progress
 from bridge.meter import INTERVAL, Meter, Reading
 
 
