@@ -18,7 +18,6 @@ import trio
 
 from bridge.config import Config
 from bridge.entry import DEFAULTS, Lora, Spec
-from bridge.programs import Progress, Shared, run_program
 from bridge.models.about import describe
 from bridge.models.catalogue import Catalogue, Known
 from bridge.models.converted import cached
@@ -28,6 +27,7 @@ from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
 from bridge.models.stamp import Stamp
 from bridge.models.weights import examine, needs_converting
+from bridge.programs import Progress, Shared, run_program
 from protocol.commands import Loading
 from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions

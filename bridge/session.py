@@ -30,6 +30,7 @@ from protocol.replies import Failed, Final, Ok, Reply
 
 _READ = 64 * 1024
 _WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+_CUT = BridgeError(ErrorCode.DRAINING, "The daemon stops, and waits no longer for this answer")
 
 
 class Session:
@@ -52,6 +53,7 @@ class Session:
         self._answering: Exchange | None = None  # of the requests without an id, the one that runs
         self._asking: dict[Exchange, Asking] = {}
         self._changed = trio.Event()
+        self._cut = False
         self._log = log.get().bind(client=peer.number)
 
     async def run(self) -> None:
@@ -75,6 +77,12 @@ class Session:
             self._scope.cancel()
         else:
             self._nursery.start_soon(self._finish_when_sent)
+
+    def cut(self) -> None:
+        """The time to drain is over: who still waits for an answer is told so, and gets no other."""
+        self._cut = True
+        for asking in list(self._asking.values()):
+            asking.give_up()
 
     def _on_broken(self, reason: str) -> None:
         self._log.info("client cut", reason=reason)
@@ -191,7 +199,7 @@ class Session:
             with scope:
                 reply = await LASTING[type(command)](call, command)
             if scope.cancelled_caught:
-                reply = self._failure(exchange, BridgeError(ErrorCode.CANCELLED, "Cancelled"))
+                reply = self._failure(exchange, _CUT if self._cut else BridgeError(ErrorCode.CANCELLED, "Cancelled"))
         except BridgeError as error:
             reply = self._failure(exchange, error)
         except Exception:

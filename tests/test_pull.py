@@ -29,9 +29,9 @@ from pulling import (
 )
 from web import HEAD, Page, Web, gguf
 
-from bridge.programs import Progress, run_program
 from bridge.models import download
 from bridge.models.store import SOURCES, locked, sources
+from bridge.programs import Progress, run_program
 from protocol.errors import BridgeError
 
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]
