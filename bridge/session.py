@@ -32,6 +32,7 @@ from protocol.replies import Failed, Final, Ok, Reply
 
 _READ = 64 * 1024
 _WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+_CUT = BridgeError(ErrorCode.DRAINING, "The daemon stops, and waits no longer for this answer")
 
 
 class Session:
@@ -57,6 +58,7 @@ class Session:
         self._asking: dict[Exchange, Asking] = {}
         self._numbers = itertools.count(1)  # of its requests
         self._changed = trio.Event()
+        self._cut = False
         self._log = log.get().bind(client=peer.number)
 
     async def run(self) -> None:
@@ -81,6 +83,12 @@ class Session:
             self._scope.cancel()
         else:
             self._nursery.start_soon(self._finish_when_sent)
+
+    def cut(self) -> None:
+        """The time to drain is over: who still waits for an answer is told so, and gets no other."""
+        self._cut = True
+        for asking in list(self._asking.values()):
+            asking.give_up()
 
     def _on_broken(self, reason: str) -> None:
         self._log.info("client cut", reason=reason)
@@ -215,7 +223,8 @@ class Session:
             with scope:
                 reply = await LASTING[type(command)](call, command)
             if scope.cancelled_caught:
-                reply = self._failure(exchange, BridgeError(ErrorCode.CANCELLED, "Cancelled"), record)
+                error = _CUT if self._cut else BridgeError(ErrorCode.CANCELLED, "Cancelled")
+                reply = self._failure(exchange, error, record)
         except BridgeError as error:
             reply = self._failure(exchange, error, record)
         except Exception:

@@ -224,7 +224,7 @@ async def test_fault_08_no_descriptor_left() -> None:
             crowd[0].half_close()
             assert (await crowd[0].line())["data"] == "a b"
             assert await first.code("LOAD other") == "load_failed"
-            assert await first.code("INFER !kill") == "model_crashed"
+            assert await first.code("INFER a !kill") == "model_crashed"
             for wire in crowd[:5]:
                 wire.close()
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
@@ -565,10 +565,12 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
     async with daemon(SLOW, "other?step_ms=5") as place, AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(await place.unix()) for _ in range(6)]
         *streaming, quiet, queued, other = wires
+        await quiet.send("INFER max_tokens=100000 a")
+        await place.until(lambda models: models["echo"]["running"] == 1)
         for wire in streaming:
             await wire.start(f"{ENDLESS} a")
-        await quiet.send("INFER max_tokens=100000 a")
-        await queued.send("INFER max_tokens=100000 a")
+            assert (await wire.line())["type"] == "token"
+        await queued.send("INFER max_tokens=2 a b")
         await other.start("INFER_STREAM model=other max_tokens=300 a")
         await place.until(lambda models: models["echo"]["running"] + models["echo"]["queued"] == 5)
         pid = await place.pid()
@@ -577,10 +579,12 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
             final = await wire.final()
             assert (final["finish_reason"], final["code"], final["blame"]) == ("error", "model_crashed", "retry")
             assert number.name in final["reason"]
-        for wire in (quiet, queued):
-            error = await wire.line()
-            assert (error["status"], error["code"], error["blame"]) == ("error", "model_crashed", "retry")
-            assert number.name in error["message"]
+        error = await quiet.line()
+        assert (error["status"], error["code"], error["blame"]) == ("error", "model_crashed", "retry")
+        assert number.name in error["message"]
+        assert not error["retried"]
+        answer = await queued.line()
+        assert (answer["data"], answer["retried"]) == ("a b", True), "it had no token, and is asked again by itself"
         await still_answers(place)
         assert await place.pid() != pid
         assert await other.text() == "a" + " a" * 299, "the other model's stream never noticed"
@@ -589,7 +593,7 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
 async def test_fault_22_after_three_crashes_it_rests() -> None:
     async with daemon("echo", "other") as place, await place.unix() as wire:
         for how in ("segv", "abort", "kill"):
-            assert await wire.code(f"INFER !{how}") == "model_crashed"
+            assert await wire.code(f"INFER a !{how}") == "model_crashed"
         error = await wire.ask("INFER a")
         assert (error["code"], error["blame"]) == ("model_resting", "retry")
         assert "3 times within 60 s" in error["message"]
@@ -604,7 +608,7 @@ async def test_fault_22_a_restart_that_fails(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     async with daemon("echo?load_ms=100") as place, await place.unix() as wire:
-        await wire.send(b"INFER !kill\nINFER a\n")
+        await wire.send(b"INFER a !kill\nINFER a\n")
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", spawn)
             assert (await wire.line())["code"] == "model_crashed"

@@ -161,6 +161,7 @@ def test_others_go_on_when_a_long_prompt_is_cut_short(fake: Worker) -> None:
     loaded(fake, HOURS, n_ctx=1 << 24)
     fake.send(generate(1, "a", 1 << 20))
     assert fake.events() == [ipc.Accepted(1, 1)]
+    assert fake.events() == [ipc.Begun(1)]
     fake.send(generate(2, "a b c"))
     assert fake.events() == [ipc.Accepted(2, 3)]
     fake.send(ipc.Cancel(2))

@@ -24,10 +24,10 @@ from bridge.frames import FrameBuffer, decode_to_daemon, encode
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.admission import Admission
-from bridge.providers.base import Answer, Ask, Asking, Progress
+from bridge.providers.base import Answer, Ask, Asking, Crashed, Progress
 from bridge.providers.liveness import Liveness
 from bridge.receipts import Totals
-from protocol.errors import BridgeError, ErrorCode
+from protocol.errors import BridgeError
 
 _REAP_SECONDS = 2.0
 _NO_FRAME = (ValueError, msgspec.DecodeError)  # from a worker of another version, if we were upgraded under our feet
@@ -60,6 +60,7 @@ class LocalProvider:
         self._last_rid = 0
         self._killed: str | None = None  # by us, and why
         self._frames = FrameBuffer()
+        self._told_to_end = False
         self._log = log.get().bind(model=name)
 
     info: ipc.ModelInfo
@@ -179,6 +180,7 @@ class LocalProvider:
 
     def stop(self) -> None:
         """The worker ends when its input does."""
+        self._told_to_end = True
         with contextlib.suppress(OSError):  # it is being buried already
             self._home.shutdown(socket.SHUT_RDWR)
 
@@ -219,7 +221,7 @@ class LocalProvider:
 
     async def ask(self, request: Ask, asking: Asking, on_progress: Callable[[Progress], None] | None = None) -> Answer:
         if self._outbox.broken or self._home.fileno() < 0:
-            raise self._crashed("has just died")
+            raise self._crashed("has just died", begun=False)
         rid = self._last_rid + 1
         pending = self._admission.admit(rid, request, self.limits, on_progress)
         self._last_rid = rid
@@ -255,7 +257,10 @@ class LocalProvider:
             if pending is None:
                 continue  # nobody waits for it any more
             match event:
+                case ipc.Begun():
+                    pending.begun = True
                 case ipc.Accepted() | ipc.Place() | ipc.Text():
+                    pending.begun = pending.begun or isinstance(event, ipc.Text)
                     if pending.on_progress:
                         pending.on_progress(event)
                 case ipc.Refused():
@@ -267,7 +272,8 @@ class LocalProvider:
         if lost := [str(one.whose[log.REQUEST]) for one in self._admission if log.REQUEST in one.whose]:
             self._log.warning("requests lost", reason=reason, count=len(lost), requests=lost[:_NAMED])
         for pending in self._admission:
-            pending.answer(self._crashed(reason))
+            if pending.event is None:
+                pending.answer(self._crashed(reason, begun=pending.begun))
 
-    def _crashed(self, reason: str) -> BridgeError:
-        return BridgeError(ErrorCode.MODEL_CRASHED, f"The worker of {self._name} {reason}")
+    def _crashed(self, reason: str, *, begun: bool) -> Crashed:
+        return Crashed(f"The worker of {self._name} {reason}", harmless=not begun and not self._told_to_end)
