@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import __version__, generation, ipc, loading, lora
+from bridge import __version__, generation, health, ipc, loading, lora, measured
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -40,7 +40,7 @@ def _hello(caller: Caller, _command: commands.Hello) -> Ok:
     limits = msgspec.structs.asdict(caller.daemon.config.limits)
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
-    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload"]
+    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "health", "metrics"]
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
 
@@ -171,10 +171,12 @@ INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
     commands.Hello: _hello,
     commands.Help: _help,
     commands.Status: _status,
+    commands.Health: health.health,
     commands.Quit: _quit,
 }
 LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final]]] = {
     commands.Reload: _reload,
+    commands.Metrics: measured.metrics,
     commands.Load: loading.load,
     commands.Plan: loading.plan,
     commands.Free: loading.free,

@@ -18,6 +18,7 @@ from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
+from bridge.metrics import Metrics
 from bridge.pool import ModelPool
 from bridge.registry import CONFIGURATION
 from bridge.session import Session
@@ -54,8 +55,9 @@ class Server:
             async with trio.open_nursery() as workers:
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
-                pool = ModelPool(workers, self._config, library, adapters)
-                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
+                metrics = Metrics()
+                pool = ModelPool(workers, self._config, library, adapters, metrics)
+                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload, metrics)
                 self._configured = Configured(self._daemon, self._read, workers)
                 await self._configured.begin()
                 async with trio.open_nursery() as clients:
@@ -82,10 +84,12 @@ class Server:
     async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
         peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
         if error := self._unwelcome():
+            self._daemon.metrics.turned_away(error.code)
             await say_goodbye(client, encode_reply(Failed.of(error)))
             return
         session = Session(client, peer, self._daemon)
         self._sessions.add(session)
+        self._daemon.metrics.connections += 1
         self._daemon.clients = len(self._sessions)
         try:
             await session.run()

@@ -20,6 +20,7 @@ from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
 from bridge.dispatch import INSTANT, LASTING
 from bridge.listeners import say_goodbye
+from bridge.metrics import GONE, model_of, outcome_of
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
@@ -29,7 +30,10 @@ from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply
 
 _READ = 64 * 1024
-_WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+_WHILE_DRAINING = (
+    commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Health, commands.Metrics, commands.Models,
+    commands.Quit,
+)  # fmt: skip
 
 
 class Session:
@@ -47,7 +51,9 @@ class Session:
         self._caller = Caller(daemon, peer, Totals())
         self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
         self._scope = trio.CancelScope()
-        self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
+        self._outbox = Outbox(
+            sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken, traffic=daemon.metrics.traffic
+        )
         self._in_order: deque[Callable[[], None]] = deque()
         self._answering: Exchange | None = None  # of the requests without an id, the one that runs
         self._asking: dict[Exchange, Asking] = {}
@@ -92,6 +98,7 @@ class Session:
                     case Requested():
                         self._on_request(event, received)
                     case Refused(exchange, error, fatal):
+                        self._daemon.metrics.misread(error.code)
                         self._in_turn(exchange, partial(self._reply, exchange, error))
                         if fatal:
                             await self._until_open_exchanges(0)
@@ -109,12 +116,15 @@ class Session:
         while True:
             await trio.lowlevel.wait_readable(self._sock)
             try:
-                return self._sock.recv(_READ)
+                data = self._sock.recv(_READ)
             except BlockingIOError:
                 continue
             except OSError:  # reset: there is nobody to answer
                 self._scope.cancel()
                 await trio.lowlevel.checkpoint()
+            else:
+                self._daemon.metrics.traffic.received += len(data)
+                return data
 
     async def _until_open_exchanges(self, most: int) -> None:
         """Waits, without reading, until only so many answers are owed; ends the session when the peer is gone."""
@@ -153,6 +163,7 @@ class Session:
         exchange, command = request.exchange, request.command
         if isinstance(command, commands.Cancel):
             reply = self._cancel(command)  # at once, though its reply has to wait for its turn
+            self._count(command, received, reply)
             self._in_turn(exchange, partial(self._reply, exchange, reply))
         else:
             self._in_turn(exchange, partial(self._start, exchange, command, received))
@@ -170,12 +181,14 @@ class Session:
     def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
         """Answers at once where that can be done, else in a task."""
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
-            self._reply(exchange, Failed.of(BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")))
+            error = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
+            self._end(exchange, command, received, Failed.of(error))
         elif handler := INSTANT.get(type(command)):
             try:
-                self._reply(exchange, handler(self._caller, command))
+                reply: Reply = handler(self._caller, command)
             except BridgeError as error:
-                self._reply(exchange, Failed.of(error))
+                reply = Failed.of(error)
+            self._end(exchange, command, received, reply)
         else:
             scope = trio.CancelScope()
             asking = self._asking[exchange] = Asking(scope.cancel)
@@ -197,8 +210,11 @@ class Session:
         except Exception:
             self._log.exception("a handler failed", verb=command.VERB)
             reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"))
+        except trio.Cancelled:
+            self._count(command, call.received, None)
+            raise
         del self._asking[exchange]
-        self._reply(exchange, reply)
+        self._end(exchange, command, call.received, reply)
         if self._answering is exchange:
             self._answering = None
             self._next_in_turn()
@@ -217,6 +233,19 @@ class Session:
             return Failed.of(BridgeError(ErrorCode.NOT_FOUND, message))
         self._asking[exchange].cancel()
         return Ok("Cancelled", command.id)
+
+    def _end(self, exchange: Exchange, command: commands.Command, received: float, reply: Reply) -> None:
+        """Sends the last line of an answer."""
+        self._count(command, received, reply)
+        self._reply(exchange, reply)
+
+    def _count(self, command: commands.Command, received: float, reply: Reply | None) -> None:
+        """A request ended, with this or with nobody there to take it."""
+        model = model_of(reply) if reply else None
+        if model is None and hasattr(command, "model"):
+            model = self._daemon.pool.name_of(command.model)
+        outcome = outcome_of(reply) if reply else GONE
+        self._daemon.metrics.answered(command.VERB, model, outcome, time.monotonic() - received)
 
     def _reply(self, exchange: Exchange, reply: Reply) -> None:
         self._outbox.put(self._connection.reply(exchange, reply))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from protocol.command import Command, Id
 
 
@@ -26,6 +28,19 @@ class Help(Command, frozen=True):
 class Status(Command, frozen=True):
     VERB = "STATUS"
     DOC = "STATUS - what is loaded and how busy it is"
+
+
+class Health(Command, frozen=True):
+    VERB = "HEALTH"
+    DOC = "HEALTH - whether this daemon is good for another request; for balancers"
+
+
+class Metrics(Command, frozen=True):
+    VERB = "METRICS"
+    TEXT = "format"
+    DOC = "METRICS [prometheus] - what was counted since the start, and how busy it is now"
+
+    format: Literal["json", "prometheus"] = "json"
 
 
 class Quit(Command, frozen=True):

@@ -21,6 +21,7 @@ import trio
 from bridge import ipc, log
 from bridge.config import Limits
 from bridge.frames import FrameBuffer, decode_to_daemon, encode
+from bridge.metrics import Metrics
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
@@ -50,7 +51,7 @@ class _Pending:
 class LocalProvider:
     """``limits`` bound the requests in the worker, waiting or running; they may be replaced.
 
-    What the worker computed is added to ``totals``, also for those that did not wait for their answer.
+    What the worker computed is added to ``totals`` and ``metrics``, also for those that did not wait for their answer.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class LocalProvider:
         load: ipc.Load,
         limits: Limits,
         totals: Totals,
+        metrics: Metrics,
     ) -> None:
         self._name = name
         self._totals = totals
+        self._metrics = metrics
         self._backend = backend
         self._load = load
         self.limits = limits
@@ -76,6 +79,7 @@ class LocalProvider:
 
     info: ipc.ModelInfo
     load_ms: float
+    cells = (0, 0, 0)
 
     @property
     def pid(self) -> int:
@@ -112,6 +116,7 @@ class LocalProvider:
             raise
         if isinstance(answer, ipc.Loaded):
             self.info, self.load_ms = answer.info, answer.load_ms
+            self.cells = (0, 0, self.info.n_ctx * self.info.n_parallel)
             return
         death = await self._bury()
         raise self._failed(answer.reason if isinstance(answer, ipc.LoadFailed) else f"its worker {death}")
@@ -254,6 +259,10 @@ class LocalProvider:
         for event in message.events:
             if isinstance(event, ipc.Warning):
                 self._log.warning(event.message)
+                continue
+            if isinstance(event, ipc.Stats):
+                self._metrics.of(self._name).computed(event)
+                self.cells = (event.cells_running, event.cells_kept, event.cells)
                 continue
             if isinstance(event, ipc.Done | ipc.Embedded):
                 self._totals.add(event)

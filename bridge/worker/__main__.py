@@ -60,7 +60,10 @@ def _serve() -> None:
 
 
 def _tell(engine: Engine, home: socket.socket) -> None:
-    if events := engine.take_events():
+    events = engine.take_events()
+    if stats := engine.take_stats():
+        events.insert(0, stats)  # whoever is told that all is done finds it counted
+    if events:
         home.sendall(encode(ipc.Step(events)))
 
 
