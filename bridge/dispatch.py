@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import __version__, generation, health, ipc, loading, lora, measured
+from bridge import __version__, generation, ipc, loading, lora, monitoring
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -171,12 +171,12 @@ INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
     commands.Hello: _hello,
     commands.Help: _help,
     commands.Status: _status,
-    commands.Health: health.health,
+    commands.Health: monitoring.health,
     commands.Quit: _quit,
 }
 LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final]]] = {
     commands.Reload: _reload,
-    commands.Metrics: measured.metrics,
+    commands.Metrics: monitoring.metrics,
     commands.Load: loading.load,
     commands.Plan: loading.plan,
     commands.Free: loading.free,

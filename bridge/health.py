@@ -5,12 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-from bridge.call import Caller
 from bridge.daemon import Daemon
 from bridge.entry import Entry, State
 from bridge.providers.base import Provider
-from protocol import commands
-from protocol.replies import Ok
 
 
 class Condition(StrEnum):
@@ -74,10 +71,3 @@ def _is_usable(entry: Entry, *, autoload: bool) -> bool:
 
 def _is_full(provider: Provider) -> bool:
     return provider.running + provider.queued >= provider.limits.queue
-
-
-def health(caller: Caller, _command: commands.Health) -> Ok:
-    """The message is the condition, for balancers that look for a word."""
-    health = look(caller.daemon)
-    about = {"state": health.condition, "load": round(health.load, 3), "weight": health.weight}
-    return Ok(health.condition, about | {"running": health.running, "queued": health.queued, "slots": health.slots})

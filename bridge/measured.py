@@ -5,21 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import msgspec
-import trio
 from msgspec import Struct
 
 from bridge import __version__
-from bridge.call import Call
 from bridge.daemon import Daemon
 from bridge.entry import Entry
 from bridge.histogram import Histogram
 from bridge.loading import resident
 from bridge.metrics import ModelMetrics
 from bridge.providers.base import Provider
-from protocol import commands
-from protocol.errors import BridgeError, ErrorCode
-from protocol.replies import Ok
 
 OTHERS = "other models"  # no model has a name with a blank
 
@@ -143,21 +137,3 @@ def _model(name: str, metrics: ModelMetrics, entry: Entry | None, provider: Prov
         if key != "requests"
     }
     return MeasuredModel(name=name, loaded=provider is not None, **now, **counts)
-
-
-async def metrics(call: Call, command: commands.Metrics) -> Ok:
-    call.check_operator("METRICS")
-    measured = measure(call.daemon)
-    if command.format == "json":
-        return Ok("Metrics", msgspec.to_builtins(measured))
-    return Ok("Metrics", await exposition(measured))
-
-
-async def exposition(measured: Measured) -> str:
-    """In Prometheus' text format. In a thread, for with many models it takes milliseconds. Raises BridgeError."""
-    try:
-        from bridge import prometheus
-    except ModuleNotFoundError as error:
-        message = "Metrics for Prometheus need prometheus_client; install it: pip install 'llama-bridge[http]'"
-        raise BridgeError(ErrorCode.UNSUPPORTED, message) from error
-    return await trio.to_thread.run_sync(prometheus.exposition, measured)

@@ -20,6 +20,7 @@ from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
 from bridge.metrics import Metrics
 from bridge.pool import ModelPool
+from bridge.ports import Ports
 from bridge.registry import CONFIGURATION
 from bridge.session import Session
 from protocol.errors import BridgeError, ErrorCode
@@ -34,7 +35,12 @@ class Server:
 
     def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
         """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
-        self._listeners = open_listeners(config)
+        self._ports = Ports(config)
+        try:
+            self._listeners = open_listeners(config)
+        except BaseException:
+            self._ports.close()
+            raise
         self._config = config
         self._read = read or (lambda: config)
         self._log = log.get()
@@ -58,6 +64,7 @@ class Server:
                 metrics = Metrics()
                 pool = ModelPool(workers, self._config, library, adapters, metrics)
                 self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload, metrics)
+                self._ports.serve(workers, self._daemon)
                 self._configured = Configured(self._daemon, self._read, workers)
                 await self._configured.begin()
                 async with trio.open_nursery() as clients:
@@ -66,6 +73,7 @@ class Server:
                         self._log.info("listening", address=str(listener.address))
                     task_status.started(listeners)
                     await self._stopping.wait()
+                    await self._say_so()
                     for listener in listeners:
                         listener.close()
                     await self._drain()
@@ -75,6 +83,7 @@ class Server:
         finally:
             for listener in listeners:
                 listener.close()
+            self._ports.close()
         self._log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:
@@ -109,6 +118,13 @@ class Server:
             message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
             return BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
         return None
+
+    async def _say_so(self) -> None:
+        """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere."""
+        self._daemon.leaving = True
+        if grace := self._daemon.config.limits.grace:
+            self._log.info("leaving", seconds=grace)
+            await trio.sleep(grace)
 
     async def _drain(self) -> None:
         self._daemon.draining = True
