@@ -40,7 +40,7 @@ class HttpPort:
         stream = _Stream(client, self._stall)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(stream.close_when_cancelled)
+                nursery.start_soon(stream.end_when_closed, nursery.cancel_scope)
                 await TCPServer(self._app, self._config, self._context, ConnectionState({}), stream)  # type: ignore[arg-type]
                 nursery.cancel_scope.cancel()
         except Exception:
@@ -73,6 +73,7 @@ class _Stream:
 
     def __init__(self, client: socket.socket, stall: float) -> None:
         self._stall = stall
+        self._closed = trio.Event()
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
         self.socket = self._stream.socket
 
@@ -90,11 +91,15 @@ class _Stream:
         await self._stream.send_eof()
 
     async def aclose(self) -> None:
+        self._closed.set()
         await self._stream.aclose()
 
-    async def close_when_cancelled(self) -> None:
-        """Wakes whatever waits for the peer, shielded or not."""
+    async def end_when_closed(self, scope: trio.CancelScope) -> None:
+        """Else hypercorn would wait for its next request; and when cancelled, wakes what waits for the peer, shielded
+        or not.
+        """
         try:
-            await trio.sleep_forever()
+            await self._closed.wait()
         finally:
             self.socket.close()
+        scope.cancel()
