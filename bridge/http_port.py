@@ -78,13 +78,16 @@ class _Stream:
         self.socket = self._stream.socket
 
     async def receive_some(self, most: int) -> bytes:
-        return await self._stream.receive_some(most)
+        data = await self._stream.receive_some(most)
+        if not data:
+            self._closed.set()
+        return bytes(data)
 
     async def send_all(self, data: bytes) -> None:
         with trio.move_on_after(self._stall) as patience:
             await self._stream.send_all(data)
         if patience.cancelled_caught:
-            self.socket.close()
+            self._closed.set()
             raise trio.BrokenResourceError("the reader stalled")
 
     async def send_eof(self) -> None:
@@ -95,8 +98,8 @@ class _Stream:
         await self._stream.aclose()
 
     async def end_when_closed(self, scope: trio.CancelScope) -> None:
-        """Else hypercorn would wait for its next request; and when cancelled, wakes what waits for the peer, shielded
-        or not.
+        """Hypercorn would keep what has ended for as long as an idle one. When cancelled, wakes what waits for the peer,
+        shielded or not.
         """
         try:
             await self._closed.wait()

@@ -118,6 +118,7 @@ async def test_a_bug_is_its_own_requests_alone() -> None:
     async with served() as (stream, _):
         await stream.send_all(GET % b"/broken")
         assert (await stream.receive_some()).startswith(b"HTTP/1.1 500")
+        await stream.send_eof()
 
 
 async def test_so_many_at_once_and_no_more() -> None:
