@@ -98,8 +98,8 @@ class _Stream:
         await self._stream.aclose()
 
     async def end_when_closed(self, scope: trio.CancelScope) -> None:
-        """Hypercorn would keep what has ended for as long as an idle one. When cancelled, wakes what waits for the peer,
-        shielded or not.
+        """Hypercorn would keep what has ended for as long as an idle one. When cancelled, wakes what waits for the
+        peer, shielded or not.
         """
         try:
             await self._closed.wait()
