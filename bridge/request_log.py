@@ -10,6 +10,7 @@ import msgspec
 
 from bridge import log
 from bridge.daemon import Daemon, Peer
+from bridge.metrics import GONE, model_of, outcome_of
 from protocol import commands
 from protocol.errors import ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, Token
@@ -44,12 +45,14 @@ class Record:
 
         return hear
 
-    def end(self, reply: Reply) -> None:
-        """Its last one."""
-        outcome = outcome_of(reply)
+    def end(self, reply: Reply | None) -> None:
+        """With its last one, or without because nobody is there to take it."""
+        outcome = outcome_of(reply) if reply else GONE
+        seconds = time.monotonic() - self._received
+        self._daemon.metrics.answered(self._command.VERB, self._model(reply), outcome, seconds)
         self._daemon.refusals.add(outcome)
         settings = self._daemon.config.log
-        ms = (time.monotonic() - self._received) * 1000
+        ms = seconds * 1000
         if outcome == ErrorCode.INTERNAL:
             log.get().error("request failed", **self._fields(outcome, ms, reply), reason=_reason(reply))
         elif 0 < settings.slow_ms <= ms and not isinstance(self._command, _ENDLESS):
@@ -57,7 +60,13 @@ class Record:
         elif settings.requests or (settings.prompts and self._command.TEXT in _SAID):
             log.get().info("request", **self._fields(outcome, ms, reply))
 
-    def _fields(self, outcome: str, ms: float, reply: Reply) -> dict[str, Any]:
+    def _model(self, reply: Reply | None) -> str | None:
+        """By its own name, whatever the request called it, if it is known."""
+        if reply and (model := model_of(reply)):
+            return model
+        return self._daemon.pool.name_of(self._command.model) if hasattr(self._command, "model") else None
+
+    def _fields(self, outcome: str, ms: float, reply: Reply | None) -> dict[str, Any]:
         about = {
             log.REQUEST: self.id,
             "verb": self._command.VERB,
@@ -74,7 +83,7 @@ class Record:
             about |= self._said(reply)
         return about
 
-    def _said(self, reply: Reply) -> dict[str, Any]:
+    def _said(self, reply: Reply | None) -> dict[str, Any]:
         if self._command.TEXT not in _SAID:
             return {}
         said = {"prompt": msgspec.to_builtins(getattr(self._command, self._command.TEXT))}
@@ -85,20 +94,7 @@ class Record:
         return said
 
 
-def outcome_of(reply: Reply) -> str:
-    """The code of an error, ``cancelled`` and ``deadline`` also where there is something of an answer, else ``ok``."""
-    match reply:
-        case Failed(code=code):
-            return code
-        case Final(finish_reason="error", extra=extra):
-            return str(extra["code"])
-        case Final(finish_reason=reason) | Ok(extra={"finish_reason": reason}) if reason in ("cancelled", "deadline"):
-            return str(reason)
-        case _:
-            return "ok"
-
-
-def _reason(reply: Reply) -> str:
+def _reason(reply: Reply | None) -> str:
     return reply.message if isinstance(reply, Failed | Ok) else str(getattr(reply, "extra", {}).get("reason"))
 
 
