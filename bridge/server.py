@@ -12,10 +12,12 @@ from typing import Any
 import trio
 
 from bridge import log
+from bridge.access import Origin
 from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
+from bridge.gate import Gate
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
 from bridge.pool import ModelPool
@@ -28,11 +30,13 @@ from protocol.replies import Failed, encode_reply
 class Server:
     """Owns the listeners, the sessions and, through the pool, the workers. ``serve`` returns when all are gone.
 
-    It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError.
+    It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError, and
+    ConfigError where tokens or certificates cannot be read.
     """
 
     def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
         """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
+        self._gate = Gate(config)
         self._listeners = open_listeners(config)
         self._config = config
         self._read = read or (lambda: config)
@@ -55,7 +59,7 @@ class Server:
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
                 pool = ModelPool(workers, self._config, library, adapters)
-                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
+                self._daemon = Daemon(self._config, library, adapters, pool, self._gate, self.stop, self.reload)
                 self._configured = Configured(self._daemon, self._read, workers)
                 await self._configured.begin()
                 async with trio.open_nursery() as clients:
@@ -79,11 +83,27 @@ class Server:
         """Reads the configuration anew. Raises BridgeError (bad_config)."""
         return await self._configured.reload()
 
-    async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
-        peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
-        if error := self._unwelcome():
+    async def _serve_client(self, client: socket.socket, origin: Origin) -> None:
+        peer = Peer(next(self._numbers), origin)
+        try:
+            if error := self._unwelcome():
+                raise error
+            client = await self._gate.secure(client, peer)
+            await self._gate.recognise(peer)
+        except BridgeError as error:
             await say_goodbye(client, encode_reply(Failed.of(error)))
-            return
+        except (OSError, trio.TooSlowError) as error:
+            self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error))
+            client.close()
+        except BaseException:
+            client.close()
+            raise
+        else:
+            await self._have_session(client, peer)
+        finally:
+            self._gate.peers.discard(peer)
+
+    async def _have_session(self, client: socket.socket, peer: Peer) -> None:
         session = Session(client, peer, self._daemon)
         self._sessions.add(session)
         self._daemon.clients = len(self._sessions)

@@ -16,20 +16,25 @@ from functools import partial
 import trio
 
 from bridge import log
+from bridge.access import Role as Who
+from bridge.admission import admit
 from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
 from bridge.dispatch import INSTANT, LASTING
+from bridge.gate import MOST_FAILURES
 from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
+from bridge.quota import Grant
 from bridge.receipts import Totals
 from protocol import commands
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role, State
 from protocol.errors import BridgeError, ErrorCode
-from protocol.replies import Failed, Final, Ok, Reply
+from protocol.replies import Failed, Final, Ok, Reply, encode_reply
 
 _READ = 64 * 1024
-_WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+_ABOUT = (commands.Ping, commands.Hello, commands.Auth, commands.Help, commands.Status, commands.Models)
+_WHILE_DRAINING = (*_ABOUT, commands.Quit)
 
 
 class Session:
@@ -47,6 +52,8 @@ class Session:
         self._caller = Caller(daemon, peer, Totals())
         self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
         self._scope = trio.CancelScope()
+        self._reading = trio.CancelScope()
+        peer.end = self._end_with
         self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
         self._in_order: deque[Callable[[], None]] = deque()
         self._answering: Exchange | None = None  # of the requests without an id, the one that runs
@@ -59,7 +66,9 @@ class Session:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self._outbox.run)
-                    await self._read()
+                    self._nursery.start_soon(self._expect_to_know)
+                    with self._reading:
+                        await self._read()
                     await self._outbox.drain()
                     await say_goodbye(self._sock)
                     self._nursery.cancel_scope.cancel()
@@ -79,6 +88,18 @@ class Session:
     def _on_broken(self, reason: str) -> None:
         self._log.info("client cut", reason=reason)
         self._scope.cancel()
+
+    def _end_with(self, error: BridgeError) -> None:
+        """Last words, and the end. What is being answered is given up."""
+        self._outbox.put(encode_reply(Failed.of(error)))
+        self._reading.cancel()
+
+    async def _expect_to_know(self) -> None:
+        """Who has not said in time who he is has to leave."""
+        if self._peer.identity.role is Who.NONE:
+            await trio.sleep(self._daemon.config.limits.auth)
+            if self._peer.identity.role is Who.NONE:
+                self._end_with(BridgeError(ErrorCode.UNAUTHORIZED, "Nobody said in time who is asking: AUTH"))
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -171,21 +192,26 @@ class Session:
         """Answers at once where that can be done, else in a task."""
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
             self._reply(exchange, Failed.of(BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")))
-        elif handler := INSTANT.get(type(command)):
-            try:
+            return
+        try:
+            command, grant = admit(self._caller, command)
+            if handler := INSTANT.get(type(command)):
                 self._reply(exchange, handler(self._caller, command))
-            except BridgeError as error:
-                self._reply(exchange, Failed.of(error))
-        else:
-            scope = trio.CancelScope()
-            asking = self._asking[exchange] = Asking(scope.cancel)
-            say = partial(self._reply, exchange)
-            call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
-            if exchange.id is None:
-                self._answering = exchange
-            self._nursery.start_soon(self._answer, exchange, command, call, scope)
+                return
+        except BridgeError as error:
+            self._reply(exchange, Failed.of(error))
+            return
+        scope = trio.CancelScope()
+        asking = self._asking[exchange] = Asking(scope.cancel, grant.charge)
+        say = partial(self._reply, exchange)
+        call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
+        if exchange.id is None:
+            self._answering = exchange
+        self._nursery.start_soon(self._answer, exchange, command, call, scope, grant)
 
-    async def _answer(self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope) -> None:
+    async def _answer(
+        self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope, grant: Grant
+    ) -> None:
         reply: Reply
         try:
             with scope:
@@ -197,11 +223,15 @@ class Session:
         except Exception:
             self._log.exception("a handler failed", verb=command.VERB)
             reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"))
+        finally:
+            grant.end(time.monotonic())
         del self._asking[exchange]
         self._reply(exchange, reply)
         if self._answering is exchange:
             self._answering = None
             self._next_in_turn()
+        if self._peer.failures >= MOST_FAILURES:
+            self._reading.cancel()
 
     def _failure(self, exchange: Exchange, error: BridgeError) -> Reply:
         """A stream that began ends with a final line all the same."""

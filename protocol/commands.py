@@ -17,6 +17,7 @@ from protocol.command import KeepAlive as KeepAlive
 from protocol.command import Name as Name
 from protocol.command import Reference as Reference
 from protocol.command import Request as Request
+from protocol.operations import Auth as Auth
 from protocol.operations import Cancel as Cancel
 from protocol.operations import Hello as Hello
 from protocol.operations import Help as Help
@@ -103,7 +104,7 @@ class Pull(Command, frozen=True):
 class Remove(Command, frozen=True):
     VERB = "REMOVE"
     TEXT = "model"
-    DOC = "REMOVE model - deletes a model from the daemon's store; over the Unix socket, for its own user or root"
+    DOC = "REMOVE model - deletes a model from the daemon's store; for admins"
 
     model: str = ""
 
@@ -298,7 +299,7 @@ class Detokenize(Command, frozen=True):
 COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (
-        Ping, Hello, Help, Status, Load, Plan, Free, Models, Show, Queue, Pull, Remove, Lora, Infer, InferStream,
+        Ping, Hello, Auth, Help, Status, Load, Plan, Free, Models, Show, Queue, Pull, Remove, Lora, Infer, InferStream,
         InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Reload, Quit,
     )
 }  # fmt: skip

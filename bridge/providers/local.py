@@ -23,7 +23,7 @@ from bridge.config import Limits
 from bridge.frames import FrameBuffer, decode_to_daemon, encode
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
-from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Progress
+from bridge.providers.base import Answer, Ask, AskAdapters, Asking, Bill, Progress
 from bridge.receipts import Totals
 from protocol.errors import BridgeError, ErrorCode
 
@@ -68,6 +68,7 @@ class LocalProvider:
         self.limits = limits
         self.adapters = {adapter.key for adapter in load.lora}
         self._pending: dict[int, _Pending] = {}
+        self._bills: dict[int, Bill] = {}  # of all that the worker will answer, also what nobody waits for any more
         self._waiting_bytes = 0
         self._last_rid = 0
         self._seconds_a_request = 1.0  # running average
@@ -215,6 +216,7 @@ class LocalProvider:
         self._admit(request, size)
         self._last_rid = rid = self._last_rid + 1
         pending = self._pending[rid] = _Pending(on_progress, size)
+        self._bills[rid] = asking.bill
         self._waiting_bytes += size
         self._outbox.put(encode(msgspec.structs.replace(request, rid=rid)))
         asking.cancel_by(lambda: self._outbox.put(encode(ipc.Cancel(rid))))
@@ -255,6 +257,10 @@ class LocalProvider:
             if isinstance(event, ipc.Warning):
                 self._log.warning(event.message)
                 continue
+            if not isinstance(event, Progress):
+                bill = self._bills.pop(event.rid, None)
+                if bill and isinstance(event, ipc.Done | ipc.Embedded):
+                    bill(event, time.monotonic())
             if isinstance(event, ipc.Done | ipc.Embedded):
                 self._totals.add(event)
             pending = self._pending.get(event.rid)
