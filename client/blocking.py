@@ -156,7 +156,6 @@ class Client:
 
     ping = _asks(calls.ping)
     hello = _asks(calls.hello)
-    auth = _asks(calls.auth)
     help = _asks(calls.help)
     status = _asks(calls.status)
     cancel = _asks(calls.cancel)

@@ -43,7 +43,6 @@ TEXT = "".join(PIECES)
 CALLS: dict[str, Callable[[Client], Any]] = {
     "ping": lambda c: c.ping(),
     "hello": lambda c: c.hello(),
-    "auth": lambda c: c.auth("x"),
     "help": lambda c: c.help(),
     "status": lambda c: c.status(),
     "models": lambda c: c.models(),
