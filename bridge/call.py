@@ -8,8 +8,10 @@ from typing import Any
 
 from bridge.access import Role, check_role
 from bridge.daemon import Daemon, Peer
+from bridge.models.reference import LocalPath, parse
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
+from protocol.errors import BridgeError
 from protocol.replies import Reply
 
 
@@ -29,7 +31,8 @@ class Caller:
         """What users are told of a model: where its files lie is the operators' to know."""
         if self.daemon.gate.identity(self.peer).role >= Role.OPERATOR:
             return about
-        return {key: value for key, value in about.items() if key != "path"}
+        names = {"names": [name for name in about["names"] if not _is_path(name)]} if "names" in about else {}
+        return {key: value for key, value in about.items() if key != "path"} | names
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +43,10 @@ class Call(Caller):
     received: float
     asking: Asking
     say: Callable[[Reply], None]
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return isinstance(parse(name), LocalPath)
+    except BridgeError:  # no reference of any kind
+        return False

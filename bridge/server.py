@@ -91,6 +91,7 @@ class Server:
             client = await self._gate.secure(client, peer)
             await self._gate.recognise(peer)
         except BridgeError as error:
+            self._gate.peers.discard(peer)  # whoever comes while we take leave does not find the place taken
             await say_goodbye(client, encode_reply(Failed.of(error)))
         except (OSError, trio.TooSlowError) as error:
             self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error))

@@ -53,6 +53,7 @@ class Session:
         self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
         self._scope = trio.CancelScope()
         self._reading = trio.CancelScope()
+        self._said_all = False
         peer.end = self._end_with
         self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
         self._in_order: deque[Callable[[], None]] = deque()
@@ -70,8 +71,8 @@ class Session:
                     with self._reading:
                         await self._read()
                     await self._outbox.drain()
-                    await say_goodbye(self._sock)
                     self._nursery.cancel_scope.cancel()
+                await say_goodbye(self._sock)
         finally:
             self._daemon.pool.gone(self._peer.number)
             self._sock.close()
@@ -92,6 +93,7 @@ class Session:
     def _end_with(self, error: BridgeError) -> None:
         """Last words, and the end. What is being answered is given up."""
         self._outbox.put(encode_reply(Failed.of(error)))
+        self._said_all = True
         self._reading.cancel()
 
     async def _expect_to_know(self) -> None:
@@ -249,6 +251,8 @@ class Session:
         return Ok("Cancelled", command.id)
 
     def _reply(self, exchange: Exchange, reply: Reply) -> None:
+        if self._said_all:
+            return
         self._outbox.put(self._connection.reply(exchange, reply))
         if exchange.state is State.DONE:
             self._changed.set()

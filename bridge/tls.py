@@ -28,7 +28,8 @@ def server_context(settings: Tls) -> ssl.SSLContext:
     """Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION
+    # An end without close_notify is TCP's half-close: commands are whole lines, so it cannot cut off anything unseen.
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_IGNORE_UNEXPECTED_EOF
     context.num_tickets = 0  # connections last; a session that is resumed would keep a certificate's name for longer
     context.sslsocket_class = TlsSocket
     try:

@@ -36,7 +36,7 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     name: str
     role: Literal["user", "operator", "admin"]
     digest: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-    expires: datetime.datetime | datetime.date | None = None
+    expires: datetime.datetime | None = None
     requests_per_minute: Quantity | None = None
     tokens_per_minute: Quantity | None = None
     running: Quantity | None = None
@@ -48,10 +48,8 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Seconds since the epoch."""
         if self.expires is None:
             return None
-        moment = self.expires
-        if not isinstance(moment, datetime.datetime):
-            moment = datetime.datetime.combine(moment, datetime.time())
-        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+        zoned = self.expires if self.expires.tzinfo else self.expires.replace(tzinfo=datetime.UTC)
+        return zoned.timestamp()
 
     def allowance(self, roles: Allowance) -> Allowance:
         """What its line says, and else what its role gets."""
@@ -128,7 +126,10 @@ def parse_line(line: str, where: str) -> Token | None:
     fields: dict[str, Any] = {"name": words[0], "role": words[1], "digest": words[2].removeprefix("sha256:")}
     for word in words[3:]:
         key, _, value = word.partition("=")
-        fields[key] = [one for one in value.split(",") if one] if key == "models" else value
+        if key == "models":
+            fields[key] = [one for one in value.split(",") if one]
+        else:
+            fields[key] = f"{value}T00:00:00" if key == "expires" and len(value) == len("2026-01-31") else value
     if not _NAME.fullmatch(words[0]):
         raise TokenError(f"{where}: {_wrong_name(words[0])}")
     try:

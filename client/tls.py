@@ -64,12 +64,21 @@ class TlsSocket(ssl.SSLSocket):
     def shutdown(self, how: int) -> None:
         """To the other end it is the end of what we send, whether it looks at TLS or at TCP."""
         if how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            timeout = self.gettimeout()
-            self.settimeout(0)  # it says its close_notify, and there is no reason to wait for the other's
-            with contextlib.suppress(OSError, ValueError):
-                self.unwrap()
-            self.settimeout(timeout)
+            self._notify()
         socket.socket.shutdown(self, how)
+
+    def close(self) -> None:
+        if self.fileno() >= 0:
+            self._notify()
+        super().close()
+
+    def _notify(self) -> None:
+        """Says close_notify, and does not wait for the other's."""
+        timeout = self.gettimeout()
+        self.settimeout(0)
+        with contextlib.suppress(OSError, ValueError):
+            self.unwrap()
+        self.settimeout(timeout)
 
 
 def client_context(ca: str | None = None, certificate: str | tuple[str, str] | None = None) -> ssl.SSLContext:
