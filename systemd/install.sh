@@ -134,7 +134,7 @@ install_service() {
 ==> It listens on $SOCKET; try:
   LLAMA_BRIDGE_SOCKET=$SOCKET llama-bridge status
   its configuration: $ETC/config.toml, then: ${SYSTEMCTL[*]} reload llama-bridge
-  its log: journalctl ${SYSTEMCTL[1]-} -u llama-bridge
+  its log: journalctl${SYSTEMCTL[1]:+ --user} -u llama-bridge
 END
     [ "$whose" = user ] || echo "  who may use it: members of the group llama-bridge, as after: usermod -a -G llama-bridge ALICE"
 }
