@@ -182,8 +182,8 @@ stop_units() {
     mapfile -t units < <("${SYSTEMCTL[@]}" list-units --all --plain --no-legend 'llama-bridge.s*' 'llama-bridge@*.s*' |
         awk '{print $1}' | sort -r)
     [ ${#units[@]} = 0 ] || "${SYSTEMCTL[@]}" stop "${units[@]}"
-    mapfile -t units < <("${SYSTEMCTL[@]}" list-unit-files --plain --no-legend 'llama-bridge*.s*' |
-        awk '$2 == "enabled" {print $1}')
+    # Not list-unit-files, which has no instances of templates.
+    mapfile -t units < <(find "$UNITS"/*.wants -name 'llama-bridge*' -printf '%f\n' 2>/dev/null | sort -u)
     [ ${#units[@]} = 0 ] || "${SYSTEMCTL[@]}" -q disable "${units[@]}"
     "${SYSTEMCTL[@]}" reset-failed 'llama-bridge*' 2>/dev/null || true
 }
