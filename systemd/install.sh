@@ -37,6 +37,17 @@ put() {
     changed "installed $2"
 }
 
+# With sudo the checkout stays its owner's: what is made in there is made as him.
+set_up_as_owner() {
+    local owner
+    owner=$(stat -c %U "$ROOT")
+    if [ "$owner" = "$(id -un)" ]; then
+        set_up
+    else
+        runuser -u "$owner" -- env "HOME=$(getent passwd "$owner" | cut -d: -f6)" bash "$ROOT/deploy.sh" build-bridge
+    fi
+}
+
 put_environment() {
     local any=() folder
     [ "$1" = user ] && any=(--any-python)
@@ -122,8 +133,9 @@ install_service() {
         shift
     done
     places "$whose"
-    [ "$VENV" != "$ROOT/.venv" ] || set_up
+    [ "$VENV" != "$ROOT/.venv" ] || set_up_as_owner
     umask 022
+    export PYTHONDONTWRITEBYTECODE=1
     put_environment "$whose"
     "put_${whose}_files" "$network"
     put_command
