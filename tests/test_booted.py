@@ -49,8 +49,7 @@ def service(machine: Machine) -> Iterator[Machine]:
     configure(machine)
     machine.deploy(*INSTALL)
     yield machine
-    for kind in ("service", "socket"):
-        machine.remove(str(Path(DROP_IN.format(kind)).parent))
+    machine.run("rm", "-rf", *(os.path.dirname(DROP_IN.format(kind)) for kind in ("service", "socket")))
     if (machine.root / "etc/systemd/system/llama-bridge.service").exists():
         machine.systemctl("stop", "llama-bridge.socket", "llama-bridge.service")
         machine.systemctl("daemon-reload")
