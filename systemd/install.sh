@@ -117,7 +117,12 @@ start_units() {
         "${SYSTEMCTL[@]}" try-restart llama-bridge.service 'llama-bridge@*.service'
         say "restarted what ran"
     fi
-    find "$PREFIX" -mindepth 1 -maxdepth 1 -type d ! -name "$(readlink -- "$PREFIX/current")" -exec rm -rf -- {} +
+    environments ! -path "*/$(readlink -- "$PREFIX/current")/*" | xargs -r -0 rm -rf --
+}
+
+# Those that systemd/environment.py made, each ended by a NUL: nothing else in that folder is ours. TEST... are find's.
+environments() {
+    find "$PREFIX" -mindepth 2 -maxdepth 2 -name .complete "$@" -printf '%h\0' 2>/dev/null || true
 }
 
 install_service() {
@@ -161,7 +166,7 @@ gone() { # PATH...
 }
 
 uninstall_service() {
-    local whose=system purge='' left path
+    local whose=system purge='' ours left path
     while [ $# -gt 0 ]; do
         case $1 in
         --user) whose=user ;;
@@ -176,7 +181,9 @@ uninstall_service() {
     [ "$whose" = user ] ||
         gone /etc/tmpfiles.d/llama-bridge.conf /etc/sysusers.d/llama-bridge.conf /run/llama-bridge /run/llama-bridge-*
     [ "$(readlink -- "$COMMAND")" != "$PREFIX/current/bin/llama-bridge" ] || gone "$COMMAND"
-    gone "$PREFIX"
+    mapfile -t -d '' ours < <(environments)
+    gone "$PREFIX/current" "${ours[@]}"
+    rmdir -- "$PREFIX" 2>/dev/null || true
     "${SYSTEMCTL[@]}" daemon-reload
     if [ -n "$purge" ]; then
         gone "${DATA[@]}"

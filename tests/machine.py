@@ -161,7 +161,12 @@ def _control_group(name: str, stack: ExitStack) -> list[str]:
 
 def _remove_group(group: str) -> None:
     for folder, _, _ in os.walk(group, topdown=False):
-        os.rmdir(folder)
+        for _ in range(100):  # its processes are dead, but the kernel may still be at it
+            try:
+                os.rmdir(folder)
+                break
+            except OSError:
+                time.sleep(0.05)
 
 
 def _is_init(pid: int) -> bool:

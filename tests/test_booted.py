@@ -337,8 +337,11 @@ async def test_purge_leaves_nothing(service: Machine) -> None:
     configure(service, name="two.toml")
     service.systemctl("enable", "--now", "llama-bridge@two.socket")
     service.systemctl("start", "llama-bridge@two.service")
+    service.write("/opt/llama-bridge/mine", "a file that nobody installed")
     service.deploy("uninstall", "--purge")
-    assert left(service) == set()
+    assert left(service) == {"/opt/llama-bridge"}
+    assert service.run("ls", "-A", "/opt/llama-bridge").split() == ["mine"]
+    service.remove("/opt/llama-bridge")
     assert "llama" not in (service.root / "etc/passwd").read_text() + (service.root / "etc/group").read_text()
     assert service.systemctl("list-units", "--all", "--plain", "--no-legend", "llama-bridge*") == ""
     assert service.try_run("systemctl", "list-unit-files", "--no-legend", "llama-bridge*").stdout == ""
