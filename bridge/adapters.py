@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import msgspec
 
@@ -20,10 +19,8 @@ from bridge.models.files import read_model_files
 from bridge.models.gguf import GgufError, read_header
 from bridge.models.lora import AdapterInfo, check_adapter, content_key, parse_lora
 from bridge.models.stamp import stamp_of
-from bridge.providers.base import Asking, Provider
+from bridge.providers.base import Ask, Asking, Provider
 from protocol.errors import BridgeError, ErrorCode
-
-R = TypeVar("R", ipc.Generate, ipc.Embed)
 
 _REMEMBERED = 256  # checks
 
@@ -73,21 +70,20 @@ class Adapters:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{error.filename or path}: {error.strerror}") from None
         return self._checked[about]
 
-    async def apply(
-        self, entry: Entry, provider: Provider, names: str | list[str] | None, requests: list[R]
-    ) -> list[R]:
-        """The requests under the adapters that were named, which are then in the worker; None leaves them as they are.
+    async def apply(self, entry: Entry, provider: Provider, names: str | list[str] | None, request: Ask) -> Ask:
+        """The request under the adapters that were named, which are then in the worker; None leaves it as it is.
 
         Raises BridgeError.
         """
         if names is None:
-            return requests
+            return request
+        assert isinstance(request, ipc.Generate | ipc.Embed)
         wanted = []
         for path, scale in await self.resolve(names, entry):
             checked = await self.check(entry.spec.path, path)
             await self.load(entry, provider, checked)
             wanted.append((checked.key, scale))
-        return [msgspec.structs.replace(request, lora=wanted) for request in requests]
+        return msgspec.structs.replace(request, lora=wanted)
 
     async def load(self, entry: Entry, provider: Provider, checked: Checked) -> None:
         if checked.key not in provider.adapters:

@@ -39,12 +39,16 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     text_line: Positive = TEXT_LINE_LIMIT
     json_line: Positive = JSON_LINE_LIMIT
     pipeline: Positive = 256  # requests of one connection that wait or run; more are left in the socket
+    pipeline_bytes: Positive = 32 * 1024 * 1024  # of these
+    input: Positive = 256 * 1024 * 1024  # of these and of half lines, of all connections together
     queue: Positive = 512  # requests of one model that wait or run
     queue_bytes: Positive = 64 * 1024 * 1024  # of their prompts
+    queue_tokens: Positive = 1024 * 1024  # of the prompts that wait
     output: Positive = 1024 * 1024  # waiting for a slow reader
     stall: Seconds = 10.0  # a reader that takes nothing
     drain: Seconds = 30.0  # for what runs when the daemon is told to stop
     load: Seconds = 600.0  # for a model to load
+    step: Annotated[float, Meta(ge=1, le=86_400)] = 300.0  # for one step of a model's worker
 
 
 class Pool(Struct, frozen=True, forbid_unknown_fields=True):
@@ -195,6 +199,9 @@ def _check(config: Config) -> None:
             raise ConfigError(f"tcp: {error}") from None
     if not config.socket and not config.tcp:
         raise ConfigError("socket and tcp are both empty: nothing to listen on")
+    limits = config.limits
+    if limits.input < limits.json_line:
+        raise ConfigError(f"limits.input: {limits.input} is less than one line may have, limits.json_line")
     for number, model in enumerate(config.models):
         if not model.path:
             raise ConfigError(f"models[{number}]: path is missing")

@@ -9,6 +9,7 @@ from typing import Any
 
 from bridge.adapters import Adapters
 from bridge.config import Config
+from bridge.intake import Intake
 from bridge.library import Library
 from bridge.pool import ModelPool
 from bridge.refusals import Refusals
@@ -25,6 +26,7 @@ class Daemon:
     stop: Callable[[], None]  # begins the drain; returns at once
     reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed
     refusals: Refusals = field(default_factory=Refusals)
+    intake: Intake = field(default_factory=Intake)
     started: float = field(default_factory=time.monotonic)
     clients: int = 0
     draining: bool = False

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+import trio
 
 from bridge import __version__, generation, ipc, loading, lora, subscribing
 from bridge.call import Call, Caller
@@ -63,6 +64,7 @@ def _status(caller: Caller, _command: commands.Status) -> Ok:
         "uptime_s": round(time.monotonic() - daemon.started, 1),
         "pid": os.getpid(),
         "clients": daemon.clients,
+        "tasks": trio.lowlevel.current_statistics().tasks_living,
         "draining": daemon.draining,
     }
     if models:
@@ -116,15 +118,14 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
     for text in texts:
         _refuse_long(text)
     request = ipc.Embed(0, texts, call.received, command.dimensions)
-    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as (entry, provider):
-        [request] = await call.daemon.adapters.apply(entry, provider, command.lora, [request])
-        answer = await provider.ask(request, call.asking)
+    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as using:
+        answer = await using.ask(request, call.asking, lora=command.lora)
     assert isinstance(answer, ipc.Embedded)
     call.totals.add(answer)
     encode = _as_base64 if command.encoding == "base64" else _as_floats
     vectors = [encode(vector) for vector in answer.vectors]
     extra = {
-        "model": entry.name,
+        **using.outcome,
         "dimensions": len(answer.vectors[0]) // 4,
         "usage": {"prompt_tokens": answer.prompt_tokens},
         "timings": msgspec.structs.asdict(answer.timings),
@@ -143,20 +144,21 @@ def _as_floats(vector: bytes) -> list[float]:
 async def _tokenize(call: Call, command: commands.Tokenize) -> Ok:
     _refuse_long(command.text)
     request = ipc.Tokenize(0, command.text, command.special, command.parse_special)
-    name, answer = await _ask(call, command.model, request)
+    outcome, answer = await _ask(call, command.model, request)
     assert isinstance(answer, ipc.Tokens)
-    return Ok("Tokenized", answer.tokens, {"model": name, "count": len(answer.tokens)})
+    return Ok("Tokenized", answer.tokens, {**outcome, "count": len(answer.tokens)})
 
 
 async def _detokenize(call: Call, command: commands.Detokenize) -> Ok:
-    name, answer = await _ask(call, command.model, ipc.Detokenize(0, command.tokens))
+    outcome, answer = await _ask(call, command.model, ipc.Detokenize(0, command.tokens))
     assert isinstance(answer, ipc.Detokenized)
-    return Ok("Detokenized", answer.text, {"model": name})
+    return Ok("Detokenized", answer.text, outcome)
 
 
-async def _ask(call: Call, model: str | None, request: Ask) -> tuple[str, Answer]:
-    async with call.daemon.pool.use(model) as (entry, provider):
-        return entry.name, await provider.ask(request, call.asking)
+async def _ask(call: Call, model: str | None, request: Ask) -> tuple[dict[str, Any], Answer]:
+    async with call.daemon.pool.use(model) as using:
+        answer = await using.ask(request, call.asking)
+    return using.outcome, answer
 
 
 def _refuse_long(text: str) -> None:

@@ -226,6 +226,12 @@ class Place(Struct, frozen=True, array_like=True, tag="place"):
     estimate_ms: float
 
 
+class Begun(Struct, frozen=True, array_like=True, tag="begun"):
+    """The first token of a Generate is computed, of which nothing else is to be told yet."""
+
+    rid: int
+
+
 class Text(Struct, frozen=True, array_like=True, tag="text"):
     rid: int
     text: str
@@ -356,12 +362,14 @@ class Refused(Struct, frozen=True, array_like=True, tag="refused"):
 
 
 Event = (
-    Accepted | Place | Text | Done | Embedded | Tokens | Detokenized | QueueListed | Parked
+    Accepted | Place | Begun | Text | Done | Embedded | Tokens | Detokenized | QueueListed | Parked
     | AdapterLoaded | AdapterUnloaded | AdaptersListed | Warning | Refused
 )  # fmt: skip
 
 
 class Step(Struct, frozen=True, array_like=True, tag="step"):
+    """Without events it says that the worker goes on."""
+
     events: list[Event]
 
 

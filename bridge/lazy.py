@@ -7,6 +7,8 @@ import typing
 
 import click
 
+COMPLETION = "_LLAMA_BRIDGE_COMPLETE"  # set by a shell that completes; click makes the name of the program's
+
 
 class LazyGroup(click.Group):
     """Imports a command of another module when it is used: neither PING nor the daemon need load what bench does."""
@@ -14,6 +16,7 @@ class LazyGroup(click.Group):
     ELSEWHERE: typing.ClassVar = {
         "bench": "bridge.bench",
         "chat": "bridge.cli_text",
+        "completion": "bridge.cli_completion",
         "doctor": "bridge.doctor",
         "embed": "bridge.cli_text",
         "events": "bridge.cli_events",

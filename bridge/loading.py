@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from bridge import jobs
+from bridge import programs
 from bridge.call import Call
 from bridge.entry import Entry, State, Terms
 from bridge.keeper import Proposal
@@ -62,11 +62,11 @@ def failed_to_load(path: str, reason: str) -> str:
     return reason if reason.startswith(start) else f"{start}: {reason.removeprefix(f'{path}: ')}"
 
 
-def _teller(call: Call, wanted: bool) -> Callable[[jobs.Progress], None]:
+def _teller(call: Call, wanted: bool) -> Callable[[programs.Progress], None]:
     """What tells the client how far it is, now and then."""
     meter = Meter()
 
-    def tell(progress: jobs.Progress) -> None:
+    def tell(progress: programs.Progress) -> None:
         if reading := meter.read(progress):
             phase, done, total, unit = progress
             call.say(Progress(phase, done, total, unit, _rounded(reading.rate), _rounded(reading.seconds_left)))

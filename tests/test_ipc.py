@@ -59,6 +59,7 @@ REQUESTS: list[ipc.ToWorker] = [
 EVENTS: list[ipc.Event] = [
     ipc.Accepted(1, 3),
     ipc.Place(1, 2, 150.5),
+    ipc.Begun(1),
     ipc.Text(1, " upon", [ENTRY]),
     ipc.Done(1, "", "deadline", ipc.Usage(3, 2, 1), TIMINGS, []),
     ipc.Embedded(3, [b"\x00\xff" * 4], 2, TIMINGS),

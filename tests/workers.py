@@ -56,7 +56,7 @@ class Worker:
         """Waits for the end of a request; what comes meanwhile is passed over."""
         while True:
             for event in self.events():
-                if event.rid == rid and not isinstance(event, ipc.Accepted | ipc.Text):
+                if event.rid == rid and not isinstance(event, ipc.Accepted | ipc.Begun | ipc.Text):
                     return event
 
     def exit_status(self) -> int:

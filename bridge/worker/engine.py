@@ -265,13 +265,14 @@ class Engine:
             self._finish(sequence, "stop", text)
         elif sequence.n_picked >= sequence.max_tokens or len(sequence.tokens) > self._n_ctx:
             self._finish(sequence, "length", text)
-        elif text:
+        elif text and sequence.stream:
             self._say(sequence, text)
+        else:
+            sequence.said.append(text)
+            if sequence.n_picked == 1:
+                self._events.append(ipc.Begun(sequence.rid))
 
     def _say(self, sequence: Sequence, text: str) -> None:
-        if not sequence.stream:
-            sequence.said.append(text)
-            return
         logprobs = sequence.logprobs or None
         if logprobs:
             sequence.logprobs = []
