@@ -68,8 +68,8 @@ class Record:
         }
         if model := getattr(self._command, "model", None):
             about["model"] = model
-        if isinstance(reply, Ok | Final):
-            about |= _costs(reply.extra)
+        extra = _extra(reply)
+        about |= _costs(extra) | {key: extra[key] for key in ("retried",) if extra.get(key)}
         if self._daemon.config.log.prompts:
             about |= self._said(reply)
         return about
@@ -99,7 +99,16 @@ def outcome_of(reply: Reply) -> str:
 
 
 def _reason(reply: Reply) -> str:
-    return reply.message if isinstance(reply, Failed | Ok) else str(getattr(reply, "extra", {}).get("reason"))
+    return reply.message if isinstance(reply, Failed) else str(_extra(reply).get("reason"))
+
+
+def _extra(reply: Reply) -> dict[str, Any]:
+    """What a last reply has beside its text or message."""
+    match reply:
+        case Ok(extra=extra) | Final(extra=extra) | Failed(details=extra):
+            return extra
+        case _:
+            raise AssertionError(f"{reply} ends no request")
 
 
 def _costs(extra: dict[str, Any]) -> dict[str, Any]:

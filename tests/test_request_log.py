@@ -49,9 +49,9 @@ async def test_by_default_there_is_no_line_of_a_request(logged: Logged) -> None:
 async def test_a_slow_one_with_its_times_and_tokens_and_not_its_prompt(logged: Logged) -> None:
     async with daemon("echo?step_ms=30", log=Log(slow_ms=100)) as place, await place.unix() as wire:
         await wire.ask("PING")
-        await wire.ask("INFER max_tokens=1 a b")
+        await wire.ask("STATUS")
         await wire.ask(f"INFER id=mine max_tokens=5 a b {SECRET}")
-        [line] = logged.requests
+        [line] = [line for line in logged.requests if line["verb"] == "INFER"]
         assert (line["event"], line["level"]) == ("slow request", "warning")
         assert (line["request"], line["id"]) == ("1.3", "mine")
         assert (line["verb"], line["model"], line["outcome"]) == ("INFER", "echo", "ok")
@@ -60,6 +60,19 @@ async def test_a_slow_one_with_its_times_and_tokens_and_not_its_prompt(logged: L
         assert line["ms"] >= line["decode_ms"] >= 4 * 30
         assert {"queue_ms", "prefill_ms"} <= line.keys()
         assert SECRET not in str(line)
+
+
+async def test_what_is_not_as_slow(logged: Logged) -> None:
+    async with daemon("echo", log=Log(slow_ms=86_400_000)) as place, await place.unix() as wire:
+        await wire.ask("INFER max_tokens=1 a")
+        assert logged.requests == []
+
+
+async def test_what_was_asked_twice(logged: Logged) -> None:
+    async with daemon("echo", log=Log(requests=True)) as place, await place.unix() as wire:
+        await wire.ask("INFER !kill")
+        [line] = logged.requests
+        assert (line["outcome"], line["retried"]) == ("model_crashed", True)
 
 
 async def test_that_events_last_is_not_slow(logged: Logged) -> None:
@@ -152,7 +165,7 @@ async def test_lines_on_behalf_of_a_request_have_its_id(logged: Logged) -> None:
     async with daemon() as place, await place.unix() as wire:
         await wire.ask("LOAD id=l name=m echo")
         assert {(line["request"], line["id"]) for line in logged("loading model", "model loaded")} == {("1.1", "l")}
-        await wire.send("INFER id=one !kill\nINFER id=two !kill")
+        await wire.send("INFER id=one a !kill\nINFER id=two a !kill")
         await wire.lines(2)
         lost, *others = logged("requests lost", "worker crashed", "loading model")
         assert lost["event"] == "requests lost"

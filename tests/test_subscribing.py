@@ -50,7 +50,7 @@ async def test_a_models_life(level: str) -> None:
         assert (loaded["event"], loaded["restarts"]) == ("loaded", 0)
         assert loading["request"] == loaded["request"], "the LOAD's"
         assert loading["number"] < loaded["number"]
-        assert await wire.code("INFER !kill") == "model_crashed"
+        assert await wire.code("INFER one !kill") == "model_crashed"
         crashed, again, loaded = await events.lines(3)
         assert (crashed["event"], crashed["reason"], crashed["restarts"]) == ("crashed", "was killed by SIGKILL", 1)
         assert (again["event"], loaded["event"], loaded["restarts"]) == ("loading", "loaded", 1)
@@ -65,7 +65,7 @@ async def test_a_model_that_rests() -> None:
     async with daemon("echo") as place, await subscribe(place, "crashed", "resting") as events:
         for _ in range(3):
             async with await place.unix() as wire:
-                await wire.ask("INFER !kill")
+                await wire.ask("INFER one !kill")
             await place.until(lambda models: models["echo"]["state"] in ("ready", "resting"))
         *crashes, resting = await events.lines(4)
         assert {line["event"] for line in crashes} == {"crashed"}
