@@ -15,7 +15,9 @@ from bridge.entry import Terms
 from bridge.registry import CONFIGURATION
 from protocol.errors import BridgeError, ErrorCode
 
-NEEDS_RESTART = ("socket", "socket_mode", "socket_group", "tcp", "backend", "log.level", "log.format")
+NEEDS_RESTART = (
+    "socket", "socket_mode", "socket_group", "tcp", "backend", "http.listen", "agent.listen", "log.level", "log.format",
+)  # fmt: skip
 
 
 class Configured:
@@ -136,6 +138,12 @@ def _differences(old: Config, new: Config) -> Iterable[str]:
 
 def _keep(old: Config, new: Config) -> Config:
     """The new one, but for what needs a restart."""
-    kept = {key: getattr(old, key) for key in NEEDS_RESTART if "." not in key}
-    log = msgspec.structs.replace(new.log, level=old.log.level, format=old.log.format)
-    return msgspec.structs.replace(new, **kept, log=log)
+    kept: dict[str, Any] = {}
+    for key in NEEDS_RESTART:
+        section, _, inner = key.partition(".")
+        was = getattr(old, section)
+        if inner:
+            now = kept.get(section, getattr(new, section))
+            was = msgspec.structs.replace(now, **{inner: getattr(was, inner)})
+        kept[section] = was
+    return msgspec.structs.replace(new, **kept)

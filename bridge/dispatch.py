@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import trio
 
-from bridge import __version__, generation, ipc, loading, lora, subscribing
+from bridge import __version__, generation, ipc, loading, lora, monitoring, subscribing
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -41,7 +41,7 @@ def _hello(caller: Caller, _command: commands.Hello) -> Ok:
     limits = msgspec.structs.asdict(caller.daemon.config.limits)
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
-    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events"]
+    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events", "health", "metrics"]
     features += ["logs_prompts"] if caller.daemon.config.log.prompts else []
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
@@ -174,11 +174,13 @@ INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
     commands.Hello: _hello,
     commands.Help: _help,
     commands.Status: _status,
+    commands.Health: monitoring.health,
     commands.Quit: _quit,
 }
 LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final]]] = {
     commands.Reload: _reload,
     commands.Events: subscribing.events,
+    commands.Metrics: monitoring.metrics,
     commands.Load: loading.load,
     commands.Plan: loading.plan,
     commands.Free: loading.free,

@@ -15,6 +15,7 @@ from bridge import ipc, log
 from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.entry import Entry, State
+from bridge.metrics import Metrics
 from bridge.planner import Planned, Planner
 from bridge.providers.base import Provider
 from bridge.providers.local import LocalProvider
@@ -45,7 +46,13 @@ class Keeper:
     """
 
     def __init__(
-        self, nursery: trio.Nursery, config: Config, registry: Registry, planner: Planner, adapters: Adapters
+        self,
+        nursery: trio.Nursery,
+        config: Config,
+        registry: Registry,
+        planner: Planner,
+        adapters: Adapters,
+        metrics: Metrics,
     ) -> None:
         self.config = config
         self.providers: dict[Entry, Provider] = {}
@@ -53,6 +60,7 @@ class Keeper:
         self._registry = registry
         self._planner = planner
         self._adapters = adapters
+        self._metrics = metrics
         self._starting: dict[Entry, _Starting] = {}
         self._queues: defaultdict[str, deque[Entry]] = defaultdict(deque)  # of each device: the first one loads
         self._changed = trio.Event()
@@ -73,6 +81,8 @@ class Keeper:
                     queue = self._queues[self._planner.device(entry.spec)]
                     queue.append(entry)
                     self._starting[entry] = _Starting(trio.CancelScope(), queue)
+                    if entry.state is State.RESTARTING:
+                        self._metrics.of(entry.name).restarts += 1
                     self._nursery.start_soon(self._keep, entry)
                 case Stop():
                     self._nursery.start_soon(self._stop, entry)
@@ -111,6 +121,7 @@ class Keeper:
                 provider = await self._start(entry, self._starting[entry].queue)
         except Exception as error:
             failure = _failure(error, logger)
+            self._metrics.of(entry.name).load_failures += 1
             del self._starting[entry]
             self.act(self._registry.load_failed(entry.name, failure, time.monotonic()))
             _tell_rest(entry, logger)
@@ -126,6 +137,7 @@ class Keeper:
         self.notify()
         self.rearm(entry)
         logger.info("model loaded", load_ms=provider.load_ms, pid=provider.pid, restarts=entry.restarts)
+        self._metrics.of(entry.name).loads += 1
         log.of_nobody()
         reason = await provider.run()
         del self.providers[entry]
@@ -217,6 +229,7 @@ class Keeper:
         leaving = [self._registry.entries[name] for name in names]
         for entry in leaving:
             self._log.info("unloading to make room", model=entry.name, room_for=room_for.name)
+            self._metrics.of(entry.name).evictions += 1
             self.act(self._registry.unload(entry))
         while any(map(self._leaves, leaving)):
             await self.change()
@@ -225,7 +238,7 @@ class Keeper:
         cache, spec = self.config.cache, entry.spec
         lora = await self._adapters.of_load(spec.path, spec.lora)
         load = ipc.Load(spec.path, planned.options, cache.folder, cache.bytes, lora)
-        return LocalProvider(entry.name, self.config.backend, load, self.config.limits, entry.totals)
+        return LocalProvider(entry.name, self.config.backend, load, self.config.limits, entry.totals, self._metrics)
 
     # -- ends --------------------------------------------------------------------------------------------------
 
@@ -257,6 +270,7 @@ class Keeper:
             effects = self._registry.expire(time.monotonic())
             for effect in effects:
                 self._log.info("unloading what nobody uses", model=effect.name)
+                self._metrics.of(effect.name).expiries += 1
             if effects:
                 self.act(effects)
             self._expiry = trio.Event()

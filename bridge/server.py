@@ -18,7 +18,9 @@ from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
+from bridge.metrics import Metrics
 from bridge.pool import ModelPool
+from bridge.ports import Ports
 from bridge.registry import CONFIGURATION
 from bridge.session import Session
 from protocol.errors import BridgeError, ErrorCode
@@ -35,7 +37,12 @@ class Server:
 
     def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
         """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
-        self._listeners = open_listeners(config)
+        self._ports = Ports(config)
+        try:
+            self._listeners = open_listeners(config)
+        except BaseException:
+            self._ports.close()
+            raise
         self._config = config
         self._read = read or (lambda: config)
         self._log = log.get()
@@ -56,8 +63,10 @@ class Server:
             async with trio.open_nursery() as workers:
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
-                pool = ModelPool(workers, self._config, library, adapters)
-                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
+                metrics = Metrics()
+                pool = ModelPool(workers, self._config, library, adapters, metrics)
+                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload, metrics)
+                self._ports.serve(workers, self._daemon)
                 self._configured = Configured(self._daemon, self._read, workers)
                 workers.start_soon(self._daemon.refusals.run)
                 await self._configured.begin()
@@ -67,6 +76,7 @@ class Server:
                         self._log.info("listening", address=str(listener.address))
                     task_status.started(listeners)
                     await self._stopping.wait()
+                    await self._say_so()
                     for listener in listeners:
                         listener.close()
                     await self._drain()
@@ -76,6 +86,7 @@ class Server:
         finally:
             for listener in listeners:
                 listener.close()
+            self._ports.close()
         self._log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:
@@ -86,10 +97,12 @@ class Server:
         peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
         if error := self._unwelcome():
             self._daemon.refusals.add(error.code)
+            self._daemon.metrics.turned_away(error.code)
             await say_goodbye(client, encode_reply(Failed.of(error)))
             return
         session = Session(client, peer, self._daemon)
         self._sessions.add(session)
+        self._daemon.metrics.connections += 1
         self._daemon.clients = len(self._sessions)
         try:
             await session.run()
@@ -109,6 +122,13 @@ class Server:
             message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
             return BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
         return None
+
+    async def _say_so(self) -> None:
+        """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere."""
+        self._daemon.leaving = True
+        if grace := self._daemon.config.limits.grace:
+            self._log.info("leaving", seconds=grace)
+            await trio.sleep(grace)
 
     async def _drain(self) -> None:
         """Lets what was begun come to its end, as far as ``limits.drain`` allows. The order, from when it is told:

@@ -31,7 +31,10 @@ from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply
 
 _READ = 64 * 1024
-_WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+_WHILE_DRAINING = (
+    commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Health, commands.Metrics, commands.Models,
+    commands.Quit,
+)  # fmt: skip
 _CUT = BridgeError(ErrorCode.DRAINING, "The daemon stops, and waits no longer for this answer")
 
 
@@ -52,7 +55,9 @@ class Session:
             Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line, room=self._room
         )
         self._scope = trio.CancelScope()
-        self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
+        self._outbox = Outbox(
+            sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken, traffic=daemon.metrics.traffic
+        )
         self._in_order: deque[Callable[[], None]] = deque()
         self._answering: Exchange | None = None  # of the requests without an id, the one that runs
         self._asking: dict[Exchange, Asking] = {}
@@ -114,6 +119,7 @@ class Session:
                     case Requested():
                         self._on_request(event, received)
                     case Refused(exchange, error, fatal):
+                        self._daemon.metrics.misread(error.code)
                         self._in_turn(exchange, partial(self._reply, exchange, error))
                         if fatal:
                             await self._while(self._owes)
@@ -134,12 +140,15 @@ class Session:
         while True:
             await trio.lowlevel.wait_readable(self._sock)
             try:
-                return self._sock.recv(_READ)
+                data = self._sock.recv(_READ)
             except BlockingIOError:
                 continue
             except OSError:  # reset: there is nobody to answer
                 self._scope.cancel()
                 await trio.lowlevel.checkpoint()
+            else:
+                self._daemon.metrics.traffic.received += len(data)
+                return data
 
     async def _while(self, waits: Callable[[], bool]) -> None:
         """Reads nothing while that is so, which answers change; ends the session when the peer is gone."""
@@ -178,6 +187,7 @@ class Session:
         exchange, command = request.exchange, request.command
         if isinstance(command, commands.Cancel):
             reply = self._cancel(command)  # at once, though its reply has to wait for its turn
+            self._record(command, received).end(reply)
             self._in_turn(exchange, partial(self._reply, exchange, reply))
         else:
             self._in_turn(exchange, partial(self._start, exchange, command, received))
@@ -194,17 +204,17 @@ class Session:
 
     def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
         """Answers at once where that can be done, else in a task."""
-        record = Record(self._daemon, self._peer, next(self._numbers), command, received)
+        record = self._record(command, received)
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
-            self._reply(exchange, Failed.of(BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")))
+            error = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
+            self._end(exchange, record, Failed.of(error))
         elif handler := INSTANT.get(type(command)):
             reply: Reply
             try:
                 reply = handler(self._caller, command)
             except BridgeError as error:
                 reply = Failed.of(error)
-            self._reply(exchange, reply)
-            record.end(reply)
+            self._end(exchange, record, reply)
         else:
             scope = trio.CancelScope()
             asking = self._asking[exchange] = Asking(scope.cancel)
@@ -230,9 +240,11 @@ class Session:
         except Exception:
             self._log.exception("a handler failed", verb=command.VERB)
             reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
+        except trio.Cancelled:
+            record.end(None)
+            raise
         del self._asking[exchange]
-        self._reply(exchange, reply)
-        record.end(reply)
+        self._end(exchange, record, reply)
         if self._answering is exchange:
             self._answering = None
             self._next_in_turn()
@@ -253,6 +265,14 @@ class Session:
             return Failed.of(BridgeError(ErrorCode.NOT_FOUND, message))
         self._asking[exchange].cancel()
         return Ok("Cancelled", command.id)
+
+    def _record(self, command: commands.Command, received: float) -> Record:
+        return Record(self._daemon, self._peer, next(self._numbers), command, received)
+
+    def _end(self, exchange: Exchange, record: Record, reply: Reply) -> None:
+        """Sends the last line of an answer; whoever reads it finds it counted."""
+        record.end(reply)
+        self._reply(exchange, reply)
 
     def _reply(self, exchange: Exchange, reply: Reply) -> None:
         self._outbox.put(self._connection.reply(exchange, reply))

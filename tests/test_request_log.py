@@ -8,8 +8,6 @@ from helpers import Line, Wire, daemon
 
 from bridge import log
 from bridge.config import Log
-from bridge.request_log import outcome_of
-from protocol.replies import Failed, Final, Ok, Reply
 
 SECRET = "correct-horse-battery-staple"
 
@@ -182,22 +180,3 @@ async def test_each_connection_counts_its_own() -> None:
     async with daemon("echo") as place, await place.unix() as one, await place.tcp() as other:
         ids = [await failing(one), await failing(other), await failing(one)]
         assert sorted(ids) == ["1.1", "1.2", "2.1"]
-
-
-# -- outcomes --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("reply", "outcome"),
-    [
-        (Ok("pong"), "ok"),
-        (Ok("done", "x", {"finish_reason": "length"}), "ok"),
-        (Ok("done", "x", {"finish_reason": "cancelled"}), "cancelled"),
-        (Failed("overloaded", "no room"), "overloaded"),
-        (Final("", "stop"), "ok"),
-        (Final("", "deadline"), "deadline"),
-        (Final("", "error", {"code": "model_crashed"}), "model_crashed"),
-    ],
-)
-def test_outcomes(reply: Reply, outcome: str) -> None:
-    assert outcome_of(reply) == outcome

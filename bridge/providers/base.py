@@ -62,6 +62,7 @@ class Provider(Protocol):
     info: ipc.ModelInfo
     load_ms: float
     limits: Limits  # in force from when they are set
+    cells: tuple[int, int, int]  # of the KV cache, as last told: of requests that run, left for others' use, in all
     adapters: set[str]  # the keys of those that are there, as whoever loads and unloads them keeps it
 
     @property

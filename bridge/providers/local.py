@@ -21,6 +21,7 @@ import trio
 from bridge import ipc, log
 from bridge.config import Limits
 from bridge.frames import FrameBuffer, decode_to_daemon, encode
+from bridge.metrics import Metrics
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.admission import Admission
@@ -39,7 +40,7 @@ _UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts b
 class LocalProvider:
     """``limits`` bound the requests in the worker, waiting or running; they may be replaced.
 
-    What the worker computed is added to ``totals``, also for those that did not wait for their answer.
+    What the worker computed is added to ``totals`` and ``metrics``, also for those that did not wait for their answer.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class LocalProvider:
         load: ipc.Load,
         limits: Limits,
         totals: Totals,
+        metrics: Metrics,
     ) -> None:
         self._name = name
         self._totals = totals
+        self._metrics = metrics
         self._backend = backend
         self._load = load
         self.limits = limits
@@ -65,6 +68,7 @@ class LocalProvider:
 
     info: ipc.ModelInfo
     load_ms: float
+    cells = (0, 0, 0)
 
     @property
     def pid(self) -> int:
@@ -106,6 +110,7 @@ class LocalProvider:
             self.info, self.load_ms = answer.info, answer.load_ms
             self._admission.places = answer.info.n_parallel
             self._liveness = Liveness(self.pid, lambda: self.limits.step)
+            self.cells = (0, 0, self.info.n_ctx * self.info.n_parallel)
             return
         death = await self._bury()
         raise self._failed(answer.reason if isinstance(answer, ipc.LoadFailed) else f"its worker {death}")
@@ -247,6 +252,10 @@ class LocalProvider:
             if isinstance(event, ipc.Warning):
                 about = pending.whose if (pending := self._admission.find(event.rid)) else {}
                 self._log.warning("worker warned", reason=event.message, **about)
+                continue
+            if isinstance(event, ipc.Stats):
+                self._metrics.of(self._name).computed(event)
+                self.cells = (event.cells_running, event.cells_kept, event.cells)
                 continue
             if isinstance(event, ipc.Done | ipc.Embedded):
                 self._totals.add(event)
