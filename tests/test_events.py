@@ -25,7 +25,7 @@ class Heard:
         self.events: list[Event] = []
         self.finished = 0
         self.subscription = Subscription(kinds, self.events.append, self._finish)
-        self.first = events.subscribe(self.subscription, None)
+        events.subscribe(self.subscription)
 
     def _finish(self) -> None:
         self.finished += 1
@@ -73,7 +73,7 @@ async def test_a_line_is_told_as_far_as_the_table_says() -> None:
     [event] = heard.events
     assert (event.kind, event.time) == ("load_failed", "T")
     assert event.about == {"model": "m", "request": "1.2"}
-    assert event.number == events.last > heard.first.number
+    assert event.number == events.last
 
 
 async def test_each_is_told_of_its_kinds() -> None:
@@ -106,7 +106,7 @@ async def test_one_that_leaves_while_it_is_told() -> None:
         happen(events, "client cut", client=1)
 
     subscription = Subscription((), leave, lambda: None)
-    events.subscribe(subscription, None)
+    events.subscribe(subscription)
     other = Heard(events)
     happen(events, "model loaded")
     assert other.kinds == ["client_cut", "loaded"]
@@ -121,7 +121,7 @@ async def test_lines_of_other_threads_are_told_in_the_loop() -> None:
         heard.append(threading.get_ident())
         told.set()
 
-    events.subscribe(Subscription((), hear, lambda: None), None)
+    events.subscribe(Subscription((), hear, lambda: None))
     await trio.to_thread.run_sync(happen, events, "model loaded")
     await told.wait()
     assert heard == [threading.get_ident()]
@@ -132,7 +132,8 @@ async def test_lines_of_other_threads_are_told_in_the_loop() -> None:
 
 async def test_since() -> None:
     events = Events()
-    assert (events.last, events.since(0, ())) == (0, [])
+    start = events.last
+    assert (events.since(0, ()), events.complete_since(0, ())) == ([], start)
     for _ in range(3):
         happen(events, "loading model")
         happen(events, "model loaded")
@@ -141,18 +142,21 @@ async def test_since() -> None:
     assert events.since(everything[2].number, ()) == everything[3:]
     assert events.since(everything[2].number, ["loading"]) == [everything[4]]
     assert events.since(events.last, ()) == []
+    assert everything[0].number > start == events.complete_since(start, ())
 
 
-async def test_a_gap_is_seen() -> None:
+async def test_many_of_one_kind_push_out_none_of_another_and_a_gap_is_seen() -> None:
     events = Events()
+    happen(events, "worker crashed")
+    crashed = events.last
     for _ in range(REMEMBERED + 5):
-        happen(events, "model loaded")
-    first = events.since(0, ())[0].number
-    subscription = Subscription((), lambda event: None, lambda: None)
-    assert len(events.since(0, ())) == REMEMBERED
-    assert events.subscribe(subscription, 1).number == first - 1
-    assert events.subscribe(subscription, first + 7).number == first + 7
-    assert events.subscribe(subscription, None).number == events.last
+        happen(events, "slow request")
+    slow = events.since(0, ["slow"])
+    assert len(slow) == REMEMBERED
+    assert [event.number for event in events.since(0, ())][:2] == [crashed, slow[0].number]
+    assert events.complete_since(crashed, ()) == events.complete_since(crashed, ["slow"]) == slow[0].number - 1
+    assert events.complete_since(crashed, ["crashed", "resting"]) == crashed
+    assert events.complete_since(events.last, ()) == events.last
 
 
 def test_numbers_grow_over_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
