@@ -44,6 +44,7 @@ TABLE: dict[str, Told] = {
     "worker crashed": Told("crashed", ("model", "path", "reason", "restarts")),
     "model rests": Told("resting", ("model", "path", "reason")),
     "worker warned": Told("warning", ("model", "reason")),
+    "worker said": Told("warning", ("model", "reason")),
     "adapter loaded": Told("adapter_loaded", ("model", "path")),
     "adapter unloaded": Told("adapter_unloaded", ("model", "path")),
     "pull begun": Told("pulling", ("source",)),
