@@ -118,6 +118,14 @@ def test_only_handlers_translate_between_wire_and_worker() -> None:
     assert both <= {"bridge.dispatch", "bridge.generation", "bridge.loading", "bridge.lora", "bridge.planner"}
 
 
+def test_the_log_has_one_door() -> None:
+    """Who logs asks bridge.log; what is logged is what EVENTS tells; and the writer knows nothing of either."""
+    assert who_imports("structlog") == {"bridge.log", "bridge.events"}
+    assert who_imports("bridge.log_writer") == {"bridge.log"}
+    assert who_imports("bridge.events") == {"bridge.log", "bridge.subscribing"}
+    assert not imports("bridge.log_writer") & MODULES.keys()
+
+
 @pytest.mark.parametrize(
     "module", ["bridge.registry", "bridge.entry", "bridge.room", "bridge.models.fit", "bridge.worker.scheduler"]
 )

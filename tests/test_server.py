@@ -294,7 +294,7 @@ async def test_the_log_is_json_and_holds_no_prompt() -> None:
         await place.exited()
         assert SECRET not in place.stderr
         events = [line["event"] for line in place.log]
-        assert {"listening", "model loaded", "model unloaded", "draining", "stopped"} <= set(events)
+        assert {"listening", "model loaded", "worker crashed", "draining", "stopped"} <= set(events)
         assert all(line["timestamp"] and line["level"] for line in place.log)
 
 

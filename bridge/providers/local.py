@@ -27,6 +27,7 @@ from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.admission import Admission
 from bridge.providers.base import Answer, Ask, Asking, Bill, Crashed, Progress
+from bridge.providers.chatter import Chatter
 from bridge.providers.liveness import Liveness
 from bridge.receipts import Totals
 from protocol.errors import BridgeError
@@ -119,14 +120,18 @@ class LocalProvider:
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as on_failure, theirs:
+        with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as handed, theirs:
             on_failure.callback(ours.close)
+            self._chatter = Chatter(self._log)
+            on_failure.callback(self._chatter.close)
+            handed.callback(self._chatter.close_theirs)
             ours.setblocking(False)
             # Popen and not trio's: that spawns from a thread of its own, and Linux ties a process to its parent thread.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bridge.worker", self._backend],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
+                stderr=self._chatter.theirs,
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a backtrace takes a debugger seconds
                 start_new_session=True,
             )
@@ -152,6 +157,7 @@ class LocalProvider:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._outbox.run)
                 nursery.start_soon(self._watch)
+                nursery.start_soon(self._chatter.listen)
                 reason = await self._read()
                 nursery.cancel_scope.cancel()
         finally:
@@ -206,6 +212,7 @@ class LocalProvider:
         self._home.close()
         with trio.CancelScope(shield=True):
             await self._end()
+        self._chatter.close()
         code = self._process.wait()
         if code >= 0:
             return f"exited with status {code}"
