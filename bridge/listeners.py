@@ -17,7 +17,7 @@ import trio
 
 from bridge import log
 from bridge.access import Origin
-from bridge.config import Config, check_open
+from bridge.config import Config, ConfigError, check_open
 from bridge.systemd import Inherited
 from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
@@ -94,8 +94,12 @@ def _take_over(one: Inherited, config: Config) -> Listener:
         raise ListenError(f"cannot listen on {what}: its unit needs ListenStream=, an address or path, and Accept=no")
     sock.set_inheritable(False)
     address = _address(sock, config)
-    if not isinstance(address, Unix):
-        check_open(config, address)
+    try:
+        if not isinstance(address, Unix):
+            check_open(config, address)
+    except ConfigError:
+        sock.detach()
+        raise
     return Listener(sock, address, inherited=True)
 
 

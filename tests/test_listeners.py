@@ -18,7 +18,8 @@ import trio.testing
 from helpers import PATIENCE, daemon, eventually
 
 from bridge.access import Origin
-from bridge.config import Config, Limits
+from bridge.config import Config, ConfigError, Limits
+from bridge.config_access import Access
 from bridge.listeners import Listener, ListenError, accept_forever, open_listeners
 from bridge.systemd import Inherited
 from protocol.address import Tcp, Unix
@@ -199,10 +200,12 @@ async def test_all_or_none(socket_path: Path) -> None:
 
 
 @contextmanager
-def inherited(*sockets: socket.socket, path: Path | str = "", tcp: tuple[str, ...] = ()) -> Iterator[list[Listener]]:
+def inherited(
+    *sockets: socket.socket, path: Path | str = "", tcp: tuple[str, ...] = (), access: Access = Access()
+) -> Iterator[list[Listener]]:
     """As if these had been, as file descriptors of their own."""
     numbers = [os.dup(sock.fileno()) for sock in sockets]
-    config = Config(socket=str(path), tcp=list(tcp))
+    config = Config(socket=str(path), tcp=list(tcp), access=access)
     listeners = open_listeners(config, [Inherited("bridge", number) for number in numbers])
     with ExitStack() as stack:
         for listener in listeners:
@@ -235,11 +238,21 @@ async def test_an_inherited_abstract_one() -> None:
 async def test_ports_are_opened_beside_inherited_ones_but_not_twice(socket_path: Path, host: str) -> None:
     with socket.create_server((host, 0)) as sock:
         port = sock.getsockname()[1]
-        with inherited(sock, path=socket_path, tcp=(f"127.0.0.1:{port}", "127.0.0.1:0")) as listeners:
+        with inherited(
+            sock, path=socket_path, tcp=(f"127.0.0.1:{port}", "127.0.0.1:0"), access=Access(insecure=True)
+        ) as listeners:
             there = [listener.inherited for listener in listeners]
             assert there == [True, False, False]
             assert listeners[0].address == Tcp(host, port)
             assert listeners[1].address == Unix(str(socket_path))
+
+
+async def test_one_that_the_world_reaches_is_refused_without_tokens() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as sock:
+        number = os.dup(sock.fileno())
+        with pytest.raises(ConfigError, match="can be reached from other machines"):
+            open_listeners(Config(socket=""), [Inherited("bridge", number)])
+        os.close(number)
 
 
 @pytest.mark.parametrize("kind", ["datagrams", "not listening", "a connection", "a file", "nothing"])

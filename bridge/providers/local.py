@@ -267,7 +267,7 @@ class LocalProvider:
                 self._metrics.of(self._name).computed(event)
                 self.cells = (event.cells_running, event.cells_kept, event.cells)
                 continue
-            if not isinstance(event, Progress):
+            if not isinstance(event, Progress | ipc.Begun):
                 bill = self._bills.pop(event.rid, None)
                 if bill and isinstance(event, ipc.Done | ipc.Embedded):
                     bill(event, time.monotonic())
