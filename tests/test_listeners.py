@@ -205,7 +205,7 @@ def inherited(
 ) -> Iterator[list[Listener]]:
     """As if these had been, as file descriptors of their own."""
     numbers = [os.dup(sock.fileno()) for sock in sockets]
-    config = Config(socket=str(path), tcp=list(tcp), access=access)
+    config = Config(socket=str(path), tcp=list(tcp), access=Access(insecure=insecure))
     listeners = open_listeners(config, [Inherited("bridge", number) for number in numbers])
     with ExitStack() as stack:
         for listener in listeners:
