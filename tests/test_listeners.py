@@ -201,7 +201,7 @@ async def test_all_or_none(socket_path: Path) -> None:
 
 @contextmanager
 def inherited(
-    *sockets: socket.socket, path: Path | str = "", tcp: tuple[str, ...] = (), access: Access = Access()
+    *sockets: socket.socket, path: Path | str = "", tcp: tuple[str, ...] = (), insecure: bool = False
 ) -> Iterator[list[Listener]]:
     """As if these had been, as file descriptors of their own."""
     numbers = [os.dup(sock.fileno()) for sock in sockets]
@@ -238,9 +238,7 @@ async def test_an_inherited_abstract_one() -> None:
 async def test_ports_are_opened_beside_inherited_ones_but_not_twice(socket_path: Path, host: str) -> None:
     with socket.create_server((host, 0)) as sock:
         port = sock.getsockname()[1]
-        with inherited(
-            sock, path=socket_path, tcp=(f"127.0.0.1:{port}", "127.0.0.1:0"), access=Access(insecure=True)
-        ) as listeners:
+        with inherited(sock, path=socket_path, tcp=(f"127.0.0.1:{port}", "127.0.0.1:0"), insecure=True) as listeners:
             there = [listener.inherited for listener in listeners]
             assert there == [True, False, False]
             assert listeners[0].address == Tcp(host, port)
