@@ -41,7 +41,7 @@ put() {
 set_up_as_owner() {
     local owner
     owner=$(stat -c %U "$ROOT")
-    if [ "$owner" = "$(id -un)" ]; then
+    if [ "$(id -u)" != 0 ] || [ "$owner" = root ]; then
         set_up
     else
         runuser -u "$owner" -- env "HOME=$(getent passwd "$owner" | cut -d: -f6)" bash "$ROOT/deploy.sh" build-bridge
