@@ -32,9 +32,11 @@ places() {
 
 # put SOURCE TARGET [MODE [GROUP]]
 put() {
+    local note=
     cmp -s -- "$1" "$2" && return
+    [[ $2 == *.socket && -e $2 ]] && note=" (in force after: ${SYSTEMCTL[*]} restart ${2##*/}, which closes it for a moment)"
     install -D -m "${3:-644}" -g "${4:-$(id -g)}" -- "$1" "$2"
-    changed "installed $2"
+    changed "installed $2$note"
 }
 
 # With sudo the checkout stays its owner's: what is made in there is made as him.
