@@ -32,16 +32,18 @@ places() {
 
 # put SOURCE TARGET [MODE [GROUP]]
 put() {
+    local note=
     cmp -s -- "$1" "$2" && return
+    [[ $2 == *.socket && -e $2 ]] && note=" (in force after: ${SYSTEMCTL[*]} restart ${2##*/}, which closes it for a moment)"
     install -D -m "${3:-644}" -g "${4:-$(id -g)}" -- "$1" "$2"
-    changed "installed $2"
+    changed "installed $2$note"
 }
 
 # With sudo the checkout stays its owner's: what is made in there is made as him.
 set_up_as_owner() {
     local owner
     owner=$(stat -c %U "$ROOT")
-    if [ "$owner" = "$(id -un)" ]; then
+    if [ "$(id -u)" != 0 ] || [ "$owner" = root ]; then
         set_up
     else
         runuser -u "$owner" -- env "HOME=$(getent passwd "$owner" | cut -d: -f6)" bash "$ROOT/deploy.sh" build-bridge

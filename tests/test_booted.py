@@ -194,7 +194,7 @@ async def test_tokens_are_a_credential(service: Machine) -> None:
 
 
 @pytest.mark.faults
-async def test_28_the_daemon_is_killed(service: Machine) -> None:
+async def test_fault_28_the_daemon_is_killed(service: Machine) -> None:
     pid = await daemon_pid(service)
     await until_ready(service)
     worker = await service.pid()
@@ -205,7 +205,7 @@ async def test_28_the_daemon_is_killed(service: Machine) -> None:
 
 
 @pytest.mark.faults
-async def test_22_a_worker_is_killed(service: Machine) -> None:
+async def test_fault_22_a_worker_is_killed(service: Machine) -> None:
     pid = await daemon_pid(service)
     await until_ready(service)
     worker = await service.pid()
@@ -255,7 +255,7 @@ async def test_reload(service: Machine) -> None:
 
 
 @pytest.mark.faults
-async def test_27_stop_while_streaming(service: Machine) -> None:
+async def test_fault_27_stop_while_streaming(service: Machine) -> None:
     """Also for longer than the unit says: the daemon asks for the time that its configuration gives answers."""
     drop_in(service, "service", "[Service]\nTimeoutStopSec=1\n")
     await daemon_pid(service)
