@@ -58,6 +58,10 @@ def lack(need: str) -> str | None:
     return None if there else f"needs {need}: {REMEDIES.get(need, 'not found in PATH')}"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", type=float, default=0.0, help="how long test_fuzz.py goes on, at least")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*names): commands and the like without which the test is skipped")
 
