@@ -38,6 +38,10 @@ class ContextExceeded(ClientFault):
     """The prompt does not fit in the model's context. Nothing was computed; ``details`` has both counts."""
 
 
+class BadGrammar(ClientFault):
+    """The grammar cannot be read, or no token of the model fits it, or it takes too long."""
+
+
 class TemplateError(ClientFault):
     """The chat template failed, or refused these messages."""
 
@@ -130,6 +134,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.FORBIDDEN: Forbidden,
     ErrorCode.CONTEXT_EXCEEDED: ContextExceeded,
     ErrorCode.TEMPLATE_ERROR: TemplateError,
+    ErrorCode.BAD_GRAMMAR: BadGrammar,
     ErrorCode.CANCELLED: Cancelled,
     ErrorCode.NO_MODEL: NoModel,
     ErrorCode.LOAD_FAILED: LoadFailed,

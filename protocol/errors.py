@@ -33,6 +33,7 @@ class ErrorCode(StrEnum):
     FORBIDDEN = "forbidden"
     UNSUPPORTED = "unsupported"
     TEMPLATE_ERROR = "template_error"
+    BAD_GRAMMAR = "bad_grammar"
     CONTEXT_EXCEEDED = "context_exceeded"
     # the models
     NO_MODEL = "no_model"

@@ -25,8 +25,6 @@ from hypothesis import strategies as st
 from protocol.errors import ErrorCode
 from protocol.parse import is_json_form
 
-pytestmark = pytest.mark.faults
-
 SEEDS = 10
 BATCH = 100  # lines of a connection
 KINDS = ("unix", "tcp")
