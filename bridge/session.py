@@ -6,6 +6,7 @@ a task of its nursery, so when the peer is gone all of it ends, in the queue, in
 
 from __future__ import annotations
 
+import itertools
 import select
 import socket
 import time
@@ -23,13 +24,18 @@ from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
+from bridge.request_log import Record
 from protocol import commands
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role, State
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply
 
 _READ = 64 * 1024
-_WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+_WHILE_DRAINING = (
+    commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Health, commands.Metrics, commands.Models,
+    commands.Quit,
+)  # fmt: skip
+_CUT = BridgeError(ErrorCode.DRAINING, "The daemon stops, and waits no longer for this answer")
 
 
 class Session:
@@ -49,11 +55,15 @@ class Session:
             Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line, room=self._room
         )
         self._scope = trio.CancelScope()
-        self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
+        self._outbox = Outbox(
+            sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken, traffic=daemon.metrics.traffic
+        )
         self._in_order: deque[Callable[[], None]] = deque()
         self._answering: Exchange | None = None  # of the requests without an id, the one that runs
         self._asking: dict[Exchange, Asking] = {}
+        self._numbers = itertools.count(1)  # of its requests
         self._changed = trio.Event()
+        self._cut = False
         self._log = log.get().bind(client=peer.number)
 
     async def run(self) -> None:
@@ -79,6 +89,12 @@ class Session:
         else:
             self._nursery.start_soon(self._finish_when_sent)
 
+    def cut(self) -> None:
+        """The time to drain is over: who still waits for an answer is told so, and gets no other."""
+        self._cut = True
+        for asking in list(self._asking.values()):
+            asking.give_up()
+
     def _on_broken(self, reason: str) -> None:
         self._log.info("client cut", reason=reason)
         self._scope.cancel()
@@ -103,6 +119,7 @@ class Session:
                     case Requested():
                         self._on_request(event, received)
                     case Refused(exchange, error, fatal):
+                        self._daemon.metrics.misread(error.code)
                         self._in_turn(exchange, partial(self._reply, exchange, error))
                         if fatal:
                             await self._while(self._owes)
@@ -123,12 +140,15 @@ class Session:
         while True:
             await trio.lowlevel.wait_readable(self._sock)
             try:
-                return self._sock.recv(_READ)
+                data = self._sock.recv(_READ)
             except BlockingIOError:
                 continue
             except OSError:  # reset: there is nobody to answer
                 self._scope.cancel()
                 await trio.lowlevel.checkpoint()
+            else:
+                self._daemon.metrics.traffic.received += len(data)
+                return data
 
     async def _while(self, waits: Callable[[], bool]) -> None:
         """Reads nothing while that is so, which answers change; ends the session when the peer is gone."""
@@ -167,6 +187,7 @@ class Session:
         exchange, command = request.exchange, request.command
         if isinstance(command, commands.Cancel):
             reply = self._cancel(command)  # at once, though its reply has to wait for its turn
+            self._record(command, received).end(reply)
             self._in_turn(exchange, partial(self._reply, exchange, reply))
         else:
             self._in_turn(exchange, partial(self._start, exchange, command, received))
@@ -183,42 +204,55 @@ class Session:
 
     def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
         """Answers at once where that can be done, else in a task."""
+        record = self._record(command, received)
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
-            self._reply(exchange, Failed.of(BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")))
+            error = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
+            self._end(exchange, record, Failed.of(error))
         elif handler := INSTANT.get(type(command)):
+            reply: Reply
             try:
-                self._reply(exchange, handler(self._caller, command))
+                reply = handler(self._caller, command)
             except BridgeError as error:
-                self._reply(exchange, Failed.of(error))
+                reply = Failed.of(error)
+            self._end(exchange, record, reply)
         else:
             scope = trio.CancelScope()
             asking = self._asking[exchange] = Asking(scope.cancel)
-            say = partial(self._reply, exchange)
+            say = record.hearing(partial(self._reply, exchange))
             call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
             if exchange.id is None:
                 self._answering = exchange
-            self._nursery.start_soon(self._answer, exchange, command, call, scope)
+            self._nursery.start_soon(self._answer, exchange, command, call, scope, record)
 
-    async def _answer(self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope) -> None:
+    async def _answer(
+        self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope, record: Record
+    ) -> None:
         reply: Reply
+        log.of_request(record.id, exchange.id)
         try:
             with scope:
                 reply = await LASTING[type(command)](call, command)
             if scope.cancelled_caught:
-                reply = self._failure(exchange, BridgeError(ErrorCode.CANCELLED, "Cancelled"))
+                error = _CUT if self._cut else BridgeError(ErrorCode.CANCELLED, "Cancelled")
+                reply = self._failure(exchange, error, record)
         except BridgeError as error:
-            reply = self._failure(exchange, error)
+            reply = self._failure(exchange, error, record)
         except Exception:
             self._log.exception("a handler failed", verb=command.VERB)
-            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"))
+            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
+        except trio.Cancelled:
+            record.end(None)
+            raise
         del self._asking[exchange]
-        self._reply(exchange, reply)
+        self._end(exchange, record, reply)
         if self._answering is exchange:
             self._answering = None
             self._next_in_turn()
 
-    def _failure(self, exchange: Exchange, error: BridgeError) -> Reply:
-        """A stream that began ends with a final line all the same."""
+    def _failure(self, exchange: Exchange, error: BridgeError, record: Record) -> Reply:
+        """A stream that began ends with a final line all the same. Who has met a bug is told where the log has it."""
+        if error.code == ErrorCode.INTERNAL:
+            error = BridgeError(error.code, error.message, **error.details, request=record.id)
         if exchange.state is not State.STREAMING:
             return Failed.of(error)
         code = ErrorCode(error.code)
@@ -231,6 +265,14 @@ class Session:
             return Failed.of(BridgeError(ErrorCode.NOT_FOUND, message))
         self._asking[exchange].cancel()
         return Ok("Cancelled", command.id)
+
+    def _record(self, command: commands.Command, received: float) -> Record:
+        return Record(self._daemon, self._peer, next(self._numbers), command, received)
+
+    def _end(self, exchange: Exchange, record: Record, reply: Reply) -> None:
+        """Sends the last line of an answer; whoever reads it finds it counted."""
+        record.end(reply)
+        self._reply(exchange, reply)
 
     def _reply(self, exchange: Exchange, reply: Reply) -> None:
         self._outbox.put(self._connection.reply(exchange, reply))

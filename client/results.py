@@ -135,6 +135,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 class Status(Struct, frozen=True, kw_only=True):
     """``message`` is the line for people; ``default`` the model that answers when none is named.
 
+    ``tasks`` are the event loop's, a few for each connection and model: more and more of them would be a leak.
     ``usage`` has the sums of what this connection was answered.
     """
 
@@ -143,6 +144,7 @@ class Status(Struct, frozen=True, kw_only=True):
     uptime_s: float = 0.0
     pid: int = 0
     clients: int = 0
+    tasks: int = 0
     draining: bool = False
     default: str | None = None
     models: list[ModelState] = []

@@ -24,6 +24,7 @@ from protocol.commands import Cancel, Command, Request
 from protocol.errors import ErrorCode, LocalProtocolError, ProtocolError, RemoteProtocolError
 from protocol.lines import LineBuffer, LineTooLong, NoRoom
 from protocol.parse import TLS_START, BadCommand, is_json_form, parse_request, wrong_protocol_tls
+from protocol.replies import Event as EventLine
 from protocol.replies import (
     Failed,
     Final,
@@ -52,7 +53,7 @@ class Role(Enum):
 class State(Enum):
     """Of one exchange: a request and all that answers it."""
 
-    REQUESTED = auto()  # a command that is answered with one line, after those about its progress if it asked for them
+    REQUESTED = auto()  # a command that is answered with one line, after those about progress or events if it asked
     STREAM_REQUESTED = auto()  # a command that is answered with a stream, or one error line
     STREAMING = auto()
     DONE = auto()
@@ -60,6 +61,7 @@ class State(Enum):
 
 TRANSITIONS: dict[tuple[State, type[Reply]], State] = {
     (State.REQUESTED, Progress): State.REQUESTED,
+    (State.REQUESTED, EventLine): State.REQUESTED,
     (State.REQUESTED, Ok): State.DONE,
     (State.REQUESTED, Failed): State.DONE,
     (State.STREAM_REQUESTED, Failed): State.DONE,

@@ -237,7 +237,7 @@ async def test_fault_08_no_descriptor_left() -> None:
             crowd[0].half_close()
             assert (await crowd[0].line())["data"] == "a b"
             assert await first.code("LOAD other") == "load_failed"
-            assert await first.code("INFER !kill") == "model_crashed"
+            assert await first.code("INFER a !kill") == "model_crashed"
             for wire in crowd[:5]:
                 wire.close()
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
-from helpers import ROOT, SERVE, Place, daemon, eventually, spawned
+from helpers import PATIENCE, ROOT, SERVE, Place, daemon, eventually, serve, spawned
 
+from bridge import log
 from bridge.config import Cache
 from protocol.options import LoadOptions
 
@@ -28,7 +27,7 @@ async def still_answers(place: Place) -> None:
 # -- the disk --------------------------------------------------------------------------------------------------
 
 
-async def test_fault_29_the_disk_of_the_cache_is_full(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_fault_29_the_disk_of_the_cache_is_full(small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What would not fit is not kept, which is logged; nobody's answer depends on it."""
     (small_disk / "ballast").write_bytes(bytes(200 << 10))
     cache = Cache(dir=str(small_disk))
@@ -40,7 +39,8 @@ async def test_fault_29_the_disk_of_the_cache_is_full(small_disk: Path, capsys: 
             assert (await wire.ask("LOAD echo"))["status"] == "ok"
         await still_answers(place)
         assert (await place.models())["echo"]["restarts"] == 0
-    assert "No space left on device" in capsys.readouterr().out
+    log.flush()
+    assert "No space left on device" in "".join(capfd.readouterr())
     assert files(small_disk) == ["ballast"], "no half of a state"
 
 
@@ -51,70 +51,42 @@ def files(folder: Path) -> list[str]:
 # -- the log ---------------------------------------------------------------------------------------------------
 
 
-class Piped(Place):
-    """A daemon that logs into a pipe."""
+class Unseen(Place):
+    """A daemon whose log nobody reads."""
 
-    def __init__(self, process: subprocess.Popen[bytes], path: str) -> None:
-        self.process = process
+    def __init__(self, path: str) -> None:
         self.path = path
 
 
-@contextmanager
-def piped(tmp_path: Path) -> Iterator[Piped]:
-    path = str(tmp_path / "bridge.sock")
-    ours = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_BRIDGE_")}
-    store = {"LLAMA_BRIDGE_STORE_DIR": str(tmp_path / "models"), "LLAMA_BRIDGE_STORE_DISCOVER": "false"}
-    process = subprocess.Popen(
-        [*SERVE, "--socket", path, "--backend", "fake", "--load", "echo"],
-        env=ours | {"PYTHONPATH": str(ROOT), **store},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    with process:
-        try:
-            yield Piped(process, path)
-        finally:
-            process.kill()
+@pytest.mark.parametrize("what", ["full", "closed", "closed at the start"])
+async def test_fault_29_log_pipe(what: str, tmp_path: Path) -> None:
+    pipe, path = tmp_path / "pipe", str(tmp_path / "bridge.sock")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    command = ("sh", "-c", 'exec "$@" 2>&-', "sh", *SERVE) if what == "closed at the start" else SERVE
+    chatty = {"LLAMA_BRIDGE_LOG_REQUESTS": "true", "LLAMA_BRIDGE_LOG_PROMPTS": "true"}
+    arguments = ("--socket", path, "--backend", "fake", "--load", "echo")
+    with serve(*arguments, stderr=pipe, environ=chatty, command=command) as process:
+        if what == "closed":
+            os.close(reader)
+        place = Unseen(path)
 
+        async def listens() -> bool:
+            return await trio.Path(path).exists()
 
-async def listens(place: Piped) -> None:
-    async def there() -> bool:
-        assert place.process.poll() is None
-        return await trio.Path(place.path).exists()
-
-    await eventually(there)
-    await place.until_ready()
-
-
-async def make_it_log(place: Place, times: int) -> None:
-    async with await place.unix() as wire:
-        for _ in range(times):
-            assert await wire.code("LOAD x?load=fail") == "load_failed"
-
-
-async def test_fault_29_the_logs_reader_is_gone(tmp_path: Path) -> None:
-    with piped(tmp_path) as place:
-        await listens(place)
-        assert place.process.stderr is not None
-        place.process.stderr.close()
-        await make_it_log(place, 3)
+        await eventually(listens)
+        await place.until_ready()
         async with await place.unix() as wire:
-            assert await wire.code("INFER !kill") == "model_crashed"
+            for _ in range(40):  # of 60 kB each: far more than a pipe and what may wait for it take
+                assert (await wire.ask("INFER max_tokens=1 " + "x" * 60_000))["status"] == "ok"
         await still_answers(place)
-        place.process.terminate()
-        with trio.fail_after(30):
-            assert await trio.to_thread.run_sync(place.process.wait) == 0
-
-
-async def test_fault_29_the_logs_reader_stalls(tmp_path: Path) -> None:
-    """It reads nothing while far more is logged than the pipe holds. Lines are lost; nobody waits."""
-    with piped(tmp_path) as place:
-        await listens(place)
-        assert place.process.stderr is not None
-        fcntl.fcntl(place.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
-        await make_it_log(place, 50)
+        os.kill(await place.pid(), signal.SIGKILL)
+        await place.until(lambda models: models["echo"]["restarts"] == 1 and models["echo"]["state"] == "ready")
         await still_answers(place)
+        process.terminate()
+        assert await trio.to_thread.run_sync(process.wait, PATIENCE) == 0
+    if what != "closed":
+        os.close(reader)
 
 
 # -- the clock -------------------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ async def test_who_has_gone_is_counted_for_the_model() -> None:
 async def test_a_models_sums_outlive_its_worker() -> None:
     async with daemon("echo") as place, await place.unix() as wire:
         await wire.ask("INFER max_tokens=1 a")
-        assert await wire.code("INFER !kill") == "model_crashed"
+        assert await wire.code("INFER a !kill") == "model_crashed"
         await place.until_ready()
         await wire.ask("INFER max_tokens=1 a")
         assert (await place.models())["echo"]["usage"]["requests"] == 2

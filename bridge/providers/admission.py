@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from bridge import ipc
+from bridge import ipc, log
 from bridge.config import Limits
 from bridge.providers.base import Answer, Ask, AskAdapters, Progress
 from bridge.providers.turnover import Turnover
@@ -21,7 +21,7 @@ _WEIGHT = 0.1  # of the newest prompt in the running average
 class Pending:
     """A request on its way. ``size`` is characters of its prompts, ``tokens`` what these are, or are taken to be."""
 
-    __slots__ = ("answered", "began", "client", "event", "on_progress", "size", "tokens")
+    __slots__ = ("answered", "began", "begun", "client", "event", "on_progress", "size", "tokens", "whose")
 
     def __init__(self, request: Ask, on_progress: Callable[[Progress], None] | None, tokens_a_character: float) -> None:
         self.on_progress = on_progress
@@ -29,6 +29,8 @@ class Pending:
         self.size = size_of(request)
         self.tokens = round(self.size * tokens_a_character)
         self.began = 0.0  # when it began to run
+        self.begun = False  # a token of the answer is computed
+        self.whose = log.whose()
         self.answered = trio.Event()
         self.event: Answer | BridgeError | None = None
 

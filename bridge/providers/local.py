@@ -21,16 +21,18 @@ import trio
 from bridge import ipc, log
 from bridge.config import Limits
 from bridge.frames import FrameBuffer, decode_to_daemon, encode
+from bridge.metrics import Metrics
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.admission import Admission
-from bridge.providers.base import Answer, Ask, Asking, Progress
+from bridge.providers.base import Answer, Ask, Asking, Crashed, Progress
 from bridge.providers.liveness import Liveness
 from bridge.receipts import Totals
-from protocol.errors import BridgeError, ErrorCode
+from protocol.errors import BridgeError
 
 _REAP_SECONDS = 2.0
 _NO_FRAME = (ValueError, msgspec.DecodeError)  # from a worker of another version, if we were upgraded under our feet
+_NAMED = 32  # requests in one log line
 _OOM_SCORE = "500"  # when memory runs out the kernel ends a worker, which is started again, and not the daemon
 _UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts before they come here
 
@@ -38,7 +40,7 @@ _UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts b
 class LocalProvider:
     """``limits`` bound the requests in the worker, waiting or running; they may be replaced.
 
-    What the worker computed is added to ``totals``, also for those that did not wait for their answer.
+    What the worker computed is added to ``totals`` and ``metrics``, also for those that did not wait for their answer.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class LocalProvider:
         load: ipc.Load,
         limits: Limits,
         totals: Totals,
+        metrics: Metrics,
     ) -> None:
         self._name = name
         self._totals = totals
+        self._metrics = metrics
         self._backend = backend
         self._load = load
         self.limits = limits
@@ -59,10 +63,12 @@ class LocalProvider:
         self._last_rid = 0
         self._killed: str | None = None  # by us, and why
         self._frames = FrameBuffer()
+        self._told_to_end = False
         self._log = log.get().bind(model=name)
 
     info: ipc.ModelInfo
     load_ms: float
+    cells = (0, 0, 0)
 
     @property
     def pid(self) -> int:
@@ -104,6 +110,7 @@ class LocalProvider:
             self.info, self.load_ms = answer.info, answer.load_ms
             self._admission.places = answer.info.n_parallel
             self._liveness = Liveness(self.pid, lambda: self.limits.step)
+            self.cells = (0, 0, self.info.n_ctx * self.info.n_parallel)
             return
         death = await self._bury()
         raise self._failed(answer.reason if isinstance(answer, ipc.LoadFailed) else f"its worker {death}")
@@ -178,6 +185,7 @@ class LocalProvider:
 
     def stop(self) -> None:
         """The worker ends when its input does."""
+        self._told_to_end = True
         with contextlib.suppress(OSError):  # it is being buried already
             self._home.shutdown(socket.SHUT_RDWR)
 
@@ -218,7 +226,7 @@ class LocalProvider:
 
     async def ask(self, request: Ask, asking: Asking, on_progress: Callable[[Progress], None] | None = None) -> Answer:
         if self._outbox.broken or self._home.fileno() < 0:
-            raise self._crashed("has just died")
+            raise self._crashed("has just died", begun=False)
         rid = self._last_rid + 1
         pending = self._admission.admit(rid, request, self.limits, on_progress)
         self._last_rid = rid
@@ -242,7 +250,12 @@ class LocalProvider:
         assert isinstance(message, ipc.Step)
         for event in message.events:
             if isinstance(event, ipc.Warning):
-                self._log.warning(event.message)
+                about = pending.whose if (pending := self._admission.find(event.rid)) else {}
+                self._log.warning("worker warned", reason=event.message, **about)
+                continue
+            if isinstance(event, ipc.Stats):
+                self._metrics.of(self._name).computed(event)
+                self.cells = (event.cells_running, event.cells_kept, event.cells)
                 continue
             if isinstance(event, ipc.Done | ipc.Embedded):
                 self._totals.add(event)
@@ -253,7 +266,10 @@ class LocalProvider:
             if pending is None:
                 continue  # nobody waits for it any more
             match event:
+                case ipc.Begun():
+                    pending.begun = True
                 case ipc.Accepted() | ipc.Place() | ipc.Text():
+                    pending.begun = pending.begun or isinstance(event, ipc.Text)
                     if pending.on_progress:
                         pending.on_progress(event)
                 case ipc.Refused():
@@ -262,8 +278,11 @@ class LocalProvider:
                     pending.answer(event)
 
     def _fail_all(self, reason: str) -> None:
+        if lost := [str(one.whose[log.REQUEST]) for one in self._admission if log.REQUEST in one.whose]:
+            self._log.warning("requests lost", reason=reason, count=len(lost), requests=lost[:_NAMED])
         for pending in self._admission:
-            pending.answer(self._crashed(reason))
+            if pending.event is None:
+                pending.answer(self._crashed(reason, begun=pending.begun))
 
-    def _crashed(self, reason: str) -> BridgeError:
-        return BridgeError(ErrorCode.MODEL_CRASHED, f"The worker of {self._name} {reason}")
+    def _crashed(self, reason: str, *, begun: bool) -> Crashed:
+        return Crashed(f"The worker of {self._name} {reason}", harmless=not begun and not self._told_to_end)
