@@ -88,6 +88,10 @@ class ModelCrashed(TryAgain):
     """The model's process died with this request in it. It is being started again."""
 
 
+class PeerLost(TryAgain):
+    """Another machine, which computes layers of the model, is not there."""
+
+
 class ModelResting(TryAgain):
     """The model crashed too often, and is not started again before somebody LOADs it."""
 
@@ -144,6 +148,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.BUSY: Busy,
     ErrorCode.MODEL_CRASHED: ModelCrashed,
     ErrorCode.MODEL_RESTING: ModelResting,
+    ErrorCode.PEER_LOST: PeerLost,
     ErrorCode.DEADLINE: DeadlineExceeded,
     ErrorCode.OVERLOADED: Overloaded,
     ErrorCode.TOO_MANY_CLIENTS: TooManyClients,

