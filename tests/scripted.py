@@ -21,6 +21,7 @@ from protocol.commands import (
     Command,
     Detokenize,
     Embed,
+    Events,
     Free,
     Hello,
     Help,
@@ -44,7 +45,7 @@ from protocol.commands import (
 )
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role
 from protocol.errors import ErrorCode
-from protocol.replies import Failed, Final, Ok, Progress, Reply, Started, Token
+from protocol.replies import Event, Failed, Final, Ok, Progress, Reply, Started, Token
 
 USAGE = {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 2}
 TIMINGS = {"queue_ms": 0.5, "prefill_ms": 1.5, "decode_ms": 2.5}
@@ -84,6 +85,11 @@ ADAPTER = {
     "scale": 0.5,
     "requests": 2,
 }
+AT = "2026-11-22T01:02:03.456+00:00"
+EVENTS = [
+    Event("loaded", AT, 5, {"model": "tiny", "load_ms": 1.5}),
+    Event("crashed", AT, 6, {"model": "tiny", "reason": "was killed by SIGKILL"}),
+]
 PIECES = ["Once", " upon", ' "a"\n', "\ttime \\ \u00e9\U0001f999"]
 
 
@@ -233,6 +239,9 @@ def answers(command: Command) -> list[Reply]:
         case InferStream() | ChatStream():
             tokens: list[Reply] = [Token(piece) for piece in PIECES]
             return [Started(), *tokens, Final("", "stop", END)]
+        case Events():
+            first = [Event("subscribed", AT, 4)] if command.follow else []
+            return [*first, *EVENTS, Ok("The events end here", None, {"last": 7})]
         case Pull(progress=True) | Load(progress=True):
             return [*FETCHING, answer(command)]
         case _:

@@ -1,8 +1,8 @@
 """The table of faults, row by row: what the daemon survives, seen from outside. A row's number is in its test's name.
 
-Here are rows 1 to 14. Rows 15 to 25 are in test_faults_models.py, 29 in test_faults_machine.py; those about the process
-itself, 27 and 28, in test_server.py and test_configured.py. test_fault_rows.py sees to it that none is missing, and
-``pytest -m faults`` runs them all.
+Here are rows 1 to 14. Rows 15 to 25 are in test_faults_models.py, 29 and 30 in test_faults_machine.py; 26 is in
+test_gate.py, and those about the process itself, 27 and 28, are in test_server.py and test_configured.py.
+test_fault_rows.py sees to it that none is missing, and ``pytest -m faults`` runs them all.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ async def test_fault_29_log_pipe(what: str, tmp_path: Path) -> None:
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     command = ("sh", "-c", 'exec "$@" 2>&-', "sh", *SERVE) if what == "closed at the start" else SERVE
-    chatty = {"LLAMA_BRIDGE_LOG_REQUESTS": "true", "LLAMA_BRIDGE_LOG_PROMPTS": "true"}
+    chatty = {"LLAMA_BRIDGE_LOG_REQUESTS": "true", "LLAMA_BRIDGE_LOG_PROMPTS": "true", "PYTHONFAULTHANDLER": "1"}
     arguments = ("--socket", path, "--backend", "fake", "--load", "echo")
     with serve(*arguments, stderr=pipe, environ=chatty, command=command) as process:
         if what == "closed":
@@ -86,7 +86,10 @@ async def test_fault_29_log_pipe(what: str, tmp_path: Path) -> None:
             for _ in range(40):  # of 60 kB each: far more than a pipe and what may wait for it take
                 assert (await wire.ask("INFER max_tokens=1 " + "x" * 60_000))["status"] == "ok"
         await still_answers(place)
-        os.kill(await place.pid(), signal.SIGKILL)
+        async with await place.unix() as wire:
+            assert await wire.code("INFER a !abort") == "model_crashed", (
+                "its last words hold it up no more than the daemon"
+            )
         await place.until(lambda models: models["echo"]["restarts"] == 1 and models["echo"]["state"] == "ready")
         await still_answers(place)
         process.terminate()

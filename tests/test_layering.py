@@ -75,7 +75,7 @@ def test_the_wire_knows_nobody() -> None:
 
 def test_clients_know_the_wire_alone() -> None:
     assert not who_imports("bridge") & inside("client")
-    assert who_imports("trio") & inside("client") == {"client.aio"}
+    assert who_imports("trio") & inside("client") == {"client.aio", "client.aio_sockets"}
 
 
 def test_the_thin_client_needs_msgspec_and_orjson_alone() -> None:
@@ -118,11 +118,28 @@ def test_only_handlers_translate_between_wire_and_worker() -> None:
     assert both <= {"bridge.dispatch", "bridge.generation", "bridge.loading", "bridge.lora", "bridge.planner"}
 
 
+def test_the_log_has_one_door() -> None:
+    """Who logs asks bridge.log; what is logged is what EVENTS tells; and the writer knows nothing of either."""
+    assert who_imports("structlog") == {"bridge.log", "bridge.events"}
+    assert who_imports("bridge.log_writer") == {"bridge.log"}
+    assert who_imports("bridge.events") == {"bridge.log", "bridge.subscribing"}
+    assert not imports("bridge.log_writer") & MODULES.keys()
+
+
 @pytest.mark.parametrize(
     "module", ["bridge.registry", "bridge.entry", "bridge.room", "bridge.models.fit", "bridge.worker.scheduler"]
 )
 def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}
+
+
+def test_a_service_manager_is_spoken_to_by_few() -> None:
+    assert not imports("bridge.systemd") & MODULES.keys()
+    assert not imports("bridge.journal") & MODULES.keys()
+    assert who_imports("bridge.journal") == {"bridge.log"}
+    assert who_imports("bridge.systemd") == {
+        f"bridge.{name}" for name in ("listeners", "serve", "server", "standing", "watchdog")
+    }
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:

@@ -92,6 +92,6 @@ async def test_what_peers_compute_takes_no_memory_here(tmp_path: Path) -> None:
     assert (far.options.n_gpu_layers, far.options.rpc, far.memory.gpu) == (-1, "peer:50052", 0)
     assert far.need["kv"]["gpu"] == here.need["kv"]["host"]
     assert far.need["kv"]["host"] == 0
-    assert far.memory.host < here.memory.host
+    assert far.need["weights"]["host"] < here.need["weights"]["host"]
     some = await plan(llama(tmp_path), Spec(path, LoadOptions(rpc="peer:50052", n_gpu_layers=2)))
     assert 0 < some.need["kv"]["gpu"] < far.need["kv"]["gpu"]

@@ -25,12 +25,14 @@ from protocol.connection import (
     State,
 )
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from protocol.replies import Event as EventLine
 from protocol.replies import Failed, Final, Ok, Progress, Queued, Reply, Started, Token
 
 REPLIES: tuple[Reply, ...] = (
     Ok("x"),
     Failed("internal", "x"),
     Progress("download", 5),
+    EventLine("loaded", "", 1),
     Started(),
     Queued(1, 0.0),
     Token("x"),
@@ -128,7 +130,7 @@ def test_every_reply_in_every_state_of_a_client(state: State, reply: Reply) -> N
     asker, answerer, exchange, _ = in_state(state)
     # A server that breaks the rules: another exchange of its own, in a state in which it may say this.
     answerer = server()
-    in_line = isinstance(reply, Ok | Failed | Progress)
+    in_line = isinstance(reply, Ok | Failed | Progress | EventLine)
     lax = requested(answerer, b"PING\n" if in_line else b"INFER_STREAM x\n").exchange
     if isinstance(reply, Queued | Token | Final):
         answerer.reply(lax, Started())

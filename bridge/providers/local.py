@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from bridge.metrics import Metrics
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.admission import Admission
-from bridge.providers.base import Answer, Ask, Asking, Crashed, Progress
+from bridge.providers.base import Answer, Ask, Asking, Bill, Crashed, Progress
+from bridge.providers.chatter import Chatter
 from bridge.providers.liveness import Liveness
 from bridge.providers.peers import absent
 from bridge.receipts import Totals
@@ -61,6 +63,7 @@ class LocalProvider:
         self.limits = limits
         self.adapters = {adapter.key for adapter in load.lora}
         self._admission = Admission(name)
+        self._bills: dict[int, Bill] = {}  # of all that the worker will answer, also what nobody waits for any more
         self._last_rid = 0
         self._killed: str | None = None  # by us, and why
         self._peer_lost = False
@@ -125,14 +128,18 @@ class LocalProvider:
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as on_failure, theirs:
+        with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as handed, theirs:
             on_failure.callback(ours.close)
+            self._chatter = Chatter(self._log)
+            on_failure.callback(self._chatter.close)
+            handed.callback(self._chatter.close_theirs)
             ours.setblocking(False)
             # Popen and not trio's: that spawns from a thread of its own, and Linux ties a process to its parent thread.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bridge.worker", self._backend],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
+                stderr=self._chatter.theirs,
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a backtrace takes a debugger seconds
                 start_new_session=True,
             )
@@ -164,6 +171,7 @@ class LocalProvider:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._outbox.run)
                 nursery.start_soon(self._watch)
+                nursery.start_soon(self._chatter.listen)
                 reason = await self._read()
                 if lost := None if self._told_to_end else await self._lost_peers():
                     self._peer_lost, reason = True, f"ended: {lost}"
@@ -220,6 +228,7 @@ class LocalProvider:
         self._home.close()
         with trio.CancelScope(shield=True):
             await self._end()
+        self._chatter.close()
         code = self._process.wait()
         if code >= 0:
             return f"exited with status {code}"
@@ -246,6 +255,7 @@ class LocalProvider:
         rid = self._last_rid + 1
         pending = self._admission.admit(rid, request, self.limits, on_progress)
         self._last_rid = rid
+        self._bills[rid] = asking.bill
         self._outbox.put(encode(msgspec.structs.replace(request, rid=rid)))
         asking.cancel_by(lambda: self._outbox.put(encode(ipc.Cancel(rid))))
         try:
@@ -273,6 +283,10 @@ class LocalProvider:
                 self._metrics.of(self._name).computed(event)
                 self.cells = (event.cells_running, event.cells_kept, event.cells)
                 continue
+            if not isinstance(event, Progress):
+                bill = self._bills.pop(event.rid, None)
+                if bill and isinstance(event, ipc.Done | ipc.Embedded):
+                    bill(event, time.monotonic())
             if isinstance(event, ipc.Done | ipc.Embedded):
                 self._totals.add(event)
                 self._admission.ended(event)
