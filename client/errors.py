@@ -42,6 +42,10 @@ class ContextExceeded(ClientFault):
     """The prompt does not fit in the model's context. Nothing was computed; ``details`` has both counts."""
 
 
+class BadGrammar(ClientFault):
+    """The grammar cannot be read, or no token of the model fits it, or it takes too long."""
+
+
 class TemplateError(ClientFault):
     """The chat template failed, or refused these messages."""
 
@@ -86,6 +90,10 @@ class Busy(TryAgain):
 
 class ModelCrashed(TryAgain):
     """The model's process died with this request in it. It is being started again."""
+
+
+class PeerLost(TryAgain):
+    """Another machine, which computes layers of the model, is not there."""
 
 
 class ModelResting(TryAgain):
@@ -139,6 +147,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.FORBIDDEN: Forbidden,
     ErrorCode.CONTEXT_EXCEEDED: ContextExceeded,
     ErrorCode.TEMPLATE_ERROR: TemplateError,
+    ErrorCode.BAD_GRAMMAR: BadGrammar,
     ErrorCode.CANCELLED: Cancelled,
     ErrorCode.NO_MODEL: NoModel,
     ErrorCode.LOAD_FAILED: LoadFailed,
@@ -148,6 +157,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.BUSY: Busy,
     ErrorCode.MODEL_CRASHED: ModelCrashed,
     ErrorCode.MODEL_RESTING: ModelResting,
+    ErrorCode.PEER_LOST: PeerLost,
     ErrorCode.DEADLINE: DeadlineExceeded,
     ErrorCode.RATE_LIMITED: RateLimited,
     ErrorCode.OVERLOADED: Overloaded,

@@ -76,7 +76,7 @@ def refused(stderr: Path, *arguments: str, environ: dict[str, str] | None = None
         return process.wait(PATIENCE), stderr.read_text()
 
 
-def test_a_second_instance_is_refused(tmp_path: Path) -> None:
+def test_fault_28_a_second_instance_is_refused(tmp_path: Path) -> None:
     with spawned() as place:
         status, words = refused(tmp_path / "stderr", "--socket", place.path, "--backend", "fake")
         assert status == 1
@@ -142,7 +142,7 @@ async def test_a_parent_that_ignores_the_end_of_its_children() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_drains(number: signal.Signals) -> None:
+async def test_fault_27_a_signal_drains(number: signal.Signals) -> None:
     with spawned("--load", "echo?step_ms=5") as place:
         await place.until_ready()
         pid = await place.pid()
@@ -188,7 +188,7 @@ async def said(place: Spawned, event: str) -> bool:
     return any(line["event"] == event for line in place.log)
 
 
-async def test_who_does_not_end_is_cut_off_after_the_budget() -> None:
+async def test_fault_27_who_does_not_end_is_cut_off_after_the_budget() -> None:
     with spawned("--load", "echo?step_ms=5", environ={"LLAMA_BRIDGE_LIMITS_DRAIN": "0.3"}) as place:
         await place.until_ready()
         async with streams(place, 1, LONG) as [wire], await place.unix() as other, await place.unix() as third:
@@ -242,7 +242,7 @@ async def test_a_signal_while_a_model_loads() -> None:
     ("model", "prompt"),
     [("echo", "a"), ("echo", "!hang"), ("echo?step_ms=60000", "a"), ("echo?load_ms=60000", "")],
 )
-async def test_no_worker_survives_a_daemon_that_is_killed(model: str, prompt: str) -> None:
+async def test_fault_28_no_worker_survives_a_daemon_that_is_killed(model: str, prompt: str) -> None:
     with spawned("--load", model) as place:
         workers = await workers_of(place)
         if prompt:
