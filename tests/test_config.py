@@ -257,4 +257,6 @@ def test_a_model_needs_a_path(file: Path) -> None:
 
 
 def test_every_limit_has_a_positive_default() -> None:
-    assert all(value > 0 for value in msgspec.structs.asdict(Limits()).values())
+    limits = msgspec.structs.asdict(Limits())
+    assert limits.pop("grace") == 0  # no limit, but a time to spend where there is a balancer
+    assert all(value > 0 for value in limits.values())
