@@ -14,6 +14,8 @@ usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT .
 
   ping                  answers pong
   status                which model is loaded
+  health                whether it is good for another request: ready, overloaded, loading, unavailable, draining
+  metrics               what was counted, in Prometheus' text format
   reload                has the daemon read its configuration anew
   models                the models and their states, as JSON
   load MODEL            loads a model: a file, a name, or what pull takes
@@ -437,11 +439,13 @@ main() {
 
     case $command in
         help) usage ;;
-        ping | status | models | reload)
+        ping | status | health | metrics | models | reload)
             [ $# -eq 0 ] || wrong "$command takes no arguments"
             case $command in
                 ping) request PING ;;
                 status) request STATUS ;;
+                health) request HEALTH ;;
+                metrics) request METRICS format prometheus ;;
                 models) request MODELS ;;
                 reload) request RELOAD ;;
             esac

@@ -21,8 +21,10 @@ from client.results import (
     Completion,
     Embeddings,
     Freed,
+    Health,
     Hello,
     Loaded,
+    Metrics,
     ModelInfo,
     ModelState,
     Plan,
@@ -84,6 +86,21 @@ def help(verb: str | None = None) -> Call[list[str] | dict[str, str]]:
 def status() -> Call[Status]:
     """What is loaded and how busy it is."""
     return Call(commands.Status(), lambda ok: read_as(Status, {**ok.extra, "message": ok.message}), repeatable=True)
+
+
+def health() -> Call[Health]:
+    """Whether the daemon is good for another request. Wakes no model."""
+    return Call(commands.Health(), lambda ok: read_as(Health, ok.data), repeatable=True)
+
+
+def metrics() -> Call[Metrics]:
+    """What was counted since the daemon's start, if this peer may know."""
+    return Call(commands.Metrics(), lambda ok: read_as(Metrics, ok.data), repeatable=True)
+
+
+def metrics_text() -> Call[str]:
+    """The same in Prometheus' text format."""
+    return Call(commands.Metrics(format="prometheus"), lambda ok: read_as(str, ok.data), repeatable=True)
 
 
 def cancel(id: str | None = None) -> Call[None]:

@@ -23,6 +23,7 @@ from protocol.commands import (
     Embed,
     Events,
     Free,
+    Health,
     Hello,
     Help,
     Infer,
@@ -31,6 +32,7 @@ from protocol.commands import (
     Load,
     Lora,
     Message,
+    Metrics,
     Models,
     Ping,
     Plan,
@@ -69,6 +71,22 @@ PLAN = {
     "options": {"n_ctx": 512, "use_mmap": True},
     "why": {"n_ctx": "the model was trained with it"},
 }
+HEALTH = {"state": "ready", "load": 0.25, "weight": 80, "running": 1, "queued": 0, "slots": 4}
+METRICS = {
+    "version": "9.9", "uptime_s": 60.0, "memory": 42_000_000, "clients": 3, "unheard_of": 1,
+    "requests": [
+        {"verb": "PING", "model": None, "outcome": "ok", "count": 1},
+        {"verb": "INFER", "model": "tiny", "outcome": "ok", "count": 70},
+        {"verb": "", "model": None, "outcome": "bad_json", "count": 2},
+    ],
+    "models": [
+        {
+            "name": "tiny", "loaded": True, "prompt_tokens": 500, "cache_queries": 1000, "cache_hits": 500,
+            "tokens": 77, "first_token": {"bounds": [0.1, 1.0], "counts": [3, 1, 0], "sum": 0.5},
+        },
+        {"name": "old", "restarts": 8},
+    ],
+}  # fmt: skip
 RELOADED = {
     "changed": ["models"],
     "needs_restart": ["socket"],
@@ -267,6 +285,12 @@ def answer(command: Command) -> Reply:
             return Ok(Infer.DOC, {"max_tokens": "an integer"})
         case Status():
             return Ok("Model loaded: /models/tiny.gguf", None, {"version": "9.9", "models": [MODEL], "default": "tiny"})
+        case Health():
+            return Ok("ready", HEALTH)
+        case Metrics(format="prometheus"):
+            return Ok("Metrics", "# TYPE a gauge\na 1\n")
+        case Metrics():
+            return Ok("Metrics", METRICS)
         case Models():
             return Ok("1 models", [MODEL])
         case Queue():

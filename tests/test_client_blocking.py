@@ -17,6 +17,7 @@ from scripted import (
     AT,
     EVENTS,
     FETCHING,
+    HEALTH,
     PIECES,
     PLAN,
     RELOADED,
@@ -36,7 +37,20 @@ from scripted import (
 import client
 from client import Client, aio, calls
 from client.errors import error_of
-from client.results import Adapter, Completion, Freed, Hello, Loaded, ModelInfo, Plan, Pulled, Reloaded, Removed
+from client.results import (
+    Adapter,
+    Completion,
+    Distribution,
+    Freed,
+    Health,
+    Hello,
+    Loaded,
+    ModelInfo,
+    Plan,
+    Pulled,
+    Reloaded,
+    Removed,
+)
 from protocol.address import Tcp, Unix
 from protocol.commands import Cancel, Command, Embed, Events, Infer, Load, Lora, Message, Models, Ping, Pull, Tokenize
 from protocol.errors import Blame, ErrorCode
@@ -48,6 +62,9 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "hello": lambda c: c.hello(),
     "help": lambda c: c.help(),
     "status": lambda c: c.status(),
+    "health": lambda c: c.health(),
+    "metrics": lambda c: c.metrics(),
+    "metrics_text": lambda c: c.metrics_text(),
     "models": lambda c: c.models(),
     "queue": lambda c: c.queue(),
     "show": lambda c: c.show(),
@@ -77,7 +94,7 @@ CALLS: dict[str, Callable[[Client], Any]] = {
 }
 REPEATABLE = (
     "ping", "hello", "help", "status", "models", "queue", "show", "plan", "lora_list", "lora_check", "tokenize",
-    "detokenize", "embed",
+    "detokenize", "embed", "health", "metrics", "metrics_text",
 )  # fmt: skip
 
 
@@ -98,6 +115,12 @@ def test_every_call_has_its_typed_result(tcp: bool) -> None:
         assert (status.message, status.default) == ("Model loaded: /models/tiny.gguf", "tiny")
         assert status.models == bridge.models()
         assert (status.models[0].name, status.models[0].state, status.models[0].n_ctx) == ("tiny", "ready", 512)
+        assert bridge.health() == Health(**HEALTH)
+        metrics = bridge.metrics()
+        assert (metrics.clients, metrics.requests[1].count) == (3, 70)
+        assert metrics.models[0].first_token == Distribution([0.1, 1.0], [3, 1, 0], 0.5)
+        assert (metrics.models[1].restarts, metrics.models[1].first_token) == (8, Distribution())
+        assert bridge.metrics_text() == "# TYPE a gauge\na 1\n"
         assert bridge.show() == ModelInfo(name="tiny", parameters=7, options={"n_ctx": 512})
         assert bridge.load("/models/tiny.gguf", n_ctx=64) == Loaded(model="tiny", load_ms=1250.0)
         assert bridge.free("tiny") == Freed(freed=["tiny"])

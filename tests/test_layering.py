@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -110,6 +111,16 @@ def test_the_engine_is_behind_one_door() -> None:
         "bridge.worker.about": {"bridge.worker.llama_about"},
     }
     assert who_imports("bridge.worker") <= inside("bridge.worker")  # the daemon starts a worker, it does not import one
+
+
+def test_what_only_some_install_is_imported_when_it_is_asked_for() -> None:
+    assert who_imports("prometheus_client") == {"bridge.prometheus"}
+    assert who_imports("starlette") == {"bridge.http_app", "bridge.http_port"}
+    assert who_imports("hypercorn") == {"bridge.http_port"}
+    lazy = "hypercorn", "prometheus_client", "starlette", "huggingface_hub", "llama_cpp"
+    program = f"import sys, bridge.serve; print(sys.modules.keys() & set({lazy}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout == "set()\n"
 
 
 def test_only_handlers_translate_between_wire_and_worker() -> None:
