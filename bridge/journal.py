@@ -81,6 +81,7 @@ def render(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> tuple[tuple[dict[str, str]], dict[str, Any]]:
     """structlog's last processor: what happened as the fields of an entry, its message with all of them for people."""
+    event.pop("timestamp", None)  # the journal stamps the time itself
     level, name, trace = str(event.pop("level")), str(event.pop("event")), event.pop("exception", None)
     values = {key: _text(value) for key, value in event.items() if value is not None}
     message = " ".join([name, *(f"{key}={value}" for key, value in values.items())])

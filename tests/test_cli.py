@@ -62,6 +62,9 @@ def good(*arguments: str, stdin: str = "") -> str:
         ("ping", ["pong"]),
         ("hello", ["llama-bridge 9.9, protocol 1", "features: chat", "clients  4"]),
         ("status", ["Model loaded: /models/tiny.gguf", "version 9.9", "tiny *"]),
+        ("health", ["ready: 1 run and 0 wait, in 4 slots"]),
+        ("metrics", ["up 60 s, 42.0 MB, 3 clients", "tiny", "500", "50%", "77", "125.0 ms", "(no command)", "70"]),
+        ("metrics --prometheus", ["# TYPE a gauge\na 1\n"]),
         ("models", ["n_ctx", "tiny *"]),
         ("models --loaded TIN", ["tiny *"]),
         ("models other", ["no models"]),
@@ -109,7 +112,7 @@ def test_what_is_printed(line: str, printed: list[str]) -> None:
 @pytest.mark.parametrize(
     "line",
     ["hello", "status", "models", "show", "queue", "load x", "plan x", "free", "pull x", "remove x", "lora",
-     "lora load x", "lora check x", "reload", "infer x", "chat x", "embed x", "tokenize x"],
+     "lora load x", "lora check x", "health", "metrics", "reload", "infer x", "chat x", "embed x", "tokenize x"],
 )  # fmt: skip
 def test_json(line: str) -> None:
     with scripted() as server:
@@ -342,7 +345,9 @@ def test_an_interrupted_stream_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("ping --tcp nonsense", "'nonsense' is not HOST:PORT"),
         ("ping --tcp /a/path", "is not HOST:PORT"),
-        ("ping --tcp localhost:1 --socket x", "--socket and --tcp exclude each other"),
+        ("ping --tcp localhost:1 --socket x", "--socket, --tcp and --tls exclude each other"),
+        ("ping --tls localhost:1 --key x", "--key needs --certificate"),
+        ("ping --tcp localhost:1 --ca x", "speaks no TLS"),
         ("ping --timeout 0", "--timeout"),
         ("infer -p max_token=5 x", "-p max_token=5: INFER_STREAM takes KEY=VALUE with one of model, max_tokens"),
         ("infer -p prompt=5 x", "-p prompt=5: INFER_STREAM takes"),

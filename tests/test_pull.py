@@ -8,7 +8,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,9 @@ from pulling import (
 )
 from web import HEAD, Page, Web, gguf
 
-from bridge.jobs import Progress, run_job
 from bridge.models import download
 from bridge.models.store import SOURCES, locked, sources
+from bridge.programs import Progress, run_program
 from protocol.errors import BridgeError
 
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]
@@ -435,7 +434,7 @@ async def test_as_a_job_it_is_cancelled_and_goes_on(web: Web, store: Path) -> No
     steps: list[Progress] = []
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(run_job, arguments, steps.append)
+            nursery.start_soon(run_program, arguments, steps.append)
             await trio.to_thread.run_sync(web.halfway.wait)
             while not steps:  # noqa: ASYNC110 - the first line is on its way
                 await trio.sleep(0.01)
@@ -443,34 +442,20 @@ async def test_as_a_job_it_is_cancelled_and_goes_on(web: Web, store: Path) -> No
         assert processes_with(url) == []
         assert page.gate
         page.gate.set()
-        done = await run_job(arguments, steps.append)
+        done = await run_program(arguments, steps.append)
     assert (done["path"], done["fetched"]) == (str(store / "m.gguf"), True)
     assert steps[-1] == Progress("download", len(CONTENT), len(CONTENT), "bytes")
     assert web.seen[-1].status == 206
     with pytest.raises(BridgeError) as caught:
-        await run_job(["bridge.models.pull", f"{web.url}/none.gguf", "--store", str(store)], steps.append)
+        await run_program(["bridge.models.pull", f"{web.url}/none.gguf", "--store", str(store)], steps.append)
     assert caught.value.code == "not_found"
 
 
 # -- a full disk ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB, where we may have one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs root, and to be allowed to mount a tmpfs")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("chunked", [True, False])
-def test_a_disk_that_fills_up(web: Web, small_disk: Path, chunked: bool) -> None:
+def test_fault_29_a_disk_that_fills_up(web: Web, small_disk: Path, chunked: bool) -> None:
     """Where the length is known, nothing is begun; else what came is kept. What was there stays as it was."""
     (small_disk / "old.gguf").write_bytes(gguf(1000))
     web.pages["/m.gguf"] = page = Page(CONTENT, chunked=chunked)

@@ -69,13 +69,13 @@ async def test_idle_is_without_clients_processes_and_what_is_fetched() -> None:
 
 async def test_while_something_is_fetched_it_is_not_idle() -> None:
     async with daemon() as place, trio.open_nursery() as nursery:
-        jobs = inside(place).library._jobs
+        programs = inside(place).library._programs
         going = trio.Event()
 
         async def fetch(_tell: object) -> None:
             await going.wait()
 
-        nursery.start_soon(jobs.join, "a model", fetch, lambda progress: None)
+        nursery.start_soon(programs.join, "a model", fetch, lambda progress: None)
         await trio.testing.wait_all_tasks_blocked()
         assert not is_idle(inside(place))
         going.set()

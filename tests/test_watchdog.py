@@ -101,7 +101,7 @@ async def test_the_pool_knows_who_is_stopped(end: signal.Signals) -> None:
         os.kill(pid, signal.SIGSTOP)
 
         async def stopped() -> bool:
-            return pool.ailing() == ["echo"]
+            return [line.partition(":")[0] for line in pool.ailing()] == ["echo"]
 
         await eventually(stopped)
         os.kill(pid, end)
