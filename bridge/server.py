@@ -171,10 +171,14 @@ class Server:
 
     async def _say_so(self) -> None:
         """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere."""
+        limits = self._daemon.config.limits
         self._daemon.leaving = True
-        if grace := self._daemon.config.limits.grace:
-            self._log.info("leaving", seconds=grace)
-            await trio.sleep(grace)
+        # What runs gets its time, and what is saved as much.
+        self._manager.stopping(within=limits.grace + 2 * limits.drain + _BURIAL)
+        self._standing.changed()
+        if limits.grace:
+            self._log.info("leaving", seconds=limits.grace)
+            await trio.sleep(limits.grace)
 
     async def _drain(self) -> None:
         """Lets what was begun come to its end, as far as ``limits.drain`` allows. The order, from when it is told:
@@ -189,7 +193,6 @@ class Server:
         """
         limits = self._daemon.config.limits
         self._daemon.draining = True
-        self._manager.stopping(within=2 * limits.drain + _BURIAL)  # for what runs, and as much for what is saved
         self._standing.changed()
         self._log.info("draining", clients=len(self._sessions), seconds=limits.drain)
         started = time.monotonic()

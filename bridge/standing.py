@@ -51,7 +51,7 @@ class Standing:
     @property
     def _limit(self) -> float:
         """Seconds; 0 is for ever. Without inherited sockets nobody would start it again."""
-        return self._daemon.config.idle_exit if self._manager.sockets and not self._daemon.draining else 0.0
+        return self._daemon.config.idle_exit if self._manager.sockets and not self._daemon.leaving else 0.0
 
 
 async def _first_of(*events: trio.Event) -> None:
@@ -76,7 +76,7 @@ def describe(daemon: Daemon) -> str:
     if daemon.draining:
         return f"draining: {_count(sum(entry.users + entry.waiting for entry in entries), 'answer')}"
     loaded = sum(entry.state in _LOADED for entry in entries)
-    line = f"ready: {_count(loaded, 'model')}, {_count(daemon.clients, 'client')}"
+    line = f"{'leaving' if daemon.leaving else 'ready'}: {_count(loaded, 'model')}, {_count(daemon.clients, 'client')}"
     for state in (State.LOADING, State.RESTARTING, State.RESTING):
         if names := [entry.name for entry in entries if entry.state is state]:
             line = f"{state} {', '.join(names)}" + (f"; {line}" if loaded or daemon.clients else "")

@@ -211,14 +211,15 @@ def test_what_it_tells_from_its_start_to_its_end(socket_path: Path) -> None:
             await told.until("STATUS=ready: 1 model, 1 client")
             place.signal(signal.SIGTERM)
             await told.until("STOPPING=1")
-            await told.until("EXTEND_TIMEOUT_USEC=75000000")  # twice limits.drain, and some
+            await told.until("EXTEND_TIMEOUT_USEC=76500000")  # limits.grace, twice limits.drain, and some
+            await told.until("STATUS=leaving: 1 model, 1 client")
             await told.until("STATUS=draining: 1 answer")
             await wire.send("CANCEL")
             await wire.final()
         assert await place.exited() == 0
 
     address = f"{socket_path}.notify"
-    environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"}
+    environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000", "LLAMA_BRIDGE_LIMITS_GRACE": "1.5"}
     with listening(address) as sock, spawned("--load", "echo?step_ms=5&load_ms=300", environ=environ) as place:
         trio.run(live, place, Told(sock))
 
