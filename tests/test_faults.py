@@ -1,7 +1,8 @@
 """The table of faults, row by row: what the daemon survives, seen from outside. A row's number is in its test's name.
 
-Rows that are not here come with what they are about: 15 to 17, 23, 26, 29 and 30. Rows 27 and 28 are about the process,
-so their tests are in test_server.py, and those of a configuration that is read anew in test_configured.py.
+Rows that are not here come with what they are about: 15 to 17, 23, 29 and 30. Row 26 is in test_gate.py. Rows 27 and
+28 are about the process, so their tests are in test_server.py, and those of a configuration that is read anew in
+test_configured.py.
 """
 
 from __future__ import annotations

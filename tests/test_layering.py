@@ -119,7 +119,17 @@ def test_only_handlers_translate_between_wire_and_worker() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["bridge.registry", "bridge.entry", "bridge.room", "bridge.models.fit", "bridge.worker.scheduler"]
+    "module",
+    [
+        "bridge.registry",
+        "bridge.entry",
+        "bridge.room",
+        "bridge.access",
+        "bridge.guard",
+        "bridge.quota",
+        "bridge.models.fit",
+        "bridge.worker.scheduler",
+    ],
 )
 def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}

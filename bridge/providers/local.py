@@ -33,9 +33,10 @@ _UNBOUNDED = 1 << 62  # requests are bounded by their number and their prompts b
 
 
 class _Pending:
-    __slots__ = ("answered", "event", "on_progress", "since", "size")
+    __slots__ = ("answered", "bill", "event", "on_progress", "since", "size")
 
-    def __init__(self, on_progress: Callable[[Progress], None] | None, size: int) -> None:
+    def __init__(self, on_progress: Callable[[Progress], None] | None, size: int, bill: Bill) -> None:
+        self.bill = bill
         self.on_progress = on_progress
         self.size = size
         self.since = time.monotonic()
@@ -68,7 +69,7 @@ class LocalProvider:
         self.limits = limits
         self.adapters = {adapter.key for adapter in load.lora}
         self._pending: dict[int, _Pending] = {}
-        self._bills: dict[int, Bill] = {}  # of all that the worker will answer, also what nobody waits for any more
+        self._abandoned: dict[int, Bill] = {}  # what the worker has yet to answer, though nobody waits for it any more
         self._waiting_bytes = 0
         self._last_rid = 0
         self._seconds_a_request = 1.0  # running average
@@ -215,8 +216,7 @@ class LocalProvider:
         size = _size(request)
         self._admit(request, size)
         self._last_rid = rid = self._last_rid + 1
-        pending = self._pending[rid] = _Pending(on_progress, size)
-        self._bills[rid] = asking.bill
+        pending = self._pending[rid] = _Pending(on_progress, size, asking.bill)
         self._waiting_bytes += size
         self._outbox.put(encode(msgspec.structs.replace(request, rid=rid)))
         asking.cancel_by(lambda: self._outbox.put(encode(ipc.Cancel(rid))))
@@ -224,6 +224,7 @@ class LocalProvider:
             await pending.answered.wait()
         except trio.Cancelled:
             pending.on_progress = None
+            self._abandoned[rid] = asking.bill
             self._outbox.put(encode(ipc.Cancel(rid)))
             raise
         finally:
@@ -257,15 +258,15 @@ class LocalProvider:
             if isinstance(event, ipc.Warning):
                 self._log.warning(event.message)
                 continue
-            if not isinstance(event, Progress):
-                bill = self._bills.pop(event.rid, None)
-                if bill and isinstance(event, ipc.Done | ipc.Embedded):
-                    bill(event, time.monotonic())
+            pending = self._pending.get(event.rid)
             if isinstance(event, ipc.Done | ipc.Embedded):
                 self._totals.add(event)
-            pending = self._pending.get(event.rid)
+                if bill := pending.bill if pending else self._abandoned.get(event.rid):
+                    bill(event, time.monotonic())
             if pending is None:
-                continue  # nobody waits for it any more
+                if not isinstance(event, Progress):
+                    self._abandoned.pop(event.rid, None)
+                continue
             match event:
                 case ipc.Accepted() | ipc.Place() | ipc.Text():
                     if pending.on_progress:
