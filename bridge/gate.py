@@ -68,12 +68,18 @@ class Gate:
             if peer.identity.owner.startswith("token:"):
                 self._look_again(peer)
             elif peer.identity.role is not Role.NONE:
-                peer.identity = await self.identify(peer)
-                if peer.identity.role is Role.NONE:
-                    peer.end(self._refusal(peer))
+                await self._identify_again(peer)
         for peer in self.peers:
             if quota := self._quotas.get(peer.owner):
                 quota.set_allowance(peer.identity.allowance, now)
+
+    async def _identify_again(self, peer: Peer) -> None:
+        identity = await self.identify(peer)
+        if peer.identity.owner.startswith("token:"):
+            return  # he has said meanwhile who he is
+        peer.identity = identity
+        if identity.role is Role.NONE:
+            peer.end(self._refusal(peer))
 
     # -- who it is ---------------------------------------------------------------------------------------------
 
@@ -102,11 +108,11 @@ class Gate:
 
     async def identify(self, peer: Peer) -> Identity:
         """Whom it is taken for without a token."""
-        origin, settings = peer.origin, self._config.access
+        origin = peer.origin
         if origin.uid is None:
-            return access.tcp_identity(settings, origin)
+            return access.tcp_identity(self._config.access, origin)
         names = await self._users.names(origin.uid, origin.gid)
-        return access.unix_identity(settings, origin.uid, names, self._own)
+        return access.unix_identity(self._config.access, origin.uid, names, self._own)
 
     def _check_strangers(self) -> None:
         strangers = sum(peer.identity.role is Role.NONE for peer in self.peers)

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import sys
 from pathlib import Path
 from typing import Any
@@ -295,9 +297,6 @@ async def test_another_user_of_this_machine(settings: dict[str, Any], role: str)
 
 @root
 async def test_another_user_by_name_and_by_group() -> None:
-    import grp
-    import pwd
-
     user = pwd.getpwuid(OTHER)
     group = grp.getgrgid(OTHER).gr_name
     for settings in ({"operators": [user.pw_name]}, {"operators": [f"@{group}"]}):
@@ -383,6 +382,15 @@ async def test_models_and_priority() -> None:
             await wire.start("INFER_STREAM max_tokens=100000 priority=high a")
             [request] = (await admin.ask("QUEUE echo"))["data"]
             assert request["priority"] == "low"
+
+
+async def test_an_operator_of_some_models(tokens: str) -> None:
+    secret = issue(tokens, "ci", "operator", ["models=echo,/some/file.gguf"])
+    async with daemon("echo", access=access(tokens)) as place, await authenticated(place, secret) as wire:
+        assert (await wire.ask("LOAD /some/file.gguf"))["status"] == "ok"
+        assert (await wire.ask("INFER model=file max_tokens=1 a"))["status"] == "ok"
+        for line in ("LOAD other", "LOAD name=echo2 /other.gguf", "INFER model=other a", "FREE all"):
+            assert await wire.code(line) == "forbidden", line
 
 
 async def test_a_token_has_its_own_limits(tokens: str) -> None:

@@ -108,6 +108,8 @@ def test_a_bad_configuration(tmp_path: Path) -> None:
         (["--tcp", "nonsense"], "nonsense"),
         (["--tcp", "/a/path"], "/a/path"),
         (["--socket", ""], "nothing to listen on"),
+        (["--tcp", "0.0.0.0:0"], "--insecure"),
+        (["--tcp", "tls:127.0.0.1:0"], "tls.certificate"),
         (["--n-ctx", "0"], "load.n_ctx"),
         (["--backend", "other"], "other"),
         (["--nonsense"], "--nonsense"),
