@@ -96,6 +96,10 @@ class Server:
         except (OSError, trio.TooSlowError) as error:
             self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error))
             client.close()
+        except Exception:
+            # A bug must not take the other clients with it.
+            self._log.exception("a client could not be let in", client=peer.number)
+            client.close()
         except BaseException:
             client.close()
             raise

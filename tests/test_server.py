@@ -254,6 +254,7 @@ async def test_the_log_is_json_and_holds_no_prompt() -> None:
                 f"INFER {SECRET} !error",
                 f"INFER {SECRET} !abort",
                 f"{SECRET}",
+                f"AUTH {SECRET}",
             ):
                 await wire.ask(line)
             await wire.start(f"INFER_STREAM max_tokens=100000 {SECRET}")

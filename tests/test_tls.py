@@ -383,6 +383,32 @@ async def test_certificates_are_read_anew(authority: Authority, tmp_path: Path) 
                 assert (await wire.ask("PING"))["data"] == (await old.ask("PING"))["data"] == "pong"
 
 
+async def test_without_a_certificate_the_old_one_stays_as_the_port_does(authority: Authority) -> None:
+    async with secured(authority) as place:
+        config = place.server._daemon.config
+        new = msgspec.structs.replace(config, tls=Tls(), tcp=["127.0.0.1:0"])
+        place.server._configured._read = lambda: new
+        assert (await place.server.reload())["needs_restart"] == ["tcp"]
+        async with await place.tls(authority.context()) as wire:
+            assert (await wire.ask("PING"))["data"] == "pong"
+
+
+async def test_a_bug_in_letting_one_in_does_no_harm(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with secured(authority) as place, await place.unix() as wire:
+        with monkeypatch.context() as patch:
+            patch.setattr(tls, "shake_hands", fail)
+            stream = await trio.open_tcp_stream("127.0.0.1", place.tls_port)
+            with trio.fail_after(PATIENCE):
+                assert await stream.receive_some() == b""
+            await stream.aclose()
+        assert (await wire.ask("PING"))["data"] == "pong"
+        async with await place.tls(authority.context()) as other:
+            assert (await other.ask("PING"))["data"] == "pong"
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
