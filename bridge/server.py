@@ -86,10 +86,10 @@ class Server:
     async def _serve_client(self, client: socket.socket, origin: Origin) -> None:
         peer = Peer(next(self._numbers), origin)
         try:
-            if error := self._unwelcome():
-                raise error
+            self._check_welcome()
             client = await self._gate.secure(client, peer)
             await self._gate.recognise(peer)
+            self._check_stays()
         except BridgeError as error:
             self._gate.peers.discard(peer)  # whoever comes while we take leave does not find the place taken
             await say_goodbye(client, encode_reply(Failed.of(error)))
@@ -123,13 +123,17 @@ class Server:
             if not self._sessions:
                 self._all_gone.set()
 
-    def _unwelcome(self) -> BridgeError | None:
+    def _check_welcome(self) -> None:
+        """Raises BridgeError. Those whom we are still getting to know count, too."""
+        self._check_stays()
+        if len(self._gate.peers) >= self._daemon.config.limits.clients:
+            message = f"{len(self._gate.peers)} clients are connected, all that limits.clients allows"
+            raise BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
+
+    def _check_stays(self) -> None:
+        """Raises BridgeError."""
         if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
-            return BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
-        if len(self._sessions) >= self._daemon.config.limits.clients:
-            message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
-            return BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
-        return None
+            raise BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
 
     async def _drain(self) -> None:
         self._daemon.draining = True

@@ -18,11 +18,12 @@ import trio.testing
 from helpers import Inside, Wire, daemon, eventually
 
 from bridge import gate as gate_module
-from bridge.access import Role
+from bridge.access import Identity, Role
 from bridge.config import Access, Config, ConfigError, Limits
 from bridge.config_access import Allowance, Allowances, UserAllowance
 from bridge.gate import Gate, tokens_file
 from bridge.guard import Guard
+from bridge.peer import Peer
 from bridge.server import Server
 from bridge.tokens import Token, Tokens, issue, revoke
 
@@ -313,6 +314,28 @@ async def test_another_user_by_name_and_by_group() -> None:
         async with daemon(socket_mode="0666", access=Access(**settings)) as place:  # type: ignore[arg-type]
             about = (await foreign(place, "STATUS"))["you"]
             assert (about["name"], about["role"]) == (user.pw_name, "operator")
+
+
+async def test_whom_we_are_getting_to_know_takes_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not let in when the drain began meanwhile."""
+    known = trio.Event()
+    identify = Gate.identify
+
+    async def slowly(self: Gate, peer: Peer) -> Identity:
+        await known.wait()
+        return await identify(self, peer)
+
+    async with daemon("echo?step_ms=5", limits=Limits(clients=3)) as place, await place.unix() as busy:
+        await busy.start("INFER_STREAM max_tokens=100000 a")
+        monkeypatch.setattr(Gate, "identify", slowly)
+        async with await place.unix() as one, await place.tcp() as two, await place.tcp() as three:
+            assert (await three.line())["code"] == "too_many_clients"
+            place.server.stop()
+            await trio.testing.wait_all_tasks_blocked()
+            known.set()
+            assert (await one.line())["code"] == (await two.line())["code"] == "draining"
+            await busy.send("CANCEL")
+            await busy.final()
 
 
 # -- limits ----------------------------------------------------------------------------------------------------
