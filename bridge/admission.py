@@ -54,9 +54,13 @@ def _answers(command: commands.Command) -> int:
 
 def _check_references(caller: Caller, identity: Identity, command: commands.Command) -> None:
     """A user names what is loaded, and else models by their names alone: not paths, nor places to fetch them from."""
-    if not hasattr(command, "model") and not isinstance(command, commands.Plan):
+    reference: str | None
+    if isinstance(command, commands.Loading):
+        reference = command.path
+    elif hasattr(command, "model"):
+        reference = command.model or None
+    else:
         return
-    reference = (command.path if isinstance(command, commands.Plan) else command.model) or None
     entry = _entry(caller, reference)
     if identity.allowance.models:
         _check_model(identity, reference, entry)

@@ -121,10 +121,10 @@ class Server:
     async def _serve_client(self, client: socket.socket, origin: Origin) -> None:
         peer = Peer(next(self._numbers), origin)
         try:
-            if error := self._unwelcome():
-                raise error
+            self._check_welcome()
             client = await self._gate.secure(client, peer)
             await self._gate.recognise(peer)
+            self._check_stays()
         except BridgeError as error:
             self._gate.peers.discard(peer)  # whoever comes while we take leave does not find the place taken
             self._daemon.refusals.add(error.code)
@@ -132,6 +132,10 @@ class Server:
             await say_goodbye(client, encode_reply(Failed.of(error)))
         except (OSError, trio.TooSlowError) as error:
             self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error))
+            client.close()
+        except Exception:
+            # A bug must not take the other clients with it.
+            self._log.exception("a client could not be let in", client=peer.number)
             client.close()
         except BaseException:
             client.close()
@@ -161,13 +165,17 @@ class Server:
         self._daemon.clients = len(self._sessions)
         self._standing.changed()
 
-    def _unwelcome(self) -> BridgeError | None:
+    def _check_welcome(self) -> None:
+        """Raises BridgeError. Those whom we are still getting to know count, too."""
+        self._check_stays()
+        if len(self._gate.peers) >= self._daemon.config.limits.clients:
+            message = f"{len(self._gate.peers)} clients are connected, all that limits.clients allows"
+            raise BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
+
+    def _check_stays(self) -> None:
+        """Raises BridgeError."""
         if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
-            return BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
-        if len(self._sessions) >= self._daemon.config.limits.clients:
-            message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
-            return BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
-        return None
+            raise BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
 
     async def _say_so(self) -> None:
         """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere."""

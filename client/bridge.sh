@@ -71,7 +71,9 @@ default_socket() { # the same choice as protocol/address.py
 connect() { # standard input to the daemon, its answer to standard output; $1 is the tool
     case $1 in
         socat) # -t: after the half-close wait for the answer however long it takes, not half a second
-            case $tcp in tls:*) exec socat -t 86400 - "OPENSSL:${tcp#tls:},nodelay${LLAMA_BRIDGE_CA:+,cafile=$LLAMA_BRIDGE_CA}" ;; esac
+            case $tcp in
+                tls:*) exec socat -t 86400 - "OPENSSL:${tcp#tls:}${LLAMA_BRIDGE_CA:+,cafile=$LLAMA_BRIDGE_CA},nodelay" ;;
+            esac
             if [ -n "$tcp" ]; then
                 exec socat -t 86400 - "TCP:$tcp,nodelay"
             fi
