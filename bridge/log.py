@@ -52,10 +52,10 @@ def get() -> Logger:
     return logger
 
 
-def flush() -> None:
-    """Writes what waits, if that can be done within a short time."""
+def flush(within: float = _AT_EXIT) -> None:
+    """Writes what waits, if that can be done within so many seconds."""
     if _writer is not None:
-        _writer.flush(_AT_EXIT)
+        _writer.flush(within)
 
 
 atexit.register(flush)
