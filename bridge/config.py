@@ -110,7 +110,8 @@ class Log(Struct, frozen=True, forbid_unknown_fields=True):
     """``prompts`` writes down what clients send and get; HELLO tells them."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
+    # auto: to the journal where standard error goes there, console on a terminal, else JSON
+    format: Literal["auto", "console", "json", "journal"] = "auto"
     slow_ms: Annotated[int, Meta(ge=0)] = 0  # a line for each request that takes as long; 0 is none
     requests: bool = False  # a line for each, however fast
     prompts: bool = False  # with its prompt and its answer
@@ -129,6 +130,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0600"
     socket_group: str = ""
     tcp: list[str] = []
+    idle_exit: Seconds = 0.0  # under socket activation: end when nobody needs the daemon for so long; 0 is never
     backend: Literal["llama", "fake"] = "llama"
     limits: Limits = Limits()
     load: LoadOptions = LoadOptions()
@@ -182,7 +184,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             values["tcp"] = _split(text)
         elif section in _SECTIONS and rest:
             values.setdefault(section, {})[rest] = _split(text) if rest in _LISTS else text
-        elif key in ("socket", "socket_mode", "socket_group", "backend"):
+        elif key in ("socket", "socket_mode", "socket_group", "backend", "idle_exit"):
             values[key] = text
         else:
             raise ConfigError(f"environment: unknown variable {variable}")
@@ -225,7 +227,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"tcp: {error}") from None
         if isinstance(parsed, Unix):
             raise ConfigError(f"tcp: bad address {address!r}: allowed are HOST:PORT and tls:HOST:PORT")
-        _check_open(config, parsed)
+        check_open(config, parsed)
     if not config.socket and not config.tcp:
         raise ConfigError("socket and tcp are both empty: nothing to listen on")
     limits = config.limits
@@ -239,8 +241,8 @@ def _check(config: Config) -> None:
         raise ConfigError(f"tls.client is {config.tls.client}, and tls.client_ca does not say whose certificates count")
 
 
-def _check_open(config: Config, address: addresses.Tcp | addresses.Tls) -> None:
-    """Nobody is to listen to the world by mistake."""
+def check_open(config: Config, address: addresses.Tcp | addresses.Tls) -> None:
+    """Nobody is to listen to the world by mistake. Raises ConfigError."""
     if isinstance(address, addresses.Tls) and not config.tls.certificate:
         raise ConfigError(f"tcp: {address} needs a certificate: tls.certificate")
     by_certificate = isinstance(address, addresses.Tls) and config.tls.client != "none"

@@ -1,4 +1,5 @@
-"""Logs go to standard error: coloured lines on a terminal, JSON lines elsewhere. Prompts are in them only if asked for.
+"""Logs go to standard error, coloured lines on a terminal and else JSON lines, or as fields to the journal. Prompts are
+in them only if asked for.
 
 What is logged on behalf of a request carries its ``request``, a connection's number and its own within that; see
 ``of_request``. A line is also what EVENTS tells, where ``bridge.events`` has it in its table. The level decides about
@@ -18,7 +19,7 @@ import structlog
 from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
 from structlog.typing import EventDict, Processor
 
-from bridge import events
+from bridge import events, journal
 from bridge.config import Log
 from bridge.log_writer import LogWriter
 
@@ -84,6 +85,8 @@ def whose() -> dict[str, Any]:
 def _format(settings: Log) -> str:
     if settings.format != "auto":
         return settings.format
+    if journal.standard_error_goes_there():
+        return "journal"
     return "console" if sys.stderr is not None and sys.stderr.isatty() else "json"
 
 
@@ -99,14 +102,22 @@ def _json() -> Renderers:
     return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
 
 
-RENDERERS: dict[str, Callable[[], Renderers]] = {"console": _console, "json": _json}
+def _journal() -> Renderers:
+    return [structlog.processors.format_exc_info, journal.render]
+
+
+RENDERERS: dict[str, Callable[[], Renderers]] = {"console": _console, "json": _json, "journal": _journal}
 
 
 def _factory(format: str) -> Callable[..., Any]:
     """Makes what structlog hands rendered lines to."""
     global _writer
     flush()
-    _writer = LogWriter(_standard_error(), _note(RENDERERS[format]()))
+    stderr = _standard_error()
+    if format == "journal":
+        logger = journal.JournalLogger(journal.SOCKET)
+        return lambda *_: logger
+    _writer = LogWriter(stderr, _note(RENDERERS[format]()))
     lines = _Lines(_writer.put)
     return lambda *_: lines
 

@@ -25,10 +25,14 @@ from bridge.pool import ModelPool
 from bridge.ports import Ports
 from bridge.registry import CONFIGURATION
 from bridge.session import Session
+from bridge.standing import Standing
+from bridge.systemd import Manager
+from bridge.watchdog import feed
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, encode_reply
 
 LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts off
+_BURIAL = 15.0  # seconds, more than it takes until all workers are gone
 
 
 class Server:
@@ -38,12 +42,15 @@ class Server:
     ConfigError where tokens or certificates cannot be read.
     """
 
-    def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
+    def __init__(
+        self, config: Config, read: Callable[[], Config] | None = None, manager: Manager | None = None
+    ) -> None:
         """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
         self._gate = Gate(config)
+        self._manager = manager or Manager({})
         self._ports = Ports(config)
         try:
-            self._listeners = open_listeners(config)
+            self._listeners = open_listeners(config, self._manager.sockets)
         except BaseException:
             self._ports.close()
             raise
@@ -75,16 +82,23 @@ class Server:
                 self._ports.serve(workers, self._daemon)
                 self._configured = Configured(self._daemon, self._read, workers)
                 workers.start_soon(self._daemon.refusals.run)
+                self._standing = Standing(self._daemon, self._manager)
                 await self._configured.begin()
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
                         clients.start_soon(accept_forever, listener, self._serve_client)
-                        self._log.info("listening", address=str(listener.address))
+                        self._log.info("listening", address=str(listener.address), inherited=listener.inherited)
+                    # Not only when models are loaded: who asks for one waits for it, and nobody else should.
+                    self._manager.notify(READY=1)
+                    workers.start_soon(self._standing.run)
+                    if self._manager.watchdog:
+                        workers.start_soon(feed, self._manager, pool)
                     task_status.started(listeners)
                     await self._stopping.wait()
                     await self._say_so()
                     for listener in listeners:
                         listener.close()
+                    await trio.lowlevel.checkpoint()  # those accepted just before become sessions
                     await self._drain()
                     clients.cancel_scope.cancel()
                 await pool.park()
@@ -97,7 +111,12 @@ class Server:
 
     async def reload(self) -> dict[str, Any]:
         """Reads the configuration anew. Raises BridgeError (bad_config)."""
-        return await self._configured.reload()
+        self._manager.reloading()
+        try:
+            return await self._configured.reload()
+        finally:
+            self._manager.notify(READY=1)
+            self._standing.changed()
 
     async def _serve_client(self, client: socket.socket, origin: Origin) -> None:
         peer = Peer(next(self._numbers), origin)
@@ -126,7 +145,7 @@ class Server:
         session = Session(client, peer, self._daemon)
         self._sessions.add(session)
         self._daemon.metrics.connections += 1
-        self._daemon.clients = len(self._sessions)
+        self._count_clients()
         try:
             await session.run()
         except Exception:
@@ -134,9 +153,13 @@ class Server:
             self._log.exception("a session failed", client=peer.number)
         finally:
             self._sessions.discard(session)
-            self._daemon.clients = len(self._sessions)
+            self._count_clients()
             if not self._sessions:
                 self._all_gone.set()
+
+    def _count_clients(self) -> None:
+        self._daemon.clients = len(self._sessions)
+        self._standing.changed()
 
     def _unwelcome(self) -> BridgeError | None:
         if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
@@ -164,11 +187,14 @@ class Server:
 
         After it the sessions are gone; ``serve`` has the models save what they keep, and ends their workers.
         """
+        limits = self._daemon.config.limits
         self._daemon.draining = True
-        self._log.info("draining", clients=len(self._sessions), seconds=self._daemon.config.limits.drain)
+        self._manager.stopping(within=2 * limits.drain + _BURIAL)  # for what runs, and as much for what is saved
+        self._standing.changed()
+        self._log.info("draining", clients=len(self._sessions), seconds=limits.drain)
         started = time.monotonic()
         self._daemon.library.stop()
-        with trio.move_on_after(self._daemon.config.limits.drain) as budget:
+        with trio.move_on_after(limits.drain) as budget:
             for session in list(self._sessions):
                 session.finish()
             await self._until_all_gone()
@@ -187,9 +213,9 @@ class Server:
             await self._all_gone.wait()
 
 
-async def run(config: Config, read: Callable[[], Config]) -> int:
+async def run(config: Config, read: Callable[[], Config], manager: Manager) -> int:
     """Serves until a signal; returns the exit status: 0, or 1 when clients were cut off."""
-    server = Server(config, read)
+    server = Server(config, read, manager)
     async with trio.open_nursery() as nursery:
         await nursery.start(_obey_signals, server, nursery)
         await server.serve()

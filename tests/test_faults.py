@@ -813,7 +813,11 @@ async def test_fault_29_log_pipe(what: str, tmp_path: Path) -> None:
         place = Unseen(path)
 
         async def listens() -> bool:
-            return await trio.Path(path).exists()
+            try:
+                async with await place.unix():
+                    return True
+            except OSError:
+                return False
 
         await eventually(listens)
         await place.until_ready()
