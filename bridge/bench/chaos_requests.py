@@ -15,21 +15,6 @@ from protocol.errors import ErrorCode as E
 from protocol.replies import Failed, Final, Ok, Reply, Token
 
 _COMMON = ("once", "upon", "a", "time", "there", "was", "a", "small", "machine", "that", "answered", "whoever", "asked")
-    "once",
-    "upon",
-    "a",
-    "time",
-    "there",
-    "was",
-    "a",
-    "small",
-    "machine",
-    "that",
-    "answered",
-    "whoever",
-    "asked",
-    "it",
-]
 _ORDERS = ("!kill", "!segv", "!abort")  # of the fake: the worker that says this dies
 _FIND = {E.NO_MODEL, E.NOT_FOUND}
 _USE = _FIND | {E.OVERLOADED, E.MODEL_CRASHED, E.MODEL_RESTING, E.LOAD_FAILED}
