@@ -19,7 +19,7 @@ _ORDERS = ("!kill", "!segv", "!abort")  # of the fake: the worker that says this
 _FIND = {E.NO_MODEL, E.NOT_FOUND}
 _USE = _FIND | {E.OVERLOADED, E.MODEL_CRASHED, E.MODEL_RESTING, E.LOAD_FAILED}
 _MAY: dict[type[Command], set[E]] = {
-    commands.Load: {E.LOAD_FAILED, E.NAME_TAKEN, E.NOT_FOUND, E.BUSY},
+    commands.Load: {E.LOAD_FAILED, E.NAME_TAKEN, E.NOT_FOUND, E.BUSY, E.MODEL_RESTING},
     commands.Free: _FIND | {E.BUSY},
     commands.Plan: {E.LOAD_FAILED},
     commands.Show: _FIND | {E.LOAD_FAILED, E.MODEL_RESTING},
@@ -227,7 +227,7 @@ class Requests:
     def _words(self, *, orders: bool = True) -> list[str]:
         """Some begin alike, some are long, a few are deadly."""
         dice = self._dice
-        words = _COMMON[: dice.randrange(len(_COMMON))] if dice.random() < 0.4 else []
+        words = [*_COMMON[: dice.randrange(len(_COMMON))]] if dice.random() < 0.4 else []
         words += [f"{self._vary}.{self._count}"]
         words += [f"{self._vary}w{number}" for number in range(dice.choice([0, 2, 5, 10, 10, 200]))]
         if orders and self._cast.echoes and dice.random() < 0.003:
