@@ -73,18 +73,17 @@ class Talk:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
         owed, self._owed = len(self._owed), {}
-        await trio.aclose_forcefully(self._stream)
-        if isinstance(error, Hung | trio.BrokenResourceError) and self.may_be_cut:
+        gone = isinstance(error, Hung | trio.BrokenResourceError)
+        if gone and self.may_be_cut:
             self._tally.cut += owed
-            return True
-        self._tally.abandoned += owed
-        if isinstance(error, WrongAnswer | RemoteProtocolError):
-            self._tally.blame(str(error))
-        elif isinstance(error, Hung | trio.BrokenResourceError):
-            self._tally.blame(f"the daemon closed a connection on which it owed {owed} answers")
         else:
-            return False
-        return True
+            self._tally.abandoned += owed
+        if gone and not self.may_be_cut:
+            self._tally.blame(f"the daemon closed a connection on which it owed {owed} answers")
+        elif isinstance(error, WrongAnswer | RemoteProtocolError):
+            self._tally.blame(str(error))
+        await trio.aclose_forcefully(self._stream)
+        return gone or isinstance(error, WrongAnswer | RemoteProtocolError)
 
     @property
     def owed(self) -> list[Asked]:

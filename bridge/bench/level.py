@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,8 +102,8 @@ async def _look(daemon: OwnDaemon) -> tuple[Level | None, str]:
         return None, f"{status['clients'] - 1} clients are still there"
     if queue := (await ask(daemon, Queue())).data:
         return None, f"{len(queue)} requests are still there: {queue[:3]}"
-    tasks = status["tasks"]
-    return Level(daemon.rss, daemon.descriptors, len(daemon.children), tasks), ""
+    await trio.sleep(_LOOK)  # for the daemon to close our last connection
+    return Level(daemon.rss, daemon.descriptors, len(daemon.children), status["tasks"]), ""
 
 
 async def fill(daemon: OwnDaemon, slots: int, n_ctx: int) -> None:
@@ -112,18 +113,18 @@ async def fill(daemon: OwnDaemon, slots: int, n_ctx: int) -> None:
     """
     prompt = " ".join(["cell"] * (n_ctx - _TOKENS - 8))
     command = InferStream(prompt=prompt, max_tokens=_TOKENS, ignore_eos=True)
-    begun: set[Exchange] = set()
-    at_once: list[int] = []  # how many had begun when the first ended
+    heard: Counter[Exchange] = Counter()  # tokens
+    ended = 0  # answers that had all their tokens when the last one began
 
-    def heard(exchange: Exchange, reply: Reply) -> None:
-        match reply:
-            case Token():
-                begun.add(exchange)
-            case Final():
-                at_once.append(len(begun))
+    def hear(exchange: Exchange, reply: Reply) -> None:
+        nonlocal ended
+        if isinstance(reply, Token):
+            if exchange not in heard:
+                ended = sum(count >= _TOKENS - 1 for count in heard.values())
+            heard[exchange] += 1
 
-    replies = await ask_all(daemon, [Request(command, f"slot {number}") for number in range(slots)], heard)
+    replies = await ask_all(daemon, [Request(command, f"slot {number}") for number in range(slots)], hear)
     if wrong := [reply for reply in replies if not isinstance(reply, Final) or reply.finish_reason != "length"]:
         raise Unrest(f"a whole context in each of {slots} slots: {wrong[0]}")
-    if at_once[0] < slots:
-        raise Unrest(f"of {slots} slots only {at_once[0]} can be had")
+    if ended:
+        raise Unrest(f"of {slots} slots not all can be had at once: {ended} answers had ended before the last began")
