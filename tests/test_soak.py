@@ -11,7 +11,7 @@ import pytest
 from bridge.bench import soak, streams
 from bridge.bench.soak import Plan, Soaked
 
-QUIET = Plan(connections=24, active=6, seconds=2.0, rate=300.0)
+QUIET = Plan(connections=24, active=6, seconds=2.0, rate=1800.0)
 
 
 def soaked(**changes: object) -> Soaked:

@@ -16,6 +16,7 @@ from protocol.replies import Failed, Final, Ok, Reply, Token
 
 _COMMON = ("once", "upon", "a", "time", "there", "was", "a", "small", "machine", "that", "answered", "whoever", "asked")
 _ORDERS = ("!kill", "!segv", "!abort")  # of the fake: the worker that says this dies
+_ADAPTERS = ("adapters/soft", "adapters/loud")
 _FIND = {E.NO_MODEL, E.NOT_FOUND}
 _USE = _FIND | {E.OVERLOADED, E.MODEL_CRASHED, E.MODEL_RESTING, E.LOAD_FAILED}
 _MAY: dict[type[Command], set[E]] = {
@@ -24,6 +25,7 @@ _MAY: dict[type[Command], set[E]] = {
     commands.Plan: {E.LOAD_FAILED},
     commands.Show: _FIND | {E.LOAD_FAILED, E.MODEL_RESTING},
     commands.Queue: _FIND | {E.MODEL_CRASHED, E.OVERLOADED},
+    commands.Lora: _USE | {E.BUSY, E.NAME_TAKEN},
     commands.Cancel: {E.NOT_FOUND},
     commands.Reload: {E.BAD_CONFIG},
 }
@@ -43,6 +45,8 @@ class Cast:
     hopeless: frozenset[str] = frozenset()
     echoes: bool = True
     max_tokens: int = 60
+    slots: int = 8
+    n_ctx: int = 1024
 
     @property
     def names(self) -> list[str | None]:
@@ -143,8 +147,8 @@ class Requests:
         self._count = 0
 
     def anything(self) -> Asked:
-        kinds = [self.stream, self.whole, self.several, self.text, self.look, self.model]
-        [kind] = self._dice.choices(kinds, weights=[8, 6, 1, 3, 4, 2])
+        kinds = [self.stream, self.whole, self.several, self.text, self.look, self.model, self.adapter]
+        [kind] = self._dice.choices(kinds, weights=[8, 6, 1, 3, 4, 2, 0.5 if self._cast.echoes else 0])
         return kind()
 
     def stream(self, longer: int = 1) -> Asked:
@@ -195,6 +199,19 @@ class Requests:
                 return self._asked(commands.Free(model=name, drain=self._dice.random() < 0.8))
         return self._asked(commands.Free())
 
+    def adapter(self) -> Asked:
+        """LORA, or a request with an adapter, which has the fake say other words."""
+        path, model = self._dice.choice(_ADAPTERS), self._dice.choice(self._cast.names)
+        match self._dice.randrange(8):
+            case 0 | 1:
+                return self._asked(commands.Lora(action="load", adapter=path, model=model))
+            case 2:
+                return self._asked(commands.Lora(action="unload", adapter=path.rpartition("/")[2], model=model))
+            case 3:
+                return self._asked(commands.Lora(model=model))
+        common = self._generation() | {"lora": [path]}
+        return self._asked(commands.InferStream(prompt=" ".join(self._words()), **common))
+
     def cancel(self, request_id: str | None) -> Asked:
         return Asked(Request(commands.Cancel(id=request_id)))
 
@@ -222,6 +239,8 @@ class Requests:
             "deadline_ms": dice.choice([None] * 8 + [1, 50, 1000]),
             "keep_alive": dice.choice([None] * 8 + [0.0, 0.5]),
             "ignore_eos": True,
+            "deterministic": dice.random() < 0.05,
+            "logprobs": dice.choice([None] * 9 + [2]),
         }
 
     def _words(self, *, orders: bool = True) -> list[str]:
