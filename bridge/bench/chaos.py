@@ -1,9 +1,9 @@
 """``bench --chaos``: whatever can happen to a daemon, all at once, and then the books: who was answered, what is left.
 
 The daemon is one of its own, in a temporary folder, on the fake backend or with a model. A process keeps what its heap
-once needed at the worst, and caches fill; so there are warm-ups of the same kind, with half as many clients again, until
-one of them has left the daemon's memory as large as it was. What it holds after the run and did not hold then was lost:
-a leak that is too slow for the warm-ups to tell it from rest has grown with the run, which is longer.
+once needed at the worst, and caches fill; so there are warm-ups of the same kind, with half as many clients again,
+until one of them has left the daemon's memory as large as it was. What it holds after the run and did not hold then was
+lost: a leak that is too slow for the warm-ups to tell it from rest has grown with the run, which is longer.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def chaos(plan: Plan, progress: Callable[[str], None]) -> Chaos:
 def _cast(model: str | None) -> Cast:
     if model is None:
         return _FAKE
-    return Cast(model, [(model, "side")], echoes=False, max_tokens=16, slots=4, n_ctx=512)
+    return Cast(model, [(model, "side")], echoes=False, max_tokens=16, slots=4, n_ctx=512, longest=30)
 
 
 def _configs(cast: Cast) -> list[str]:

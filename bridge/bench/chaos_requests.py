@@ -47,6 +47,7 @@ class Cast:
     max_tokens: int = 60
     slots: int = 8
     n_ctx: int = 1024
+    longest: int = 200  # prompt, about, in words that may be several tokens each
 
     @property
     def names(self) -> list[str | None]:
@@ -248,7 +249,7 @@ class Requests:
         dice = self._dice
         words = [*_COMMON[: dice.randrange(len(_COMMON))]] if dice.random() < 0.4 else []
         words += [f"{self._vary}.{self._count}"]
-        words += [f"{self._vary}w{number}" for number in range(dice.choice([0, 2, 5, 10, 10, 200]))]
+        words += [f"{self._vary}w{number}" for number in range(dice.choice([0, 2, 5, 10, 10, self._cast.longest]))]
         if orders and self._cast.echoes and dice.random() < 0.003:
             words.append(dice.choice(_ORDERS))
         return words
