@@ -232,6 +232,7 @@ lacking_tools() { # as Debian packages; the nc of netcat-traditional speaks no U
     [[ $(nc -h 2>&1) == *-U* ]] || echo netcat-openbsd
     has socat || echo socat
     has shellcheck || echo shellcheck
+    has haproxy || echo haproxy
 }
 
 tests() {

@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import msgspec
 
-from bridge import ipc
+from bridge import ipc, log
 from bridge.entry import Entry, Lora
 from bridge.library import Library
 from bridge.models.files import read_model_files
 from bridge.models.gguf import GgufError, read_header
 from bridge.models.lora import AdapterInfo, check_adapter, content_key, parse_lora
 from bridge.models.stamp import stamp_of
-from bridge.providers.base import Asking, Provider
+from bridge.providers.base import Ask, Asking, Provider
 from protocol.errors import BridgeError, ErrorCode
-
-R = TypeVar("R", ipc.Generate, ipc.Embed)
 
 _REMEMBERED = 256  # checks
 
@@ -73,26 +70,26 @@ class Adapters:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{error.filename or path}: {error.strerror}") from None
         return self._checked[about]
 
-    async def apply(
-        self, entry: Entry, provider: Provider, names: str | list[str] | None, requests: list[R]
-    ) -> list[R]:
-        """The requests under the adapters that were named, which are then in the worker; None leaves them as they are.
+    async def apply(self, entry: Entry, provider: Provider, names: str | list[str] | None, request: Ask) -> Ask:
+        """The request under the adapters that were named, which are then in the worker; None leaves it as it is.
 
         Raises BridgeError.
         """
         if names is None:
-            return requests
+            return request
+        assert isinstance(request, ipc.Generate | ipc.Embed)
         wanted = []
         for path, scale in await self.resolve(names, entry):
             checked = await self.check(entry.spec.path, path)
-            await self.load(provider, checked)
+            await self.load(entry, provider, checked)
             wanted.append((checked.key, scale))
-        return [msgspec.structs.replace(request, lora=wanted) for request in requests]
+        return msgspec.structs.replace(request, lora=wanted)
 
-    async def load(self, provider: Provider, checked: Checked) -> None:
+    async def load(self, entry: Entry, provider: Provider, checked: Checked) -> None:
         if checked.key not in provider.adapters:
             await provider.ask(ipc.LoadAdapter(0, checked.key, checked.path), Asking(lambda: None))
             provider.adapters.add(checked.key)
+            log.get().info("adapter loaded", model=entry.name, path=checked.path)
 
     async def of_load(self, model: str, lora: Lora) -> list[ipc.Adapter]:
         """Those that come with a model. Raises BridgeError."""

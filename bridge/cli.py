@@ -14,6 +14,7 @@ import msgspec
 
 from bridge import __version__
 from bridge.cli_tables import print_models, print_table
+from bridge.cli_types import UnixPath
 from bridge.lazy import LazyGroup
 from client import BridgeError, Client, RemoteProtocolError
 from protocol.address import Address, Unix, parse_address
@@ -44,7 +45,7 @@ def talks(command: F) -> F:
     An error answer goes to the standard error, with exit status 1.
     """
 
-    @click.option("--socket", type=Unix, metavar="PATH", help="The daemon's Unix socket.")
+    @click.option("--socket", type=UnixPath(), help="The daemon's Unix socket.")
     @click.option("--tcp", type=_tcp, metavar="HOST:PORT", help="The daemon's TCP port, instead.")
     @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for an answer.")
     @functools.wraps(command)
@@ -66,7 +67,7 @@ def talks(command: F) -> F:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 lora_option = click.option(
-    "--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."
+    "--lora", type=click.Path(), multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."
 )
 
 

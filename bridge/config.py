@@ -6,6 +6,8 @@ Every key of the file but ``models`` can be an environment variable: ``limits.cl
 
 from __future__ import annotations
 
+import importlib.util
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -21,8 +23,9 @@ from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
 from protocol.options import LoadOptions
 
 ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
-_SECTIONS = ("limits", "load", "pool", "store", "cache", "log")
+_SECTIONS = ("limits", "load", "pool", "store", "cache", "http", "agent", "log")
 _CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC",)  # client/bridge.sh's own, which its user may have exported
+HTTP_PACKAGES = ("hypercorn", "prometheus_client", "starlette")  # of the extra [http]
 Positive = Annotated[int, Meta(ge=1)]
 Bytes = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
@@ -39,12 +42,17 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     text_line: Positive = TEXT_LINE_LIMIT
     json_line: Positive = JSON_LINE_LIMIT
     pipeline: Positive = 256  # requests of one connection that wait or run; more are left in the socket
+    pipeline_bytes: Positive = 32 * 1024 * 1024  # of these
+    input: Positive = 256 * 1024 * 1024  # of these and of half lines, of all connections together
     queue: Positive = 512  # requests of one model that wait or run
     queue_bytes: Positive = 64 * 1024 * 1024  # of their prompts
+    queue_tokens: Positive = 1024 * 1024  # of the prompts that wait
     output: Positive = 1024 * 1024  # waiting for a slow reader
     stall: Seconds = 10.0  # a reader that takes nothing
+    grace: Seconds = 0.0  # from telling balancers that it will stop to refusing anybody
     drain: Seconds = 30.0  # for what runs when the daemon is told to stop
     load: Seconds = 600.0  # for a model to load
+    step: Annotated[float, Meta(ge=1, le=86_400)] = 300.0  # for one step of a model's worker
 
 
 class Pool(Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,9 +86,26 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True):
         return os.path.expanduser(self.dir)
 
 
+class Http(Struct, frozen=True, forbid_unknown_fields=True):
+    """/metrics, /healthz and /readyz. ``listen`` is HOST:PORT, "" nowhere."""
+
+    listen: str = ""
+
+
+class Agent(Struct, frozen=True, forbid_unknown_fields=True):
+    """What HAProxy asks how busy we are. ``listen`` is HOST:PORT, "" nowhere."""
+
+    listen: str = ""
+
+
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
+    """``prompts`` writes down what clients send and get; HELLO tells them."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
+    slow_ms: Annotated[int, Meta(ge=0)] = 0  # a line for each request that takes as long; 0 is none
+    requests: bool = False  # a line for each, however fast
+    prompts: bool = False  # with its prompt and its answer
 
 
 class Model(Load, frozen=True):
@@ -103,6 +128,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     pool: Pool = Pool()
     store: Store = Store()
     cache: Cache = Cache()
+    http: Http = Http()
+    agent: Agent = Agent()
     log: Log = Log()
 
 
@@ -190,6 +217,34 @@ def _check(config: Config) -> None:
             raise ConfigError(f"tcp: {error}") from None
     if not config.socket and not config.tcp:
         raise ConfigError("socket and tcp are both empty: nothing to listen on")
+    limits = config.limits
+    if limits.input < limits.json_line:
+        raise ConfigError(f"limits.input: {limits.input} is less than one line may have, limits.json_line")
+    _check_watched(config)
     for number, model in enumerate(config.models):
         if not model.path:
             raise ConfigError(f"models[{number}]: path is missing")
+
+
+def _check_watched(config: Config) -> None:
+    """Nobody has to say who they are at these ports, so they are for this machine alone."""
+    for key, text in (("http.listen", config.http.listen), ("agent.listen", config.agent.listen)):
+        if not text:
+            continue
+        try:
+            address = parse_address(text)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        if not isinstance(address, Tcp) or not _is_loopback(address.host):
+            raise ConfigError(f"{key}: {text!r} is not of this machine alone; allowed is 127.0.0.1:PORT or [::1]:PORT")
+    lacking = [name for name in HTTP_PACKAGES if importlib.util.find_spec(name) is None] if config.http.listen else []
+    if lacking:
+        needed = ", ".join(lacking)
+        raise ConfigError(f"http.listen: needs {needed}; install what is missing: pip install 'llama-bridge[http]'")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -15,7 +15,9 @@ from bridge.entry import Terms
 from bridge.registry import CONFIGURATION
 from protocol.errors import BridgeError, ErrorCode
 
-NEEDS_RESTART = ("socket", "socket_mode", "socket_group", "tcp", "backend", "log.level", "log.format")
+NEEDS_RESTART = (
+    "socket", "socket_mode", "socket_group", "tcp", "backend", "http.listen", "agent.listen", "log.level", "log.format",
+)  # fmt: skip
 
 
 class Configured:
@@ -48,6 +50,7 @@ class Configured:
             try:
                 new = self._read()
             except ConfigError as error:
+                self._log.error("reload failed", reason=str(error))
                 raise BridgeError(ErrorCode.BAD_CONFIG, f"The configuration stays as it is: {error}") from None
             changed = sorted(_differences(old, new))
             new = _keep(old, new)
@@ -135,5 +138,12 @@ def _differences(old: Config, new: Config) -> Iterable[str]:
 
 def _keep(old: Config, new: Config) -> Config:
     """The new one, but for what needs a restart."""
-    kept = {key: getattr(old, key) for key in NEEDS_RESTART if "." not in key}
-    return msgspec.structs.replace(new, **kept, log=old.log)
+    kept: dict[str, Any] = {}
+    for key in NEEDS_RESTART:
+        section, _, inner = key.partition(".")
+        was = getattr(old, section)
+        if inner:
+            now = kept.get(section, getattr(new, section))
+            was = msgspec.structs.replace(now, **{inner: getattr(was, inner)})
+        kept[section] = was
+    return msgspec.structs.replace(new, **kept)

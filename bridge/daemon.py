@@ -9,8 +9,11 @@ from typing import Any
 
 from bridge.adapters import Adapters
 from bridge.config import Config
+from bridge.intake import Intake
 from bridge.library import Library
+from bridge.metrics import Metrics
 from bridge.pool import ModelPool
+from bridge.refusals import Refusals
 
 
 @dataclass
@@ -23,8 +26,12 @@ class Daemon:
     pool: ModelPool
     stop: Callable[[], None]  # begins the drain; returns at once
     reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed
+    metrics: Metrics
+    refusals: Refusals = field(default_factory=Refusals)
+    intake: Intake = field(default_factory=Intake)
     started: float = field(default_factory=time.monotonic)
     clients: int = 0
+    leaving: bool = False  # balancers are told to send nobody more; who comes all the same is served
     draining: bool = False
 
 

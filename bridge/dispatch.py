@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import trio
 
-from bridge import __version__, generation, ipc, loading, lora
+from bridge import __version__, generation, ipc, loading, lora, monitoring, subscribing
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -41,7 +41,8 @@ def _hello(caller: Caller, _command: commands.Hello) -> Ok:
     limits = msgspec.structs.asdict(caller.daemon.config.limits)
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
-    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload"]
+    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events", "health", "metrics"]
+    features += ["logs_prompts"] if caller.daemon.config.log.prompts else []
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
 
@@ -117,15 +118,14 @@ async def _embed(call: Call, command: commands.Embed) -> Ok:
     for text in texts:
         _refuse_long(text)
     request = ipc.Embed(0, texts, call.received, command.dimensions)
-    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as (entry, provider):
-        [request] = await call.daemon.adapters.apply(entry, provider, command.lora, [request])
-        answer = await provider.ask(request, call.asking)
+    async with call.daemon.pool.use(command.model, keep_alive=command.keep_alive) as using:
+        answer = await using.ask(request, call.asking, lora=command.lora)
     assert isinstance(answer, ipc.Embedded)
     call.totals.add(answer)
     encode = _as_base64 if command.encoding == "base64" else _as_floats
     vectors = [encode(vector) for vector in answer.vectors]
     extra = {
-        "model": entry.name,
+        **using.outcome,
         "dimensions": len(answer.vectors[0]) // 4,
         "usage": {"prompt_tokens": answer.prompt_tokens},
         "timings": msgspec.structs.asdict(answer.timings),
@@ -144,20 +144,21 @@ def _as_floats(vector: bytes) -> list[float]:
 async def _tokenize(call: Call, command: commands.Tokenize) -> Ok:
     _refuse_long(command.text)
     request = ipc.Tokenize(0, command.text, command.special, command.parse_special)
-    name, answer = await _ask(call, command.model, request)
+    outcome, answer = await _ask(call, command.model, request)
     assert isinstance(answer, ipc.Tokens)
-    return Ok("Tokenized", answer.tokens, {"model": name, "count": len(answer.tokens)})
+    return Ok("Tokenized", answer.tokens, {**outcome, "count": len(answer.tokens)})
 
 
 async def _detokenize(call: Call, command: commands.Detokenize) -> Ok:
-    name, answer = await _ask(call, command.model, ipc.Detokenize(0, command.tokens))
+    outcome, answer = await _ask(call, command.model, ipc.Detokenize(0, command.tokens))
     assert isinstance(answer, ipc.Detokenized)
-    return Ok("Detokenized", answer.text, {"model": name})
+    return Ok("Detokenized", answer.text, outcome)
 
 
-async def _ask(call: Call, model: str | None, request: Ask) -> tuple[str, Answer]:
-    async with call.daemon.pool.use(model) as (entry, provider):
-        return entry.name, await provider.ask(request, call.asking)
+async def _ask(call: Call, model: str | None, request: Ask) -> tuple[dict[str, Any], Answer]:
+    async with call.daemon.pool.use(model) as using:
+        answer = await using.ask(request, call.asking)
+    return using.outcome, answer
 
 
 def _refuse_long(text: str) -> None:
@@ -173,10 +174,13 @@ INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
     commands.Hello: _hello,
     commands.Help: _help,
     commands.Status: _status,
+    commands.Health: monitoring.health,
     commands.Quit: _quit,
 }
 LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final]]] = {
     commands.Reload: _reload,
+    commands.Events: subscribing.events,
+    commands.Metrics: monitoring.metrics,
     commands.Load: loading.load,
     commands.Plan: loading.plan,
     commands.Free: loading.free,

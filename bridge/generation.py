@@ -12,7 +12,8 @@ import trio
 
 from bridge import ipc
 from bridge.call import Call
-from bridge.providers.base import Asking, Progress, Provider
+from bridge.providers.base import Asking, Progress
+from bridge.using import Using
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Final, Ok, Queued, Started, Token
@@ -21,15 +22,15 @@ from protocol.replies import Final, Ok, Queued, Started, Token
 async def infer(call: Call, command: commands.Infer) -> Ok:
     if command.n > 1:
         return await _several(call, command, command.n, command.prompt, None, "Inference completed")
-    name, done = await _generate(call, command, command.prompt)
-    return Ok("Inference completed", done.text, _outcome(name, done))
+    outcome, done = await _generate(call, command, command.prompt)
+    return Ok("Inference completed", done.text, outcome | _result(done))
 
 
 async def chat(call: Call, command: commands.Chat) -> Ok:
     if command.n > 1:
         return await _several(call, command, command.n, _turns(command), command.template, "Chat completed")
-    name, done = await _generate(call, command, _turns(command), command.template)
-    return Ok("Chat completed", done.text, _outcome(name, done))
+    outcome, done = await _generate(call, command, _turns(command), command.template)
+    return Ok("Chat completed", done.text, outcome | _result(done))
 
 
 async def _several(
@@ -47,9 +48,9 @@ async def _several(
     requests = [
         msgspec.structs.replace(one, sampling=msgspec.structs.replace(one.sampling, seed=seed)) for seed in seeds
     ]
-    name, dones = await _generate_all(call, command, requests)
+    outcome, dones = await _generate_all(call, command, requests)
     results = [_result(done) for done in dones]
-    return Ok(message, [done.text for done in dones], {"model": name, "results": results})
+    return Ok(message, [done.text for done in dones], outcome | {"results": results})
 
 
 async def infer_stream(call: Call, command: commands.InferStream) -> Final:
@@ -63,17 +64,21 @@ async def chat_stream(call: Call, command: commands.ChatStream) -> Final:
 async def _stream(
     call: Call, command: commands.Generation, prompt: str | list[ipc.Message], template: str | None = None
 ) -> Final:
+    started = False
+
     def on_progress(event: Progress) -> None:
+        nonlocal started
         match event:
-            case ipc.Accepted():
+            case ipc.Accepted() if not started:
+                started = True
                 call.say(Started())
             case ipc.Place(_, place, estimate_ms):
                 call.say(Queued(place, estimate_ms))
             case ipc.Text(_, text, logprobs):
                 call.say(Token(text, {} if logprobs is None else {"logprobs": logprobs}))
 
-    name, done = await _generate(call, command, prompt, template, on_progress)
-    return Final(done.text, done.finish_reason, _outcome(name, done))
+    outcome, done = await _generate(call, command, prompt, template, on_progress)
+    return Final(done.text, done.finish_reason, outcome | _result(done))
 
 
 async def _generate(
@@ -82,35 +87,35 @@ async def _generate(
     prompt: str | list[ipc.Message],
     template: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-) -> tuple[str, ipc.Done]:
+) -> tuple[dict[str, Any], ipc.Done]:
     request = _request(call, command, prompt, template, stream=on_progress is not None)
-    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as (entry, provider):
-        [request] = await call.daemon.adapters.apply(entry, provider, command.lora, [request])
-        done = await provider.ask(request, call.asking, on_progress)
+    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as using:
+        done = await using.ask(request, call.asking, on_progress, command.lora)
     assert isinstance(done, ipc.Done)
     call.totals.add(done)
-    return entry.name, done
+    return using.outcome, done
 
 
 async def _generate_all(
     call: Call, command: commands.Generation, requests: list[ipc.Generate]
-) -> tuple[str, list[ipc.Done]]:
-    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as (entry, provider):
-        requests = await call.daemon.adapters.apply(entry, provider, command.lora, requests)
-        dones = await _ask_all(call, provider, requests)
+) -> tuple[dict[str, Any], list[ipc.Done]]:
+    async with call.daemon.pool.use(command.model, _patience(call, command), command.keep_alive) as using:
+        dones = await _ask_all(call, using, requests, command.lora)
     for done in dones:
         call.totals.add(done)
-    return entry.name, dones
+    return using.outcome, dones
 
 
 async def infer_multi(call: Call, command: commands.InferMulti) -> Ok:
     requests = [_request(call, command, prompt, None, stream=False) for prompt in command.prompts]
-    name, dones = await _generate_all(call, command, requests)
+    outcome, dones = await _generate_all(call, command, requests)
     texts = msgspec.json.encode([done.text for done in dones]).decode()
-    return Ok("Multi-inference completed", texts, {"model": name, "results": [_result(done) for done in dones]})
+    return Ok("Multi-inference completed", texts, outcome | {"results": [_result(done) for done in dones]})
 
 
-async def _ask_all(call: Call, provider: Provider, requests: list[ipc.Generate]) -> list[ipc.Done]:
+async def _ask_all(
+    call: Call, using: Using, requests: list[ipc.Generate], lora: str | list[str] | None
+) -> list[ipc.Done]:
     """Side by side, so that they share batches. The first that fails ends the others."""
     dones: dict[int, ipc.Done] = {}
     errors: list[BridgeError] = []
@@ -125,7 +130,7 @@ async def _ask_all(call: Call, provider: Provider, requests: list[ipc.Generate])
 
         async def ask(index: int) -> None:
             try:
-                done = await provider.ask(requests[index], askings[index])
+                done = await using.ask(requests[index], askings[index], lora=lora)
             except BridgeError as error:
                 errors.append(error)
                 nursery.cancel_scope.cancel()
@@ -183,10 +188,6 @@ def _content(message: commands.Message) -> str:
     if isinstance(message.content, list):
         return "".join(part.text for part in message.content)
     return message.content or ""
-
-
-def _outcome(name: str, done: ipc.Done) -> dict[str, Any]:
-    return {"model": name, **_result(done)}
 
 
 def _result(done: ipc.Done) -> dict[str, Any]:

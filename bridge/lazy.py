@@ -7,6 +7,8 @@ import typing
 
 import click
 
+COMPLETION = "_LLAMA_BRIDGE_COMPLETE"  # set by a shell that completes; click makes the name of the program's
+
 
 class LazyGroup(click.Group):
     """Imports a command of another module when it is used: neither PING nor the daemon need load what bench does."""
@@ -14,8 +16,10 @@ class LazyGroup(click.Group):
     ELSEWHERE: typing.ClassVar = {
         "bench": "bridge.bench",
         "chat": "bridge.cli_text",
+        "completion": "bridge.cli_completion",
         "doctor": "bridge.doctor",
         "embed": "bridge.cli_text",
+        "events": "bridge.cli_events",
         "free": "bridge.cli_models",
         "infer": "bridge.cli_text",
         "load": "bridge.cli_models",
@@ -28,6 +32,7 @@ class LazyGroup(click.Group):
         "serve": "bridge.serve",
         "show": "bridge.cli_models",
         "tokenize": "bridge.cli_text",
+        "top": "bridge.top",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -7,7 +7,7 @@ want the same share.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
+from bridge import log
 from bridge.config import Config
 from bridge.entry import DEFAULTS, Lora, Spec
-from bridge.jobs import Jobs, Progress, run_job
 from bridge.models.about import describe
 from bridge.models.catalogue import Catalogue, Known
 from bridge.models.converted import cached
@@ -28,6 +28,7 @@ from bridge.models.names import split_quant
 from bridge.models.reference import LocalPath, Name, parse
 from bridge.models.stamp import Stamp
 from bridge.models.weights import examine, needs_converting
+from bridge.programs import Progress, Shared, run_program
 from protocol.commands import Loading
 from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions
@@ -54,7 +55,7 @@ class Library:
     """The fake's has nothing, and takes any path for a model's."""
 
     def __init__(self, nursery: trio.Nursery, config: Config) -> None:
-        self._jobs = Jobs(nursery)
+        self._programs = Shared(nursery)
         self._one = trio.CapacityLimiter(1)  # thread that looks at folders
         self.reconfigure(config)
 
@@ -108,7 +109,7 @@ class Library:
 
     def stop(self) -> None:
         """Ends what is being fetched and converted, which the next one who wants it goes on with or begins anew."""
-        self._jobs.stop()
+        self._programs.stop()
 
     # -- what has to be made -----------------------------------------------------------------------------------
 
@@ -178,7 +179,19 @@ class Library:
     async def _run(self, program: str, what: str, options: Mapping[str, str | None], tell: Tell) -> dict[str, Any]:
         given = [f"--{key}={value}" for key, value in options.items() if value]  # a value may begin with a dash
         command = (f"bridge.models.{program}", "--store", str(self._store), *given, "--", what)
-        return await self._jobs.join(command, partial(run_job, command), tell)
+        return await self._programs.join(command, partial(_run_logged, program, what, command), tell)
+
+
+async def _run_logged(program: str, what: str, command: Sequence[str], tell: Tell) -> dict[str, Any]:
+    logger = log.get().bind(source=what.partition("?")[0])  # a URL's query may hold a token
+    logger.info(f"{program} begun")
+    try:
+        result = await run_program(command, tell)
+    except BridgeError as error:
+        logger.warning(f"{program} failed", reason=error.message)
+        raise
+    logger.info(f"{program} ended", path=result["path"])
+    return result
 
 
 def _is_elsewhere(reference: str, error: BridgeError) -> bool:

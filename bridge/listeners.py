@@ -59,7 +59,7 @@ def open_listeners(config: Config) -> list[Listener]:
             listeners.append(_listen_unix(config.socket, int(config.socket_mode, 8), config.socket_group))
             stack.callback(listeners[-1].close)
         for text in config.tcp:
-            listeners.append(_listen_tcp(text))
+            listeners.append(listen_tcp(text))
             stack.callback(listeners[-1].close)
         stack.pop_all()
         return listeners
@@ -121,7 +121,8 @@ def _remove_stale(path: str) -> None:
     raise ListenError(f"cannot listen on {path}: another daemon is listening there")
 
 
-def _listen_tcp(text: str) -> Listener:
+def listen_tcp(text: str) -> Listener:
+    """On HOST:PORT. Raises ListenError."""
     address = parse_address(text)
     assert isinstance(address, Tcp)
     try:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from bridge import jobs
+from bridge import programs
 from bridge.call import Call
 from bridge.entry import Entry, State, Terms
 from bridge.keeper import Proposal
@@ -62,11 +62,11 @@ def failed_to_load(path: str, reason: str) -> str:
     return reason if reason.startswith(start) else f"{start}: {reason.removeprefix(f'{path}: ')}"
 
 
-def _teller(call: Call, wanted: bool) -> Callable[[jobs.Progress], None]:
+def _teller(call: Call, wanted: bool) -> Callable[[programs.Progress], None]:
     """What tells the client how far it is, now and then."""
     meter = Meter()
 
-    def tell(progress: jobs.Progress) -> None:
+    def tell(progress: programs.Progress) -> None:
         if reading := meter.read(progress):
             phase, done, total, unit = progress
             call.say(Progress(phase, done, total, unit, _rounded(reading.rate), _rounded(reading.seconds_left)))
@@ -148,7 +148,7 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
         "n_ctx": provider.info.n_ctx if provider else None,
         "n_parallel": provider.info.n_parallel if provider else None,
         "size": size_of(entry.spec.stamp),
-        "memory": _resident(provider.pid) if provider else 0,
+        "memory": resident(provider.pid) if provider else 0,
         "gpu_memory": entry.memory.gpu,
         "keep_alive": entry.idle_limit,
         "idle_s": 0.0 if entry.busy else round(now - entry.last_used, 1),
@@ -156,7 +156,7 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
     }
 
 
-def _resident(pid: int) -> int:
+def resident(pid: int | Literal["self"]) -> int:
     """Bytes of RAM that a process has, the pages of its mapped files among them."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bridge.jobs import Progress
+from bridge.programs import Progress
 
 INTERVAL = 0.2  # seconds between two reports
 MEMORY = 5.0  # seconds, in which what was measured before fades to a third

@@ -14,9 +14,11 @@ from bridge.config import Config
 from bridge.entry import Entry, Spec, State, Terms
 from bridge.keeper import Keeper, Proposal
 from bridge.library import Library
+from bridge.metrics import Metrics
 from bridge.planner import Planner
 from bridge.providers.base import Provider
 from bridge.registry import Registry
+from bridge.using import Using
 from protocol.errors import BridgeError, ErrorCode
 
 
@@ -26,10 +28,13 @@ class ModelPool:
     Resource handling: cancelling ``nursery`` ends every provider at once.
     """
 
-    def __init__(self, nursery: trio.Nursery, config: Config, library: Library, adapters: Adapters) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, config: Config, library: Library, adapters: Adapters, metrics: Metrics
+    ) -> None:
         self._library = library
+        self._adapters = adapters
         self._registry = Registry(config.pool.keep_alive)
-        self._keeper = Keeper(nursery, config, self._registry, Planner(config, library), adapters)
+        self._keeper = Keeper(nursery, config, self._registry, Planner(config, library), adapters, metrics)
 
     @property
     def entries(self) -> list[Entry]:
@@ -38,6 +43,11 @@ class ModelPool:
 
     def provider(self, entry: Entry) -> Provider | None:
         return self._keeper.providers.get(entry)
+
+    def ailing(self) -> list[str]:
+        """The models that are there but do not go on, and why: ``NAME: REASON``."""
+        found = ((entry.name, provider.check()) for entry, provider in self._keeper.providers.items())
+        return [f"{name}: its worker {why}" for name, why in found if why]
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -55,12 +65,18 @@ class ModelPool:
         """What loading it would need, and who would have to leave. Raises BridgeError (load_failed)."""
         return await self._keeper.plan(Entry("", spec))
 
-    async def load(self, entry: Entry, within: float = math.inf) -> Provider:
-        """Waits, so many seconds, until the model is there. A load goes on when who waits is cancelled."""
+    async def load(self, entry: Entry, within: float = math.inf, gone: Provider | None = None) -> Provider:
+        """Waits, so many seconds, until the model is there. A load goes on when who waits is cancelled.
+
+        ``gone`` is a provider that is dead, though the model may not yet be known to be without one.
+        """
+        if entry.state is not State.READY and entry.waiting >= self._keeper.config.limits.queue:
+            message = f"{entry.waiting} requests wait for {entry.name} to be loaded, all it may"
+            raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000)
         entry.waiting += 1
         try:
-            with trio.move_on_after(within) as patience:
-                return await self._ready(entry)
+            with trio.move_on_after(max(0.0, within)) as patience:
+                return await self._ready(entry, gone)
         finally:
             entry.waiting -= 1
             self._registry.used(entry, time.monotonic())
@@ -68,14 +84,16 @@ class ModelPool:
         assert patience.cancelled_caught
         raise BridgeError(ErrorCode.DEADLINE, f"The deadline passed while {entry.name} was {entry.state}")
 
-    async def _ready(self, entry: Entry) -> Provider:
+    async def _ready(self, entry: Entry, gone: Provider | None) -> Provider:
         failures = entry.failures
         while True:
+            if not self._keeper.is_there(entry) and entry.failures == failures:
+                raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} was unloaded")
             if entry.failures > failures:
                 assert entry.why
                 raise entry.why
-            if entry.state is State.READY:
-                return self._keeper.providers[entry]
+            if entry.state is State.READY and (provider := self._keeper.providers[entry]) is not gone:
+                return provider
             if entry.state is State.UNLOADED:
                 self._keeper.act(self._registry.wake(entry))
             entry.check_usable()
@@ -86,16 +104,17 @@ class ModelPool:
     @asynccontextmanager
     async def use(
         self, name: str | None, within: float = math.inf, keep_alive: float | None = None
-    ) -> AsyncIterator[tuple[Entry, Provider]]:
+    ) -> AsyncIterator[Using]:
         """A model that stays for the time of the block. Has it loaded if need be, and waits for that, so many seconds.
 
         Raises BridgeError.
         """
+        gives_up = trio.current_time() + within
         entry = await self._wanted(name)
-        provider = await self.load(entry, within)
+        provider = await self.load(entry, gives_up - trio.current_time())
         entry.users += 1
         try:
-            yield entry, provider
+            yield Using(self, self._adapters, entry, provider, gives_up)
         finally:
             entry.users -= 1
             self._registry.used(entry, time.monotonic(), keep_alive)
@@ -142,6 +161,13 @@ class ModelPool:
     def pick(self, name: str | None) -> Entry:
         """Of those that are loaded or known by name. Wakes nobody. Raises BridgeError (no_model, not_found)."""
         return self._registry.pick(name)
+
+    def name_of(self, name: str | None) -> str | None:
+        """What the model that a request means is called, if there is one."""
+        try:
+            return self._registry.pick(name).name
+        except BridgeError:
+            return None
 
     # -- the daemon's life -------------------------------------------------------------------------------------
 

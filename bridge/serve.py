@@ -19,15 +19,15 @@ from bridge.server import run
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", "path", type=click.Path(path_type=Path), help="A TOML file; see systemd/config.toml.")
-@click.option("--socket", metavar="PATH", help="The Unix socket to listen on; empty for none.")
+@click.option("--socket", type=click.Path(), help="The Unix socket to listen on; empty for none.")
 @click.option("--tcp", metavar="HOST:PORT", multiple=True, help="A TCP port to listen on as well; may be repeated.")
-@click.option("--load", "models", metavar="MODEL", multiple=True, help="A GGUF file to load; may be repeated.")
+@click.option("--load", "models", type=click.Path(), multiple=True, help="A GGUF file to load; may be repeated.")
 @click.option("--backend", type=click.Choice(["llama", "fake"]), help="fake answers with the prompt's own words.")
 @click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence.")
 @click.option("--n-parallel", type=int, help="Sequences computed at once.")
 @click.option("--n-threads", type=NumberOrAuto(), help="Threads that compute.")
 @click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 for all.")
-@click.option("--cache-dir", metavar="DIR", help="Where prompts' states are kept when a model is unloaded.")
+@click.option("--cache-dir", type=click.Path(file_okay=False), help="Where states of unloaded models are kept.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def serve(path: Path | None, **flags: Any) -> None:
     """Runs the daemon in the foreground until SIGTERM or SIGINT; a second one stops it at once."""

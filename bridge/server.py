@@ -18,11 +18,15 @@ from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
+from bridge.metrics import Metrics
 from bridge.pool import ModelPool
+from bridge.ports import Ports
 from bridge.registry import CONFIGURATION
 from bridge.session import Session
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, encode_reply
+
+LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts off
 
 
 class Server:
@@ -33,7 +37,12 @@ class Server:
 
     def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
         """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
-        self._listeners = open_listeners(config)
+        self._ports = Ports(config)
+        try:
+            self._listeners = open_listeners(config)
+        except BaseException:
+            self._ports.close()
+            raise
         self._config = config
         self._read = read or (lambda: config)
         self._log = log.get()
@@ -54,9 +63,12 @@ class Server:
             async with trio.open_nursery() as workers:
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
-                pool = ModelPool(workers, self._config, library, adapters)
-                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
+                metrics = Metrics()
+                pool = ModelPool(workers, self._config, library, adapters, metrics)
+                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload, metrics)
+                self._ports.serve(workers, self._daemon)
                 self._configured = Configured(self._daemon, self._read, workers)
+                workers.start_soon(self._daemon.refusals.run)
                 await self._configured.begin()
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
@@ -64,6 +76,7 @@ class Server:
                         self._log.info("listening", address=str(listener.address))
                     task_status.started(listeners)
                     await self._stopping.wait()
+                    await self._say_so()
                     for listener in listeners:
                         listener.close()
                     await self._drain()
@@ -73,6 +86,7 @@ class Server:
         finally:
             for listener in listeners:
                 listener.close()
+            self._ports.close()
         self._log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:
@@ -82,10 +96,13 @@ class Server:
     async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
         peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
         if error := self._unwelcome():
+            self._daemon.refusals.add(error.code)
+            self._daemon.metrics.turned_away(error.code)
             await say_goodbye(client, encode_reply(Failed.of(error)))
             return
         session = Session(client, peer, self._daemon)
         self._sessions.add(session)
+        self._daemon.metrics.connections += 1
         self._daemon.clients = len(self._sessions)
         try:
             await session.run()
@@ -106,7 +123,24 @@ class Server:
             return BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
         return None
 
+    async def _say_so(self) -> None:
+        """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere."""
+        self._daemon.leaving = True
+        if grace := self._daemon.config.limits.grace:
+            self._log.info("leaving", seconds=grace)
+            await trio.sleep(grace)
+
     async def _drain(self) -> None:
+        """Lets what was begun come to its end, as far as ``limits.drain`` allows. The order, from when it is told:
+
+        1. Nobody is accepted any more; ``serve`` has closed the listeners. New requests are told ``draining``.
+        2. What is being fetched or converted ends, and who waits for it is told: the next one goes on with it.
+        3. What runs, waits in a queue or for its model to load goes on. A connection is closed when nothing is owed
+           to it.
+        4. When the time is over, who still waits is told ``draining``, and has LAST_WORDS to read that.
+
+        After it the sessions are gone; ``serve`` has the models save what they keep, and ends their workers.
+        """
         self._daemon.draining = True
         self._log.info("draining", clients=len(self._sessions), seconds=self._daemon.config.limits.drain)
         started = time.monotonic()
@@ -114,11 +148,20 @@ class Server:
         with trio.move_on_after(self._daemon.config.limits.drain) as budget:
             for session in list(self._sessions):
                 session.finish()
-            while self._sessions:
-                self._all_gone = trio.Event()
-                await self._all_gone.wait()
+            await self._until_all_gone()
         self.clean = not budget.cancelled_caught
+        if not self.clean:
+            self._log.warning("cut off", clients=len(self._sessions))
+            for session in list(self._sessions):
+                session.cut()
+            with trio.move_on_after(LAST_WORDS):
+                await self._until_all_gone()
         self._log.info("drained", clean=self.clean, seconds=round(time.monotonic() - started, 3))
+
+    async def _until_all_gone(self) -> None:
+        while self._sessions:
+            self._all_gone = trio.Event()
+            await self._all_gone.wait()
 
 
 async def run(config: Config, read: Callable[[], Config]) -> int:
@@ -154,8 +197,8 @@ async def _obey_signals(
 async def _reload(server: Server) -> None:
     try:
         await server.reload()
-    except BridgeError as error:
-        log.get().error("reload failed", reason=error.message)
+    except BridgeError:
+        pass  # it is logged
     except Exception:
         # A bug must not end the daemon.
         log.get().exception("reload failed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from client.blocking import Client, Stream
+from client.blocking import Client, Events, Stream
 from client.errors import (
     Ambiguous,
     BadAdapter,
@@ -32,14 +32,15 @@ from client.errors import (
     Unreachable,
 )
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Progress
+from protocol.replies import Event, Progress
 
 if TYPE_CHECKING:
-    from client.aio import AsyncClient, AsyncStream
+    from client.aio import AsyncClient, AsyncEvents, AsyncStream
 
 __all__ = [
     "Ambiguous",
     "AsyncClient",
+    "AsyncEvents",
     "AsyncStream",
     "BadAdapter",
     "BadArgument",
@@ -54,6 +55,8 @@ __all__ = [
     "ContextExceeded",
     "DeadlineExceeded",
     "Draining",
+    "Event",
+    "Events",
     "Forbidden",
     "LoadFailed",
     "ModelCrashed",
@@ -74,7 +77,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The trio client on first use, so that trio need not be there for the other."""
-    if name in ("AsyncClient", "AsyncStream"):
+    if name in ("AsyncClient", "AsyncEvents", "AsyncStream"):
         from client import aio
 
         return getattr(aio, name)

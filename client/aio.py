@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import trio
 
@@ -16,29 +16,25 @@ from client.desk import Desk, Waiting
 from client.errors import ConnectionLost, error_of
 from client.results import Completion
 from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
-from client.transcript import Transcript
+from client.transcript import Chronicle, Transcript
 from protocol.address import Address, Unix
-from protocol.commands import Cancel, Command
+from protocol.commands import Cancel, Command, Events
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Failed, Ok, Progress, Reply
+from protocol.replies import Event, Failed, Ok, Progress, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class AsyncStream:
-    """The pieces of a text as they come, for ``async for``; also an async context manager.
+class _Lines(Generic[T]):
+    """An answer of many lines: what AsyncStream and AsyncEvents have in common.
 
-    Leaving the ``async with`` early, also by cancellation, cancels the request at the daemon and waits for its last
-    line, shielded but bounded; ``result`` then holds what was generated, as it does after the end. Without
-    ``async with`` iterate to the end, or call ``aclose``. Iterating raises what ``AsyncClient`` raises, and the
-    BridgeError that the stream ended with.
+    ``_add`` makes of a line what is iterated over.
     """
 
     def __init__(self, client: AsyncClient, command: Command) -> None:
         self._client = client
         self._command = command
-        self._transcript = Transcript()
         self._link: _Link | None = None
         self._waiting: Waiting | None = None
         self._over = False
@@ -48,26 +44,17 @@ class AsyncStream:
         """What CANCEL takes; None until the request was sent."""
         return self._waiting.id if self._waiting else None
 
-    @property
-    def text(self) -> str:
-        """All pieces so far."""
-        return self._transcript.text
+    def _add(self, reply: Reply) -> T | None:
+        raise NotImplementedError
 
-    @property
-    def result(self) -> Completion | None:
-        """None until the end, and after a failure."""
-        return self._transcript.result
+    def _timeout(self) -> float | None:
+        return self._client.timeout
 
-    def on_place(self, tell: Callable[[int, float], object]) -> AsyncStream:
-        """Has ``tell`` told the place in the queue and the ms it will likely take. For ``queue_events=True``."""
-        self._transcript.on_place = tell
+    def __aiter__(self) -> Self:
         return self
 
-    def __aiter__(self) -> AsyncStream:
-        return self
-
-    async def __anext__(self) -> str:
-        with _within(self._client.timeout):
+    async def __anext__(self) -> T:
+        with _within(self._timeout()):
             while not self._over:
                 if piece := await self._read():
                     return piece
@@ -97,20 +84,82 @@ class AsyncStream:
             await self._link.flush()
         return self._link, self._waiting
 
-    async def _read(self) -> str:
+    async def _read(self) -> T | None:
         link, waiting = await self._start()
         try:
-            return self._transcript.add(await link.wait(waiting))
+            return self._add(await link.wait(waiting))
         finally:
             self._over = waiting.over
 
-    async def __aenter__(self) -> AsyncStream:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+class AsyncStream(_Lines[str]):
+    """The pieces of a text as they come, for ``async for``; also an async context manager.
+
+    Leaving the ``async with`` early, also by cancellation, cancels the request at the daemon and waits for its last
+    line, shielded but bounded; ``result`` then holds what was generated, as it does after the end. Without
+    ``async with`` iterate to the end, or call ``aclose``. Iterating raises what ``AsyncClient`` raises, and the
+    BridgeError that the stream ended with.
+    """
+
+    def __init__(self, client: AsyncClient, command: Command) -> None:
+        super().__init__(client, command)
+        self._transcript = Transcript()
+
+    @property
+    def text(self) -> str:
+        """All pieces so far."""
+        return self._transcript.text
+
+    @property
+    def result(self) -> Completion | None:
+        """None until the end, and after a failure."""
+        return self._transcript.result
+
+    def on_place(self, tell: Callable[[int, float], object]) -> Self:
+        """Has ``tell`` told the place in the queue and the ms it will likely take. For ``queue_events=True``."""
+        self._transcript.on_place = tell
+        return self
+
+    def _add(self, reply: Reply) -> str:
+        return self._transcript.add(reply)
+
+
+class AsyncEvents(_Lines[Event]):
+    """What happens, as it does, for ``async with`` and ``async for``; in the block the daemon has begun to tell.
+
+    The client's ``timeout`` is for that alone, since nothing may happen for long. It ends when the daemon stops;
+    ``last`` is what ``since`` takes, to go on with another connection.
+    """
+
+    def __init__(self, client: AsyncClient, command: Events) -> None:
+        super().__init__(client, command)
+        self._follow = command.follow
+        self._chronicle = Chronicle()
+
+    @property
+    def last(self) -> int:
+        """The number of the last event so far."""
+        return self._chronicle.last
+
+    def _add(self, reply: Reply) -> Event | None:
+        return self._chronicle.add(reply)
+
+    def _timeout(self) -> None:
+        return None
+
+    async def __aenter__(self) -> Self:
+        with _within(self._client.timeout):
+            while self._follow and not (self._chronicle.subscribed or self._over):
+                await self._read()
+        return self
 
 
 def _asks(call: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
@@ -124,6 +173,14 @@ def _asks(call: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], A
 def _streams(call: Callable[P, Command]) -> Callable[Concatenate[AsyncClient, P], AsyncStream]:
     def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncStream:
         return AsyncStream(self, call(*args, **kwargs))
+
+    calls.dress(method, call)
+    return method
+
+
+def _tells(call: Callable[P, Events]) -> Callable[Concatenate[AsyncClient, P], AsyncEvents]:
+    def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncEvents:
+        return AsyncEvents(self, call(*args, **kwargs))
 
     calls.dress(method, call)
     return method
@@ -178,6 +235,7 @@ class AsyncClient:
     detokenize = _asks(calls.detokenize)
     stream = _streams(calls.stream)
     chat_stream = _streams(calls.chat_stream)
+    events = _tells(calls.events)
 
     async def aclose(self) -> None:
         """Closes the connection, and with it all that is still generated. The next call makes a new one."""

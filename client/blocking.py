@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from client import calls
 from client.calls import Call
@@ -15,27 +15,26 @@ from client.desk import Desk, Waiting
 from client.errors import ConnectionLost, error_of
 from client.results import Completion
 from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
-from client.transcript import Transcript
+from client.transcript import Chronicle, Transcript
+from protocol import commands
 from protocol.address import Address, Unix
 from protocol.commands import Cancel, Command
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Failed, Ok, Progress, Reply
+from protocol.replies import Event, Failed, Ok, Progress, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Stream:
-    """The pieces of a text as they come; also a context manager.
+class _Lines(Generic[T]):
+    """An answer of many lines: what Stream and Events have in common. ``_add`` makes of a line what is iterated over.
 
     Leaving it early (``break``, an exception, ``close``) cancels the request at the daemon, and waits for its last
-    line, so that the connection is good for the next call. ``result`` then holds what was generated, as it does
-    after the end. Iterating raises what ``Client`` raises, and the BridgeError that the stream ended with.
+    line, so that the connection is good for the next call.
     """
 
     def __init__(self, link: _Link, command: Command) -> None:
         self._link = link
-        self._transcript = Transcript()
         self._over = False
         self._waiting = link.send(command, beside=True)
 
@@ -44,27 +43,18 @@ class Stream:
         """What CANCEL takes."""
         return self._waiting.id
 
-    @property
-    def text(self) -> str:
-        """All pieces so far."""
-        return self._transcript.text
+    def _add(self, reply: Reply) -> T | None:
+        raise NotImplementedError
 
-    @property
-    def result(self) -> Completion | None:
-        """None until the end, and after a failure."""
-        return self._transcript.result
+    def _deadline(self) -> float | None:
+        return self._link.deadline()
 
-    def on_place(self, tell: Callable[[int, float], object]) -> Stream:
-        """Has ``tell`` told the place in the queue and the ms it will likely take. For ``queue_events=True``."""
-        self._transcript.on_place = tell
+    def __iter__(self) -> Self:
         return self
 
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> str:
+    def __next__(self) -> T:
         while not self._over:
-            if piece := self._read(self._link.deadline()):
+            if piece := self._read(self._deadline()):
                 return piece
         raise StopIteration
 
@@ -80,13 +70,13 @@ class Stream:
                 self._read(deadline)
         self._over = True
 
-    def _read(self, deadline: float | None) -> str:
+    def _read(self, deadline: float | None) -> T | None:
         try:
-            return self._transcript.add(self._link.wait(self._waiting, deadline))
+            return self._add(self._link.wait(self._waiting, deadline))
         finally:
             self._over = self._waiting.over
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -103,6 +93,62 @@ class Stream:
                 self._link.send(Cancel(id=self.id), beside=False)
 
 
+class Stream(_Lines[str]):
+    """The pieces of a text as they come; also a context manager.
+
+    Leaving it early (``break``, an exception, ``close``) cancels the request at the daemon, and waits for its last
+    line, so that the connection is good for the next call. ``result`` then holds what was generated, as it does
+    after the end. Iterating raises what ``Client`` raises, and the BridgeError that the stream ended with.
+    """
+
+    def __init__(self, link: _Link, command: Command) -> None:
+        self._transcript = Transcript()
+        super().__init__(link, command)
+
+    @property
+    def text(self) -> str:
+        """All pieces so far."""
+        return self._transcript.text
+
+    @property
+    def result(self) -> Completion | None:
+        """None until the end, and after a failure."""
+        return self._transcript.result
+
+    def on_place(self, tell: Callable[[int, float], object]) -> Self:
+        """Has ``tell`` told the place in the queue and the ms it will likely take. For ``queue_events=True``."""
+        self._transcript.on_place = tell
+        return self
+
+    def _add(self, reply: Reply) -> str:
+        return self._transcript.add(reply)
+
+
+class Events(_Lines[Event]):
+    """What happens, as it does; also a context manager. It is made when the daemon has begun to tell.
+
+    The client's ``timeout`` is for that alone, since nothing may happen for long. It ends when the daemon stops;
+    ``last`` is what ``since`` takes, to go on with another connection.
+    """
+
+    def __init__(self, link: _Link, command: commands.Events) -> None:
+        self._chronicle = Chronicle()
+        super().__init__(link, command)
+        while command.follow and not (self._chronicle.subscribed or self._over):
+            self._read(link.deadline())
+
+    @property
+    def last(self) -> int:
+        """The number of the last event so far."""
+        return self._chronicle.last
+
+    def _add(self, reply: Reply) -> Event | None:
+        return self._chronicle.add(reply)
+
+    def _deadline(self) -> None:
+        return None
+
+
 def _asks(call: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._ask(call(*args, **kwargs))
@@ -114,6 +160,14 @@ def _asks(call: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
 def _streams(call: Callable[P, Command]) -> Callable[Concatenate[Client, P], Stream]:
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Stream:
         return Stream(self._connected(), call(*args, **kwargs))
+
+    calls.dress(method, call)
+    return method
+
+
+def _tells(call: Callable[P, commands.Events]) -> Callable[Concatenate[Client, P], Events]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Events:
+        return Events(self._connected(), call(*args, **kwargs))
 
     calls.dress(method, call)
     return method
@@ -171,6 +225,7 @@ class Client:
     detokenize = _asks(calls.detokenize)
     stream = _streams(calls.stream)
     chat_stream = _streams(calls.chat_stream)
+    events = _tells(calls.events)
 
     def close(self) -> None:
         """Closes the connection, and with it what is still generated. The next call makes a new one."""

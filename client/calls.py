@@ -90,6 +90,16 @@ def reload() -> Call[Reloaded]:
     return Call(commands.Reload(), lambda ok: read_as(Reloaded, ok.data))
 
 
+def events(
+    kinds: Sequence[commands.EventKind] = (), *, since: int | None = None, follow: bool = True
+) -> commands.Events:
+    """What happens at the daemon: all, or of some ``kinds``; first what it remembers since the event of that number.
+
+    Without ``follow`` that is all. For those who may: Forbidden is raised for others.
+    """
+    return commands.Events(kinds=list(kinds), since=since, follow=follow)
+
+
 def quit() -> Call[None]:
     """Stops the daemon, if this peer may."""
     return Call(commands.Quit(), lambda ok: None)

@@ -18,8 +18,12 @@ from protocol.command import Name as Name
 from protocol.command import Reference as Reference
 from protocol.command import Request as Request
 from protocol.operations import Cancel as Cancel
+from protocol.operations import EventKind as EventKind
+from protocol.operations import Events as Events
+from protocol.operations import Health as Health
 from protocol.operations import Hello as Hello
 from protocol.operations import Help as Help
+from protocol.operations import Metrics as Metrics
 from protocol.operations import Ping as Ping
 from protocol.operations import Quit as Quit
 from protocol.operations import Reload as Reload
@@ -298,7 +302,7 @@ class Detokenize(Command, frozen=True):
 COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (
-        Ping, Hello, Help, Status, Load, Plan, Free, Models, Show, Queue, Pull, Remove, Lora, Infer, InferStream,
-        InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Reload, Quit,
+        Ping, Hello, Help, Status, Health, Metrics, Events, Load, Plan, Free, Models, Show, Queue, Pull, Remove, Lora,
+        Infer, InferStream, InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Reload, Quit,
     )
 }  # fmt: skip

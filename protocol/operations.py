@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal, get_args
+
+from msgspec import Meta
+
 from protocol.command import Command, Id
+
+EventKind = Literal[
+    "listening", "loading", "loaded", "load_failed", "waiting", "evicted", "idle", "unloaded", "crashed", "resting",
+    "warning", "adapter_loaded", "adapter_unloaded", "pulling", "pulled", "pull_failed", "converting", "converted",
+    "convert_failed", "reloaded", "reload_failed", "client_cut", "refused", "slow", "failed", "draining",
+]  # fmt: skip
+EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
 
 
 class Ping(Command, frozen=True):
@@ -26,6 +37,34 @@ class Help(Command, frozen=True):
 class Status(Command, frozen=True):
     VERB = "STATUS"
     DOC = "STATUS - what is loaded and how busy it is"
+
+
+class Events(Command, frozen=True):
+    """``since`` is the number of the last event that the client knows; those after it that are remembered come first.
+
+    Of none of the ``kinds`` means of all.
+    """
+
+    VERB = "EVENTS"
+    TEXT = "kinds"
+    DOC = "EVENTS [since=N] [follow=false] [kind kind ...] - tells what happens: loads, crashes, evictions ..."
+
+    kinds: Annotated[list[EventKind], Meta(max_length=64)] = []
+    since: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    follow: bool = True
+
+
+class Health(Command, frozen=True):
+    VERB = "HEALTH"
+    DOC = "HEALTH - whether this daemon is good for another request; for balancers"
+
+
+class Metrics(Command, frozen=True):
+    VERB = "METRICS"
+    TEXT = "format"
+    DOC = "METRICS [prometheus] - what was counted since the start, and how busy it is now"
+
+    format: Literal["json", "prometheus"] = "json"
 
 
 class Quit(Command, frozen=True):

@@ -186,7 +186,7 @@ def _text_value(field: str, text: str) -> Any:
             return [prompt for prompt in text.split("||") if prompt.strip()]
         case "messages":
             return [{"role": "user", "content": text}]
-        case "tokens":
+        case "tokens" | "kinds":
             return text.split()
         case "id" | "model" | "verb" | "path" | "source" | "adapter":
             return text.strip()

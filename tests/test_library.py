@@ -225,8 +225,8 @@ async def is_set(event: threading.Event) -> bool:
 
 
 async def waited_for(place: Inside, count: int) -> bool:
-    jobs = place.server._daemon.library._jobs._jobs
-    return [len(job.listeners) for job in jobs.values()] == [count]
+    shared = place.server._daemon.library._programs._shared
+    return [len(job.listeners) for job in shared.values()] == [count]
 
 
 async def test_the_last_one_to_leave_ends_it_and_the_next_goes_on_from_there(folder: Path, web: Web) -> None:
@@ -244,7 +244,7 @@ async def test_the_last_one_to_leave_ends_it_and_the_next_goes_on_from_there(fol
 
 
 async def waited_for_by_none(place: Inside) -> bool:
-    return not place.server._daemon.library._jobs._jobs
+    return not place.server._daemon.library._programs._shared
 
 
 @pytest.mark.parametrize(

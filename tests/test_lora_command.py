@@ -70,7 +70,7 @@ async def test_they_are_back_when_the_worker_is(end: str) -> None:
         await wire.ask('LOAD {"path":"echo","lora":["hum"]}')
         await wire.ask("LORA load some/shout.gguf")
         if end == "a crash":
-            assert await wire.code("INFER !kill") == "model_crashed"
+            assert await wire.code("INFER a !kill") == "model_crashed"
         else:
             await wire.ask("INFER keep_alive=0 max_tokens=1 a")
             await place.until(lambda models: models["echo"]["state"] == "unloaded")

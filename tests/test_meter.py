@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from bridge.jobs import Progress
 from bridge.meter import INTERVAL, Meter, Reading
+from bridge.programs import Progress
 
 
 class Clock:

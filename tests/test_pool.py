@@ -321,7 +321,7 @@ async def test_free_is_told_although_the_model_is_loaded_again_at_once(monkeypat
 async def test_free_of_what_rests() -> None:
     async with daemon("echo") as place, await place.unix() as wire:
         for _ in range(3):
-            await wire.ask("INFER !kill")
+            await wire.ask("INFER a !kill")
         await in_state(place, "resting")
         assert (await wire.ask("FREE echo"))["freed"] == ["echo"]
         assert await place.models() == {}
@@ -362,7 +362,7 @@ async def test_free_of_a_worker_that_is_just_dying(monkeypatch: pytest.MonkeyPat
 async def test_a_crash_is_told_and_repaired_while_others_go_on() -> None:
     async with daemon("echo", "other?step_ms=2") as place, await place.unix() as wire, await place.unix() as other:
         await other.start("INFER_STREAM model=other max_tokens=200 a")
-        reply = await wire.ask("INFER !segv")
+        reply = await wire.ask("INFER a !segv")
         assert (reply["code"], reply["blame"]) == ("model_crashed", "retry")
         assert "SIGSEGV" in reply["message"]
         assert (await wire.ask("INFER max_tokens=2 a b"))["data"] == "a b", "this one waited for the restart"
@@ -372,7 +372,7 @@ async def test_a_crash_is_told_and_repaired_while_others_go_on() -> None:
 
 async def test_requests_wait_for_a_restart() -> None:
     async with daemon("echo?load_ms=200") as place, await place.unix() as wire:
-        await wire.ask("INFER !kill")
+        await wire.ask("INFER a !kill")
         await in_state(place, "restarting")
         replies = await ask_all(place, *["INFER max_tokens=1 a"] * 5)
         assert {reply["data"] for reply in replies} == {"a"}
@@ -380,7 +380,7 @@ async def test_requests_wait_for_a_restart() -> None:
 
 async def test_free_while_it_restarts() -> None:
     async with daemon("echo?load_ms=200") as place, await place.unix() as wire:
-        await wire.ask("INFER !kill")
+        await wire.ask("INFER a !kill")
         await in_state(place, "restarting")
         assert (await wire.ask("FREE echo"))["freed"] == ["echo"]
         assert await place.models() == {}
@@ -391,7 +391,7 @@ async def test_free_the_moment_it_crashed() -> None:
     async with daemon("other") as place, await place.unix() as wire, await place.unix() as other:
         for _ in range(3):
             await wire.ask("LOAD echo")
-            await wire.send("INFER model=echo !kill")
+            await wire.send("INFER model=echo a !kill")
             assert (await wire.line())["code"] == "model_crashed"
             reply = await other.ask("FREE echo")
             assert reply.get("freed") == ["echo"], reply
@@ -400,7 +400,7 @@ async def test_free_the_moment_it_crashed() -> None:
 async def test_after_three_crashes_it_rests_until_it_is_loaded() -> None:
     async with daemon("echo") as place, await place.unix() as wire:
         for _ in range(3):
-            assert await wire.code("INFER !kill") == "model_crashed"
+            assert await wire.code("INFER a !kill") == "model_crashed"
         await in_state(place, "resting")
         reply = await wire.ask("INFER a")
         assert (reply["code"], reply["blame"]) == ("model_resting", "retry")

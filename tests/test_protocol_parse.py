@@ -242,7 +242,7 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.1", b"POST /v1/x HTTP/1.0", b"PRI * HTTP/2.0", b"OPTIONS * HTTP/1.1"])
-def test_fault_2_http(line: bytes) -> None:
+def test_fault_02_http(line: bytes) -> None:
     error = refusal(line)
     assert error.code == ErrorCode.WRONG_PROTOCOL
     assert "HTTP" in error.message
@@ -253,7 +253,7 @@ def test_fault_2_http(line: bytes) -> None:
     ("line", "where"),
     [(b"INFER \xff", "0xff at offset 6"), (b"\xc3", "0xc3 at offset 0"), (b"INFER \xed\xa0\x80", "0xed at offset 6")],
 )
-def test_fault_3_bad_encoding(line: bytes, where: str) -> None:
+def test_fault_03_bad_encoding(line: bytes, where: str) -> None:
     error = refusal(line)
     assert error.code == ErrorCode.BAD_ENCODING
     assert where in error.message

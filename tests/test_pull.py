@@ -29,9 +29,9 @@ from pulling import (
 )
 from web import HEAD, Page, Web, gguf
 
-from bridge.jobs import Progress, run_job
 from bridge.models import download
 from bridge.models.store import SOURCES, locked, sources
+from bridge.programs import Progress, run_program
 from protocol.errors import BridgeError
 
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]
@@ -435,7 +435,7 @@ async def test_as_a_job_it_is_cancelled_and_goes_on(web: Web, store: Path) -> No
     steps: list[Progress] = []
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(run_job, arguments, steps.append)
+            nursery.start_soon(run_program, arguments, steps.append)
             await trio.to_thread.run_sync(web.halfway.wait)
             while not steps:  # noqa: ASYNC110 - the first line is on its way
                 await trio.sleep(0.01)
@@ -443,12 +443,12 @@ async def test_as_a_job_it_is_cancelled_and_goes_on(web: Web, store: Path) -> No
         assert processes_with(url) == []
         assert page.gate
         page.gate.set()
-        done = await run_job(arguments, steps.append)
+        done = await run_program(arguments, steps.append)
     assert (done["path"], done["fetched"]) == (str(store / "m.gguf"), True)
     assert steps[-1] == Progress("download", len(CONTENT), len(CONTENT), "bytes")
     assert web.seen[-1].status == 206
     with pytest.raises(BridgeError) as caught:
-        await run_job(["bridge.models.pull", f"{web.url}/none.gguf", "--store", str(store)], steps.append)
+        await run_program(["bridge.models.pull", f"{web.url}/none.gguf", "--store", str(store)], steps.append)
     assert caught.value.code == "not_found"
 
 

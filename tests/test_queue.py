@@ -114,7 +114,8 @@ async def test_who_looks_often_does_not_make_requests_seem_quick() -> None:
                 assert len(await queue(third)) == 2
         await wire.send("INFER id=c c")
         refused = await reply(wire, "c")
-        assert (refused["code"], refused["retry_after_ms"]) == ("overloaded", 2000)  # a second each, at first
+        assert refused["code"] == "overloaded"
+        assert 100 <= refused["retry_after_ms"] <= 1000, "a second each, at first, of which some is over"
 
 
 # -- places ----------------------------------------------------------------------------------------------------
@@ -309,7 +310,7 @@ async def test_who_has_gone_is_counted_for_the_model() -> None:
 async def test_a_models_sums_outlive_its_worker() -> None:
     async with daemon("echo") as place, await place.unix() as wire:
         await wire.ask("INFER max_tokens=1 a")
-        assert await wire.code("INFER !kill") == "model_crashed"
+        assert await wire.code("INFER a !kill") == "model_crashed"
         await place.until_ready()
         await wire.ask("INFER max_tokens=1 a")
         assert (await place.models())["echo"]["usage"]["requests"] == 2

@@ -132,7 +132,7 @@ async def test_a_parent_that_ignores_the_end_of_its_children() -> None:
     with spawned(command=[sys.executable, "-c", code]) as place:
         async with await place.unix() as wire:
             assert (await wire.ask("LOAD echo"))["status"] == "ok"
-            assert "SIGKILL" in (await wire.ask("INFER !kill"))["message"]
+            assert "SIGKILL" in (await wire.ask("INFER a !kill"))["message"]
             assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
             assert (await wire.ask("FREE echo"))["freed"] == ["echo"]
 
@@ -177,9 +177,30 @@ async def said(place: Spawned, event: str) -> bool:
 async def test_who_does_not_end_is_cut_off_after_the_budget() -> None:
     with spawned("--load", "echo?step_ms=5", environ={"LLAMA_BRIDGE_LIMITS_DRAIN": "0.3"}) as place:
         await place.until_ready()
-        async with streams(place, 1, LONG):
+        async with streams(place, 1, LONG) as [wire], await place.unix() as other, await place.unix() as third:
+            await other.send(b"INFER id=a max_tokens=100000 ignore_eos=true a\nINFER max_tokens=100000 a\nPING\n")
+            await third.send("LOAD slow?load_ms=60000")
+            await place.until(lambda models: models["echo"]["running"] == 3 and "slow" in models)
             place.signal(signal.SIGTERM)
+            final = await wire.final()
+            assert (final["finish_reason"], final["code"], final["blame"]) == ("error", "draining", "retry")
+            codes = [(reply.get("id"), reply.get("code")) for reply in await other.lines(3)]
+            assert sorted(codes, key=str) == [("a", "draining"), (None, "draining"), (None, None)], "each is told"
+            assert (await third.line())["code"] == "draining"
+            for one in (wire, other, third):
+                assert await one.at_end()
             assert await place.exited() == 1
+
+
+async def test_requests_that_wait_for_their_model_are_answered_within_the_budget() -> None:
+    with spawned("--load", "echo?load_ms=700") as place:
+        async with await place.unix() as wire:
+            await wire.send("INFER max_tokens=2 a b")
+            await place.until(lambda models: models["echo"]["waiting"] == 1)
+            place.signal(signal.SIGTERM)
+            assert (await wire.line())["data"] == "a b"
+            assert await wire.at_end()
+            assert await place.exited() == 0
 
 
 async def workers_of(place: Spawned) -> list[int]:
@@ -259,7 +280,7 @@ async def test_the_log_is_json_and_holds_no_prompt() -> None:
         await place.exited()
         assert SECRET not in place.stderr
         events = [line["event"] for line in place.log]
-        assert {"listening", "model loaded", "worker ended", "draining", "stopped"} <= set(events)
+        assert {"listening", "model loaded", "model unloaded", "draining", "stopped"} <= set(events)
         assert all(line["timestamp"] and line["level"] for line in place.log)
 
 
@@ -269,7 +290,7 @@ def test_no_resource_is_left_behind() -> None:
     async def use(place: Spawned) -> None:
         await place.until_ready()
         async with await place.unix() as wire:
-            await wire.ask("INFER !kill")
+            await wire.ask("INFER a !kill")
             await wire.ask("FREE echo")
             await wire.ask("LOAD echo?load=fail")
             await wire.ask("LOAD echo?load=kill")

@@ -229,7 +229,7 @@ async def test_cancel_of_several_prompts() -> None:
 
 async def test_cancel_of_several_prompts_before_any_was_asked() -> None:
     class Never:
-        async def ask(self, *_: object) -> ipc.Done:
+        async def ask(self, *_: object, **__: object) -> ipc.Done:
             await trio.sleep_forever()
             raise AssertionError
 
@@ -239,7 +239,7 @@ async def test_cancel_of_several_prompts_before_any_was_asked() -> None:
 
     async def ask() -> None:
         try:
-            await generation._ask_all(call, Never(), [None, None])  # type: ignore[arg-type, list-item]
+            await generation._ask_all(call, Never(), [None, None], None)  # type: ignore[arg-type, list-item]
         except BridgeError as refused:
             error.append(refused)
 

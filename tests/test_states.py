@@ -159,7 +159,7 @@ async def test_a_worker_that_crashes_saves_nothing_and_finds_what_there_was(tmp_
         await say(wire)
         await wire.ask("FREE echo")
         await wire.ask("LOAD echo")
-        assert await wire.code("INFER !kill") == "model_crashed"
+        assert await wire.code("INFER a !kill") == "model_crashed"
         await place.until_ready()
         assert await cached(wire) == 50
         assert len(states(tmp_path)) == 1

@@ -16,6 +16,7 @@ from bridge.bench.report import Report
 from bridge.bench.rounds import Plan, measure
 from bridge.bench.targets import Bridge, LlamaServer, Sampling, Target, TargetError
 from bridge.bench.trials import trial
+from bridge.cli_types import ModelName
 from protocol.address import Address, Unix, default_socket, parse_address
 
 
@@ -35,11 +36,11 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--socket", metavar="PATH", help="The bridge's Unix socket.  [default: where serve puts it]")
+@click.option("--socket", type=click.Path(), help="The bridge's Unix socket.  [default: where serve puts it]")
 @click.option("--tcp", metavar="HOST:PORT", help="The bridge's TCP address, instead.")
 @click.option("--against", metavar="URL", help="A llama-server, such as http://127.0.0.1:8080, to measure beside it.")
 @click.option("--skip-bridge", is_flag=True, help="Measure only the llama-server of --against.")
-@click.option("--model", help="The bridge's model.  [default: its default]")
+@click.option("--model", type=ModelName(), help="The bridge's model.  [default: its default]")
 @click.option("--clients", type=_Counts(), default=(1, 8, 32), help="How many at once.  [default: 1,8,32]")
 @click.option("--requests", type=click.IntRange(1), default=4, show_default=True, help="Of each client, each round.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The median of them counts.")

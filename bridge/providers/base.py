@@ -7,6 +7,7 @@ from typing import Protocol
 
 from bridge import ipc
 from bridge.config import Limits
+from protocol.errors import BridgeError, ErrorCode
 
 AskAdapters = ipc.LoadAdapter | ipc.UnloadAdapter | ipc.ListAdapters
 Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue | ipc.Park | AskAdapters
@@ -23,13 +24,32 @@ class Asking:
     """
 
     def __init__(self, give_up: Callable[[], None]) -> None:
+        self.give_up = give_up
+        self.cancelled = False
         self._how = give_up
 
     def cancel(self) -> None:
+        self.cancelled = True
         self._how()
 
     def cancel_by(self, how: Callable[[], None]) -> None:
         self._how = how
+
+    def lost(self) -> None:
+        """The provider that had the request is gone, and no other has it yet."""
+        self._how = self.give_up
+
+
+class Crashed(BridgeError):
+    """model_crashed: the provider ended with the request in it.
+
+    ``harmless`` is whether nothing is lost by asking another one: no token of the answer had been computed, and the
+    provider did not end because it was told to.
+    """
+
+    def __init__(self, message: str, *, harmless: bool) -> None:
+        super().__init__(ErrorCode.MODEL_CRASHED, message, retried=False)
+        self.harmless = harmless
 
 
 class Provider(Protocol):
@@ -42,6 +62,7 @@ class Provider(Protocol):
     info: ipc.ModelInfo
     load_ms: float
     limits: Limits  # in force from when they are set
+    cells: tuple[int, int, int]  # of the KV cache, as last told: of requests that run, left for others' use, in all
     adapters: set[str]  # the keys of those that are there, as whoever loads and unloads them keeps it
 
     @property
@@ -55,12 +76,16 @@ class Provider(Protocol):
         """Serves ``ask`` and returns, when that is over, why."""
         ...
 
+    def check(self) -> str | None:
+        """What is wrong with it, if anything is: gone, stopped, hanging. Only after ``load``; costs microseconds."""
+        ...
+
     async def park(self) -> None:
         """Saves what is to outlive it, if anything is; for before ``stop``."""
         ...
 
     def stop(self) -> None:
-        """Ends ``run`` soon. What is being asked gets model_crashed, so let it finish before."""
+        """Ends ``run`` soon. What is being asked gets Crashed, so let it finish before."""
         ...
 
     @property
@@ -72,7 +97,7 @@ class Provider(Protocol):
     async def ask(self, request: Ask, asking: Asking, on_progress: Callable[[Progress], None] | None = None) -> Answer:
         """The last event of a request. Those before it go to ``on_progress``, which must not block or raise.
 
-        Raises BridgeError: what the provider refused, overloaded, model_crashed. When it is cancelled (by trio), so is
+        Raises BridgeError: what the provider refused, overloaded; Crashed. When it is cancelled (by trio), so is
         the request: nothing more is computed for it.
         """
         ...

@@ -20,7 +20,7 @@ _REMEMBERED = 1024  # clients
 
 class WaitingRoom:
     def __init__(self) -> None:
-        self._waiting: dict[int, Sequence] = {}  # by rid, in the order they came
+        self._waiting: dict[int, Sequence] = {}  # by rid, in the order they came to the daemon
         self._charged: dict[int, int] = {}  # tokens, by client; only of those who have a request here or running
         self._gone: dict[int, int] = {}  # charges of those who were here while somebody still is, the latest last
         self._requests: defaultdict[int, int] = defaultdict(int)  # of each client, waiting or running
@@ -36,7 +36,10 @@ class WaitingRoom:
             there = self._charged.values() or [0]
             self._charged[sequence.client] = max(min(there), min(self._gone.pop(sequence.client, 0), max(there)))
         self._requests[sequence.client] += 1
+        latest = next(reversed(self._waiting.values()), sequence)
         self._waiting[sequence.rid] = sequence
+        if sequence.received < latest.received:  # it waited elsewhere: for the model to load, or in one that crashed
+            self._waiting = dict(sorted(self._waiting.items(), key=lambda one: one[1].received))
 
     def admit(self, sequence: Sequence) -> None:
         """Its turn has come."""

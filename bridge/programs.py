@@ -53,7 +53,7 @@ class _Line(msgspec.Struct):
     failed: _Failed | None = None
 
 
-async def run_job(arguments: Sequence[str], on_progress: OnProgress) -> dict[str, Any]:
+async def run_program(arguments: Sequence[str], on_progress: OnProgress) -> dict[str, Any]:
     """Runs ``python -m ARGUMENTS...`` to its end and returns what is in its ``ok``.
 
     Resource handling: no process is left behind. Cancelled, the process group gets SIGTERM, and SIGKILL after GRACE.
@@ -175,10 +175,10 @@ async def _receive(pipe: IO[bytes] | None) -> bytes:
             return os.read(pipe.fileno(), 1 << 16)
 
 
-# -- one job, many who wait ------------------------------------------------------------------------------------------
+# -- one run, many who wait ------------------------------------------------------------------------------------------
 
 
-class _Job(Generic[T]):
+class _Run(Generic[T]):
     def __init__(self) -> None:
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
@@ -191,58 +191,58 @@ class _Job(Generic[T]):
             on_progress(progress)
 
 
-class Jobs:
-    """Jobs by their keys. They run in ``nursery``, since he who began one may leave while others still wait."""
+class Shared:
+    """Runs by their keys. They run in ``nursery``, since he who began one may leave while others still wait."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._jobs: dict[Hashable, _Job[Any]] = {}
+        self._shared: dict[Hashable, _Run[Any]] = {}
 
     def stop(self) -> None:
         """Ends all that run; who waits for one is told that the daemon is about to stop."""
-        for job in self._jobs.values():
-            job.scope.cancel()
+        for run in self._shared.values():
+            run.scope.cancel()
 
     async def join(self, key: Hashable, start: Callable[[OnProgress], Awaitable[T]], on_progress: OnProgress) -> T:
-        """What the job of this key comes to: the one that runs, or a new one, ``start``.
+        """What the run of this key comes to: the one that runs, or a new one, ``start``.
 
         Each gets the progress from now on, and the error, if it is one. When the last one who waits is cancelled, so
-        is the job, and that one waits until it has ended.
+        is the run, and that one waits until it has ended.
         """
-        job: _Job[T] | None = self._jobs.get(key)
-        if job is None:
-            job = _Job()
-            self._nursery.start_soon(self._run, key, job, start)
-            self._jobs[key] = job
+        run: _Run[T] | None = self._shared.get(key)
+        if run is None:
+            run = _Run()
+            self._nursery.start_soon(self._run, key, run, start)
+            self._shared[key] = run
         me = object()
-        job.listeners[me] = on_progress
+        run.listeners[me] = on_progress
         try:
-            await job.ended.wait()
+            await run.ended.wait()
         finally:
-            del job.listeners[me]
-            if not job.listeners and not job.ended.is_set():
-                self._forget(key, job)  # who comes now begins another
-                job.scope.cancel()
+            del run.listeners[me]
+            if not run.listeners and not run.ended.is_set():
+                self._forget(key, run)  # who comes now begins another
+                run.scope.cancel()
                 with trio.CancelScope(shield=True):
-                    await job.ended.wait()
-        if isinstance(job.error, BridgeError):
-            raise BridgeError(job.error.code, job.error.message, **job.error.details) from job.error
-        if job.error is not None:
-            raise job.error
-        return job.value  # type: ignore[return-value]
+                    await run.ended.wait()
+        if isinstance(run.error, BridgeError):
+            raise BridgeError(run.error.code, run.error.message, **run.error.details) from run.error
+        if run.error is not None:
+            raise run.error
+        return run.value  # type: ignore[return-value]
 
-    async def _run(self, key: Hashable, job: _Job[T], start: Callable[[OnProgress], Awaitable[T]]) -> None:
-        job.error = BridgeError(ErrorCode.DRAINING, "The daemon is shutting down")  # unless it gets to its end
+    async def _run(self, key: Hashable, run: _Run[T], start: Callable[[OnProgress], Awaitable[T]]) -> None:
+        run.error = BridgeError(ErrorCode.DRAINING, "The daemon is shutting down")  # unless it gets to its end
         try:
-            with job.scope:
-                job.value = await start(job.tell)
-                job.error = None
+            with run.scope:
+                run.value = await start(run.tell)
+                run.error = None
         except Exception as error:  # it goes on in those who wait
-            job.error = error
+            run.error = error
         finally:
-            self._forget(key, job)
-            job.ended.set()
+            self._forget(key, run)
+            run.ended.set()
 
-    def _forget(self, key: Hashable, job: _Job[Any]) -> None:
-        if self._jobs.get(key) is job:
-            del self._jobs[key]
+    def _forget(self, key: Hashable, run: _Run[Any]) -> None:
+        if self._shared.get(key) is run:
+            del self._shared[key]

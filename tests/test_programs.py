@@ -1,4 +1,4 @@
-"""Jobs are real processes here: a program is a module in a folder of the test's own."""
+"""Programs are real processes here: one is a module in a folder of the test's own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import trio
 import trio.testing
 from helpers import PATIENCE
 
-from bridge import jobs
-from bridge.jobs import Jobs, OnProgress, Progress, run_job
+from bridge import programs
+from bridge.programs import OnProgress, Progress, Shared, run_program
 from protocol.errors import BridgeError
 
 Program = Callable[[str], str]
@@ -39,7 +39,7 @@ def ignore(_: Progress) -> None:
 
 async def failure(*arguments: str) -> BridgeError:
     with trio.fail_after(PATIENCE), pytest.raises(BridgeError) as caught:
-        await run_job(arguments, ignore)
+        await run_program(arguments, ignore)
     return caught.value
 
 
@@ -65,7 +65,7 @@ async def test_progress_and_what_came_of_it(program: Program) -> None:
         "print(json.dumps({'ok': {'arguments': sys.argv[1:]}}), end='')\n"
     )
     seen: list[Progress] = []
-    assert await run_job([name, "a b", "c"], seen.append) == {"arguments": ["a b", "c"]}
+    assert await run_program([name, "a b", "c"], seen.append) == {"arguments": ["a b", "c"]}
     assert seen == [Progress("download", 1, None, "bytes"), Progress("check", 2, 3, "tensors")]
 
 
@@ -108,7 +108,7 @@ async def test_no_process_to_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: Any, **__: Any) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(jobs.subprocess, "Popen", refuse)
+    monkeypatch.setattr(programs.subprocess, "Popen", refuse)
     assert "cannot be started: Resource temporarily unavailable" in (await failure("x")).message
 
 
@@ -122,7 +122,7 @@ async def test_what_no_program_can_be_told_is_the_clients_fault(program: Program
 async def test_of_much_chatter_the_end_is_kept(program: Program) -> None:
     error = await failure(program("import sys; sys.stderr.write('x' * 1_000_000 + 'the reason'); sys.exit(3)"))
     assert error.message.endswith("xxx" + "the reason")
-    assert len(error.message) < jobs.KEPT + 200
+    assert len(error.message) < programs.KEPT + 200
 
 
 FAMILY = """
@@ -138,7 +138,7 @@ print(json.dumps({{"phase": "pids", "done": os.getpid(), "total": child.pid, "un
 async def test_cancelled_the_whole_family_is_gone(
     program: Program, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "GRACE", 0.3)
+    monkeypatch.setattr(programs, "GRACE", 0.3)
     name = program(FAMILY.format(first=first, last="time.sleep(1000)"))
     pids: list[int] = []
     with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
@@ -147,7 +147,7 @@ async def test_cancelled_the_whole_family_is_gone(
             pids.extend([progress.done, progress.total or 0])
             scope.cancel()
 
-        await run_job([name], leave)
+        await run_program([name], leave)
     assert scope.cancelled_caught
     assert not is_alive(pids[0])
     await gone(pids[1])
@@ -157,15 +157,15 @@ async def test_a_child_that_outlives_its_program_keeps_nobody_waiting(program: P
     pids: list[int] = []
     name = program(FAMILY.format(first="", last="print('{\"ok\":{}}')"))
     with trio.fail_after(PATIENCE):
-        assert await run_job([name], lambda progress: pids.append(progress.total or 0)) == {}
+        assert await run_program([name], lambda progress: pids.append(progress.total or 0)) == {}
     await gone(pids[0])
 
 
 async def test_no_file_descriptors_are_left(program: Program) -> None:
     name = program("print('{\"ok\":{}}')")
-    await run_job([name], ignore)
+    await run_program([name], ignore)
     before = os.listdir("/proc/self/fd")
-    await run_job([name], ignore)
+    await run_program([name], ignore)
     await failure("no_such_program")
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
@@ -179,7 +179,7 @@ async def test_a_killed_program_says_by_what(program: Program) -> None:
 
 
 class Work:
-    """A job that goes on when it is told to."""
+    """A program that goes on when it is told to."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -206,8 +206,8 @@ class Work:
 STEP = Progress("download", 1, 2, "bytes")
 
 
-async def test_those_who_want_the_same_share_one_job(nursery: trio.Nursery) -> None:
-    shared, work = Jobs(nursery), Work()
+async def test_those_who_want_the_same_share_one_run(nursery: trio.Nursery) -> None:
+    shared, work = Shared(nursery), Work()
     seen: list[list[Progress]] = [[], []]
     results: list[str] = []
 
@@ -227,8 +227,8 @@ async def test_those_who_want_the_same_share_one_job(nursery: trio.Nursery) -> N
     assert [len(steps) for steps in seen] == [2, 1]
 
 
-async def test_other_keys_and_later_ones_are_other_jobs(nursery: trio.Nursery) -> None:
-    shared, work = Jobs(nursery), Work()
+async def test_other_keys_and_later_ones_are_other_runs(nursery: trio.Nursery) -> None:
+    shared, work = Shared(nursery), Work()
     work.go.set()
     for key in ("a", "b", "a"):
         assert await shared.join(key, work, ignore) == "done"
@@ -237,7 +237,7 @@ async def test_other_keys_and_later_ones_are_other_jobs(nursery: trio.Nursery) -
 
 @pytest.mark.parametrize("error", [BridgeError("bad_model", "no", need=3), RuntimeError("a bug")])
 async def test_an_error_goes_to_all_and_to_nobody_else(nursery: trio.Nursery, error: Exception) -> None:
-    shared, work = Jobs(nursery), Work()
+    shared, work = Shared(nursery), Work()
     work.error = error
     caught: list[Exception] = []
 
@@ -257,7 +257,7 @@ async def test_an_error_goes_to_all_and_to_nobody_else(nursery: trio.Nursery, er
 
 
 async def test_the_last_one_to_leave_ends_it(nursery: trio.Nursery) -> None:
-    shared, work = Jobs(nursery), Work()
+    shared, work = Shared(nursery), Work()
     scopes = [trio.CancelScope(), trio.CancelScope()]
 
     async def want(scope: trio.CancelScope) -> None:
@@ -277,7 +277,7 @@ async def test_the_last_one_to_leave_ends_it(nursery: trio.Nursery) -> None:
 
 
 async def test_who_comes_while_one_is_being_ended_begins_another(nursery: trio.Nursery) -> None:
-    shared, first, second = Jobs(nursery), Work(), Work()
+    shared, first, second = Shared(nursery), Work(), Work()
     second.go.set()
     leaving = trio.CancelScope()
 
@@ -297,7 +297,7 @@ async def test_when_the_daemon_ends_nobody_waits_for_ever() -> None:
     work = Work()
     codes: list[str] = []
     async with trio.open_nursery() as sessions, trio.open_nursery() as daemon:
-        shared = Jobs(daemon)
+        shared = Shared(daemon)
 
         async def want() -> None:
             with pytest.raises(BridgeError) as caught:
@@ -311,8 +311,8 @@ async def test_when_the_daemon_ends_nobody_waits_for_ever() -> None:
     assert work.cancelled == 1
 
 
-async def test_a_real_job_ends_with_its_last_listener(program: Program, nursery: trio.Nursery) -> None:
-    shared, pids = Jobs(nursery), []
+async def test_a_real_program_ends_with_its_last_listener(program: Program, nursery: trio.Nursery) -> None:
+    shared, pids = Shared(nursery), []
     name = program(FAMILY.format(first="", last="time.sleep(1000)"))
     began = time.monotonic()
     with trio.CancelScope() as scope:
@@ -321,6 +321,6 @@ async def test_a_real_job_ends_with_its_last_listener(program: Program, nursery:
             pids.append(progress.done)
             scope.cancel()
 
-        await shared.join("key", lambda on_progress: run_job([name], on_progress), leave)
+        await shared.join("key", lambda on_progress: run_program([name], on_progress), leave)
     assert not is_alive(pids[0])
     assert time.monotonic() - began < PATIENCE
