@@ -23,6 +23,9 @@ _MAY: dict[type[Command], set[E]] = {
     commands.Load: {E.LOAD_FAILED, E.NAME_TAKEN, E.NOT_FOUND, E.BUSY, E.MODEL_RESTING},
     commands.Free: _FIND | {E.BUSY},
     commands.Plan: {E.LOAD_FAILED},
+    commands.Models: set(),
+    commands.Events: set(),
+    commands.Metrics: set(),
     commands.Show: _FIND | {E.LOAD_FAILED, E.MODEL_RESTING},
     commands.Queue: _FIND | {E.MODEL_CRASHED, E.OVERLOADED},
     commands.Lora: _USE | {E.BUSY, E.NAME_TAKEN},
@@ -30,7 +33,8 @@ _MAY: dict[type[Command], set[E]] = {
     commands.Reload: {E.BAD_CONFIG},
 }
 """The errors that may answer a command while models come, go and crash. Those that use a model may have _USE."""
-_INSTANT = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models)
+_OPERATORS = (commands.Load, commands.Free, commands.Lora, commands.Models, commands.Events, commands.Metrics)
+_INSTANT = (commands.Ping, commands.Hello, commands.Help, commands.Health, commands.Status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,8 @@ class Asked:
         if isinstance(command, _INSTANT):
             return set()
         may = set(_MAY.get(type(command), _USE))
+        if isinstance(command, _OPERATORS):
+            may.add(E.FORBIDDEN)  # over TCP
         if self.cancelled:
             may.add(E.CANCELLED)
         if getattr(command, "deadline_ms", None) is not None:
@@ -185,6 +191,7 @@ class Requests:
         name = self._dice.choice(self._cast.names)
         looks = [commands.Ping(), commands.Status(), commands.Models(), commands.Hello(), commands.Help()]
         looks += [commands.Queue(model=name), commands.Show(model=name), commands.Plan(path=self._cast.others[0][0])]
+        looks += [commands.Health(), commands.Metrics(), commands.Events(follow=False)]
         return self._asked(self._dice.choice(looks))
 
     def model(self) -> Asked:
