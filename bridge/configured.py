@@ -48,12 +48,12 @@ class Configured:
         async with self._one:
             old = self._daemon.config
             try:
-                new = self._read()
+                read = self._read()
+                changed, new = sorted(_differences(old, read)), _keep(old, read)
+                await self._daemon.gate.reconfigure(new)
             except ConfigError as error:
                 self._log.error("reload failed", reason=str(error))
                 raise BridgeError(ErrorCode.BAD_CONFIG, f"The configuration stays as it is: {error}") from None
-            changed = sorted(_differences(old, new))
-            new = _keep(old, new)
             self._daemon.config = new
             self._daemon.library.reconfigure(new)
             self._daemon.pool.reconfigure(new)

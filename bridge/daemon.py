@@ -9,9 +9,11 @@ from typing import Any
 
 from bridge.adapters import Adapters
 from bridge.config import Config
+from bridge.gate import Gate
 from bridge.intake import Intake
 from bridge.library import Library
 from bridge.metrics import Metrics
+from bridge.peer import Peer as Peer
 from bridge.pool import ModelPool
 from bridge.refusals import Refusals
 
@@ -24,6 +26,7 @@ class Daemon:
     library: Library
     adapters: Adapters
     pool: ModelPool
+    gate: Gate
     stop: Callable[[], None]  # begins the drain; returns at once
     reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed
     metrics: Metrics
@@ -33,17 +36,3 @@ class Daemon:
     clients: int = 0
     leaving: bool = False  # balancers are told to send nobody more; who comes all the same is served
     draining: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end. ``number`` is a connection's own, never used again; over TCP there is no ``uid``."""
-
-    number: int
-    uid: int | None = None
-    tcp: bool = False
-
-    @property
-    def owner(self) -> str:
-        """Whom what outlives the connection belongs to."""
-        return "tcp" if self.uid is None else f"uid:{self.uid}"

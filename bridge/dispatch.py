@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import trio
 
-from bridge import __version__, generation, ipc, loading, lora, monitoring, subscribing
+from bridge import __version__, auth, generation, ipc, loading, lora, monitoring, subscribing
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -41,7 +41,7 @@ def _hello(caller: Caller, _command: commands.Hello) -> Ok:
     limits = msgspec.structs.asdict(caller.daemon.config.limits)
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
-    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events", "health", "metrics"]
+    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events", "health", "metrics", "auth"]
     features += ["logs_prompts"] if caller.daemon.config.log.prompts else []
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
@@ -58,7 +58,7 @@ def _help(_caller: Caller, command: commands.Help) -> Ok:
 
 def _status(caller: Caller, _command: commands.Status) -> Ok:
     daemon = caller.daemon
-    models = loading.describe(daemon.pool)
+    models = [caller.without_paths(model) for model in loading.describe(daemon.pool)]
     extra: dict[str, Any] = {
         "version": __version__,
         "uptime_s": round(time.monotonic() - daemon.started, 1),
@@ -70,18 +70,17 @@ def _status(caller: Caller, _command: commands.Status) -> Ok:
     if models:
         extra["default"] = models[0]["name"]
     loaded = [model for model in models if model["state"] in (State.READY, State.RESTARTING)]
-    message = f"Model loaded: {loaded[0]['path']}" if loaded else "No model loaded"
-    return Ok(message, None, extra | {"models": models, "usage": msgspec.structs.asdict(caller.totals)})
+    message = f"Model loaded: {loaded[0].get('path', loaded[0]['name'])}" if loaded else "No model loaded"
+    extra |= {"models": models, "usage": msgspec.structs.asdict(caller.totals)}
+    return Ok(message, None, extra | {"you": daemon.gate.describe(caller.peer)})
 
 
 def _quit(caller: Caller, _command: commands.Quit) -> Ok:
-    caller.check_operator("QUIT")
     caller.daemon.stop()
     return Ok("Goodbye")
 
 
 async def _reload(call: Call, _command: commands.Reload) -> Ok:
-    call.check_operator("RELOAD")
     return Ok("Configuration reloaded", await call.daemon.reload())
 
 
@@ -178,6 +177,7 @@ INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
     commands.Quit: _quit,
 }
 LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final]]] = {
+    commands.Auth: auth.auth,
     commands.Reload: _reload,
     commands.Events: subscribing.events,
     commands.Metrics: monitoring.metrics,

@@ -31,6 +31,7 @@ class LazyGroup(click.Group):
         "remove": "bridge.cli_models",
         "serve": "bridge.serve",
         "show": "bridge.cli_models",
+        "token": "bridge.cli_token",
         "tokenize": "bridge.cli_text",
         "top": "bridge.top",
     }

@@ -11,12 +11,14 @@ import stat
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from bridge import log
+from bridge.access import Origin
 from bridge.config import Config
-from protocol.address import Tcp, Unix, parse_address
+from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
 _BACKLOG = 1024
 _PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
@@ -34,7 +36,7 @@ class Listener:
     It may be called again; by then another daemon may listen there.
     """
 
-    def __init__(self, sock: socket.socket, address: Unix | Tcp) -> None:
+    def __init__(self, sock: socket.socket, address: Address) -> None:
         self.socket = sock
         self.address = address
         self.socket.setblocking(False)
@@ -124,18 +126,18 @@ def _remove_stale(path: str) -> None:
 def listen_tcp(text: str) -> Listener:
     """On HOST:PORT. Raises ListenError."""
     address = parse_address(text)
-    assert isinstance(address, Tcp)
+    assert isinstance(address, Tcp | Tls)
     try:
         family, _, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
         sock = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ListenError(f"cannot listen on {text}: {error.strerror or error}") from None
     host, port = sock.getsockname()[:2]
-    return Listener(sock, Tcp(host, port))
+    return Listener(sock, type(address)(host, port))
 
 
-async def accept_forever(listener: Listener, serve: Callable[[socket.socket, int | None], Awaitable[None]]) -> None:
-    """Hands every client to ``serve``, in a task of its own, with the user id of its process where that is known.
+async def accept_forever(listener: Listener, serve: Callable[[socket.socket, Origin], Awaitable[None]]) -> None:
+    """Hands every client to ``serve``, in a task of its own, with where it comes from.
 
     When the listener is closed, it ends with the last of its clients. Error handling: what goes wrong with one client
     is not the listener's concern; with no file descriptors left it pauses.
@@ -144,7 +146,8 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, int
         while listener.socket.fileno() >= 0:
             try:
                 await trio.lowlevel.wait_readable(listener.socket)
-                client, _ = listener.socket.accept()
+                client, address = listener.socket.accept()
+                origin = _origin(client, address, tls=isinstance(listener.address, Tls))
             except trio.ClosedResourceError:
                 break
             except BlockingIOError:
@@ -155,17 +158,17 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, int
                     await trio.sleep(_PAUSE)
                 continue
             client.setblocking(False)
-            if isinstance(listener.address, Tcp):
+            if not isinstance(listener.address, Unix):
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            nursery.start_soon(serve, client, _peer_uid(client))
+            nursery.start_soon(serve, client, origin)
 
 
-def _peer_uid(client: socket.socket) -> int | None:
+def _origin(client: socket.socket, address: Any, *, tls: bool) -> Origin:
     if client.family != socket.AF_UNIX:
-        return None
+        return Origin(host=address[0], tls=tls)
     credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid: int = struct.unpack("3i", credentials)[1]
-    return uid
+    _, uid, gid = struct.unpack("3i", credentials)
+    return Origin(uid, gid)
 
 
 async def say_goodbye(client: socket.socket, words: bytes = b"") -> None:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from bridge import agent, log
+from bridge.access import Origin
 from bridge.config import Config
 from bridge.daemon import Daemon
 from bridge.listeners import Listener, accept_forever, listen_tcp
@@ -61,7 +62,7 @@ class Ports:
     def _start(nursery: trio.Nursery, what: str, listener: Listener, serve: Serve) -> None:
         connections = 0
 
-        async def serve_some(client: socket.socket, _uid: int | None) -> None:
+        async def serve_some(client: socket.socket, _origin: Origin) -> None:
             nonlocal connections
             if connections >= MOST:
                 client.close()

@@ -20,7 +20,9 @@ from bridge.server import run
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", "path", type=click.Path(path_type=Path), help="A TOML file; see systemd/config.toml.")
 @click.option("--socket", type=click.Path(), help="The Unix socket to listen on; empty for none.")
-@click.option("--tcp", metavar="HOST:PORT", multiple=True, help="A TCP port to listen on as well; may be repeated.")
+@click.option(
+    "--tcp", metavar="HOST:PORT", multiple=True, help="A TCP port to listen on as well, tls:HOST:PORT with TLS."
+)
 @click.option("--load", "models", type=click.Path(), multiple=True, help="A GGUF file to load; may be repeated.")
 @click.option("--backend", type=click.Choice(["llama", "fake"]), help="fake answers with the prompt's own words.")
 @click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence.")
@@ -28,6 +30,7 @@ from bridge.server import run
 @click.option("--n-threads", type=NumberOrAuto(), help="Threads that compute.")
 @click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 for all.")
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Where states of unloaded models are kept.")
+@click.option("--insecure", is_flag=True, default=None, help="Let other machines in without a token.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def serve(path: Path | None, **flags: Any) -> None:
     """Runs the daemon in the foreground until SIGTERM or SIGINT; a second one stops it at once."""
@@ -40,7 +43,7 @@ def serve(path: Path | None, **flags: Any) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, which a parent may bequeath, workers would leave no status
     try:
         status = trio.run(run, config, lambda: _config(path, flags))
-    except ListenError as error:
+    except (ListenError, ConfigError) as error:
         print(f"llama-bridge: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status)
@@ -57,5 +60,6 @@ def _config(path: Path | None, flags: dict[str, Any]) -> Config:
             "load": {key: flags[key] for key in ("n_ctx", "n_parallel", "n_threads", "n_gpu_layers")},
             "cache": {"dir": flags["cache_dir"]},
             "log": {"level": flags["log_level"]},
+            "access": {"insecure": flags["insecure"]},
         },
     )

@@ -12,10 +12,12 @@ from typing import Any
 import trio
 
 from bridge import log
+from bridge.access import Origin
 from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
+from bridge.gate import Gate
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
 from bridge.metrics import Metrics
@@ -32,11 +34,13 @@ LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts
 class Server:
     """Owns the listeners, the sessions and, through the pool, the workers. ``serve`` returns when all are gone.
 
-    It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError.
+    It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError, and
+    ConfigError where tokens or certificates cannot be read.
     """
 
     def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
         """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
+        self._gate = Gate(config)
         self._ports = Ports(config)
         try:
             self._listeners = open_listeners(config)
@@ -65,7 +69,9 @@ class Server:
                 adapters = Adapters(library)
                 metrics = Metrics()
                 pool = ModelPool(workers, self._config, library, adapters, metrics)
-                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload, metrics)
+                self._daemon = Daemon(
+                    self._config, library, adapters, pool, self._gate, self.stop, self.reload, metrics
+                )
                 self._ports.serve(workers, self._daemon)
                 self._configured = Configured(self._daemon, self._read, workers)
                 workers.start_soon(self._daemon.refusals.run)
@@ -93,13 +99,30 @@ class Server:
         """Reads the configuration anew. Raises BridgeError (bad_config)."""
         return await self._configured.reload()
 
-    async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
-        peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
-        if error := self._unwelcome():
+    async def _serve_client(self, client: socket.socket, origin: Origin) -> None:
+        peer = Peer(next(self._numbers), origin)
+        try:
+            if error := self._unwelcome():
+                raise error
+            client = await self._gate.secure(client, peer)
+            await self._gate.recognise(peer)
+        except BridgeError as error:
+            self._gate.peers.discard(peer)  # whoever comes while we take leave does not find the place taken
             self._daemon.refusals.add(error.code)
             self._daemon.metrics.turned_away(error.code)
             await say_goodbye(client, encode_reply(Failed.of(error)))
-            return
+        except (OSError, trio.TooSlowError) as error:
+            self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error))
+            client.close()
+        except BaseException:
+            client.close()
+            raise
+        else:
+            await self._have_session(client, peer)
+        finally:
+            self._gate.peers.discard(peer)
+
+    async def _have_session(self, client: socket.socket, peer: Peer) -> None:
         session = Session(client, peer, self._daemon)
         self._sessions.add(session)
         self._daemon.metrics.connections += 1

@@ -17,24 +17,29 @@ from functools import partial
 import trio
 
 from bridge import log
+from bridge.access import Role as Who
+from bridge.admission import admit
 from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
 from bridge.dispatch import INSTANT, LASTING
+from bridge.gate import MOST_FAILURES
 from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
+from bridge.quota import Grant
 from bridge.receipts import Totals
 from bridge.request_log import Record
 from protocol import commands
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role, State
 from protocol.errors import BridgeError, ErrorCode
-from protocol.replies import Failed, Final, Ok, Reply
+from protocol.replies import Failed, Final, Ok, Reply, encode_reply
 
 _READ = 64 * 1024
-_WHILE_DRAINING = (
-    commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Health, commands.Metrics, commands.Models,
-    commands.Quit,
+_ABOUT = (
+    commands.Ping, commands.Hello, commands.Auth, commands.Help, commands.Status, commands.Health, commands.Metrics,
+    commands.Models,
 )  # fmt: skip
+_WHILE_DRAINING = (*_ABOUT, commands.Quit)
 _CUT = BridgeError(ErrorCode.DRAINING, "The daemon stops, and waits no longer for this answer")
 
 
@@ -55,6 +60,9 @@ class Session:
             Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line, room=self._room
         )
         self._scope = trio.CancelScope()
+        self._reading = trio.CancelScope()
+        self._said_all = False
+        peer.end = self._end_with
         self._outbox = Outbox(
             sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken, traffic=daemon.metrics.traffic
         )
@@ -71,10 +79,12 @@ class Session:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self._outbox.run)
-                    await self._read()
+                    self._nursery.start_soon(self._expect_to_know)
+                    with self._reading:
+                        await self._read()
                     await self._outbox.drain()
-                    await say_goodbye(self._sock)
                     self._nursery.cancel_scope.cancel()
+                await say_goodbye(self._sock)
         finally:
             self._daemon.pool.gone(self._peer.number)
             self._daemon.intake.hold(self, 0)
@@ -98,6 +108,19 @@ class Session:
     def _on_broken(self, reason: str) -> None:
         self._log.info("client cut", reason=reason)
         self._scope.cancel()
+
+    def _end_with(self, error: BridgeError) -> None:
+        """Last words, and the end. What is being answered is given up."""
+        self._outbox.put(encode_reply(Failed.of(error)))
+        self._said_all = True
+        self._reading.cancel()
+
+    async def _expect_to_know(self) -> None:
+        """Who has not said in time who he is has to leave."""
+        if self._peer.identity.role is Who.NONE:
+            await trio.sleep(self._daemon.config.limits.auth)
+            if self._peer.identity.role is Who.NONE:
+                self._end_with(BridgeError(ErrorCode.UNAUTHORIZED, "Nobody said in time who is asking: AUTH"))
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -208,24 +231,31 @@ class Session:
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
             error = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
             self._end(exchange, record, Failed.of(error))
-        elif handler := INSTANT.get(type(command)):
-            reply: Reply
-            try:
-                reply = handler(self._caller, command)
-            except BridgeError as error:
-                reply = Failed.of(error)
-            self._end(exchange, record, reply)
-        else:
-            scope = trio.CancelScope()
-            asking = self._asking[exchange] = Asking(scope.cancel)
-            say = record.hearing(partial(self._reply, exchange))
-            call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
-            if exchange.id is None:
-                self._answering = exchange
-            self._nursery.start_soon(self._answer, exchange, command, call, scope, record)
+            return
+        try:
+            command, grant = admit(self._caller, command)
+            if handler := INSTANT.get(type(command)):
+                self._end(exchange, record, handler(self._caller, command))
+                return
+        except BridgeError as error:
+            self._end(exchange, record, Failed.of(error))
+            return
+        scope = trio.CancelScope()
+        asking = self._asking[exchange] = Asking(scope.cancel, grant.charge)
+        say = record.hearing(partial(self._reply, exchange))
+        call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
+        if exchange.id is None:
+            self._answering = exchange
+        self._nursery.start_soon(self._answer, exchange, command, call, scope, record, grant)
 
     async def _answer(
-        self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope, record: Record
+        self,
+        exchange: Exchange,
+        command: commands.Command,
+        call: Call,
+        scope: trio.CancelScope,
+        record: Record,
+        grant: Grant,
     ) -> None:
         reply: Reply
         log.of_request(record.id, exchange.id)
@@ -243,11 +273,15 @@ class Session:
         except trio.Cancelled:
             record.end(None)
             raise
+        finally:
+            grant.end(time.monotonic())
         del self._asking[exchange]
         self._end(exchange, record, reply)
         if self._answering is exchange:
             self._answering = None
             self._next_in_turn()
+        if self._peer.failures >= MOST_FAILURES:
+            self._reading.cancel()
 
     def _failure(self, exchange: Exchange, error: BridgeError, record: Record) -> Reply:
         """A stream that began ends with a final line all the same. Who has met a bug is told where the log has it."""
@@ -275,6 +309,8 @@ class Session:
         self._reply(exchange, reply)
 
     def _reply(self, exchange: Exchange, reply: Reply) -> None:
+        if self._said_all:
+            return
         self._outbox.put(self._connection.reply(exchange, reply))
         if exchange.state is State.DONE:
             self._daemon.intake.hold(self, self._connection.held)

@@ -12,7 +12,6 @@ from protocol.replies import Ok
 
 async def events(call: Call, command: commands.Events) -> Ok:
     """A client that is slow to read is cut, as any is; with ``since`` it goes on where it was."""
-    call.check_operator("EVENTS")
     ended = trio.Event()
     subscription = Subscription(command.kinds, call.say, ended.set)
     call.asking.cancel_by(ended.set)

@@ -26,9 +26,11 @@ from client.errors import (
     NotFound,
     Overloaded,
     PullFailed,
+    RateLimited,
     TemplateError,
     TooManyClients,
     TryAgain,
+    Unauthorized,
     Unreachable,
 )
 from protocol.errors import BridgeError, RemoteProtocolError
@@ -66,11 +68,13 @@ __all__ = [
     "Overloaded",
     "Progress",
     "PullFailed",
+    "RateLimited",
     "RemoteProtocolError",
     "Stream",
     "TemplateError",
     "TooManyClients",
     "TryAgain",
+    "Unauthorized",
     "Unreachable",
 ]
 

@@ -1,4 +1,4 @@
-"""The client for trio. The only module of this package that imports it."""
+"""The client for trio, which of this package only this module and its sockets import."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 import trio
 
 from client import calls
+from client.aio_sockets import AsyncTlsSocket, connect
 from client.calls import Call
+from client.credentials import resolve_credentials
 from client.desk import Desk, Waiting
 from client.errors import ConnectionLost, error_of
 from client.results import Completion
-from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
+from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve
 from client.transcript import Chronicle, Transcript
-from protocol.address import Address, Unix
+from protocol.address import Address
 from protocol.commands import Cancel, Command, Events
 from protocol.errors import BridgeError, RemoteProtocolError
 from protocol.replies import Event, Failed, Ok, Progress, Reply
@@ -189,7 +191,7 @@ def _tells(call: Callable[P, Events]) -> Callable[Concatenate[AsyncClient, P], A
 class AsyncClient:
     """Talks to one bridge over one connection, made with the first call. Any number of tasks may call at once.
 
-    ``address``: a path, HOST:PORT, or None for this user's own bridge. ``timeout``: seconds to wait for an answer,
+    ``address``, ``token``, ``ca`` and ``certificate`` are Client's. ``timeout``: seconds to wait for an answer,
     in a stream or with progress for its next line; then TimeoutError is raised. A call that is given up, for that or
     because its task was cancelled, is cancelled at the daemon; the connection stays.
 
@@ -200,9 +202,18 @@ class AsyncClient:
     busy elsewhere is kept for it, since to stop reading would stall the others.
     """
 
-    def __init__(self, address: str | Address | None = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str | Address | None = None,
+        *,
+        timeout: float | None = None,
+        token: str | None = None,
+        ca: str | None = None,
+        certificate: str | tuple[str, str] | None = None,
+    ) -> None:
         self.address = resolve(address)
         self.timeout = timeout
+        self._credentials = resolve_credentials(self.address, token, ca, certificate)
         self._link: _Link | None = None
         self._connecting = trio.Lock()
 
@@ -268,14 +279,25 @@ class AsyncClient:
             if self._link is None or not await self._link.alive():
                 if self._link is not None:
                     self._link.close()
-                self._link = _Link(await _connect(self.address))
+                link = _Link(await connect(self.address, self._credentials))
+                if self._credentials.token:
+                    await self._authenticate(link)
+                self._link = link
             return self._link
+
+    async def _authenticate(self, link: _Link) -> None:
+        try:
+            with _within(self.timeout) as limit:
+                await link.answer(calls.auth(self._credentials.token), limit)
+        except BaseException:
+            link.close()
+            raise
 
 
 class _Link:
     """One connection. Owns the socket; closed when the other end is."""
 
-    def __init__(self, connection: trio.socket.SocketType) -> None:
+    def __init__(self, connection: trio.socket.SocketType | AsyncTlsSocket) -> None:
         self.desk = Desk()
         self._socket = connection
         self._outbox = bytearray()
@@ -286,7 +308,7 @@ class _Link:
     async def alive(self) -> bool:
         """Reads what has come meanwhile, unless a task does so already; says whether the other end is there."""
         try:
-            while not self.desk.failed and not self._reading and readable(self._socket.fileno()):
+            while not self.desk.failed and not self._reading and readable(self._socket):
                 await self._receive()
             return not self.desk.failed
         finally:
@@ -403,20 +425,3 @@ class _within:
         if self._scope.cancelled_caught:
             raise TimeoutError("the daemon did not answer in time")
         return suppressed
-
-
-async def _connect(address: Address) -> trio.socket.SocketType:
-    try:
-        if isinstance(address, Unix):
-            connection = trio.socket.socket(trio.socket.AF_UNIX)
-            try:
-                await connection.connect(address.path)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-        connection = (await trio.open_tcp_stream(address.host, address.port)).socket
-        connection.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, 1)
-        return connection
-    except OSError as error:
-        raise unreachable(address, error) from None

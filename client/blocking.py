@@ -11,13 +11,14 @@ from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from client import calls
 from client.calls import Call
+from client.credentials import Credentials, resolve_credentials
 from client.desk import Desk, Waiting
 from client.errors import ConnectionLost, error_of
 from client.results import Completion
 from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
 from client.transcript import Chronicle, Transcript
 from protocol import commands
-from protocol.address import Address, Unix
+from protocol.address import Address, Tls, Unix
 from protocol.commands import Cancel, Command
 from protocol.errors import BridgeError, RemoteProtocolError
 from protocol.replies import Event, Failed, Ok, Progress, Reply
@@ -176,10 +177,12 @@ def _tells(call: Callable[P, commands.Events]) -> Callable[Concatenate[Client, P
 class Client:
     """Talks to one bridge over one connection, made with the first call. For one thread at a time.
 
-    ``address``: a path, HOST:PORT, or None for this user's own bridge. ``timeout``: seconds to wait for an answer,
-    in a stream or with progress for its next line; then TimeoutError is raised and the connection closed, for nobody
-    knows what it would say next. A call that is interrupted (Ctrl-C) closes it too, which stops the work at the
-    daemon.
+    ``address``: a path, HOST:PORT, tls:HOST:PORT, or None for this user's own bridge. ``token`` says who is asking;
+    without it $LLAMA_BRIDGE_TOKEN does, or the file that $LLAMA_BRIDGE_TOKEN_FILE names. For TLS, ``ca`` is a PEM file
+    of who may sign the daemon's certificate (else whom this machine trusts), ``certificate`` one of the client's own
+    with its key, or two files. ``timeout``: seconds to wait for an answer, in a stream or with
+    progress for its next line; then TimeoutError is raised and the connection closed, for nobody knows what it would
+    say next. A call that is interrupted (Ctrl-C) closes it too, which stops the work at the daemon.
 
     Raises BridgeError (see ``client.errors``), TimeoutError, and RemoteProtocolError if the other end is no bridge.
     After any of them the client is good for the next call.
@@ -191,9 +194,18 @@ class Client:
     without a name.
     """
 
-    def __init__(self, address: str | Address | None = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str | Address | None = None,
+        *,
+        timeout: float | None = None,
+        token: str | None = None,
+        ca: str | None = None,
+        certificate: str | tuple[str, str] | None = None,
+    ) -> None:
         self.address = resolve(address)
         self.timeout = timeout
+        self._credentials = resolve_credentials(self.address, token, ca, certificate)
         self._link: _Link | None = None
 
     ping = _asks(calls.ping)
@@ -254,7 +266,7 @@ class Client:
     def _connected(self) -> _Link:
         if self._link is None or not self._link.alive():
             self.close()
-            self._link = _Link(self.address, self.timeout)
+            self._link = _Link(self.address, self.timeout, self._credentials)
         self._link.timeout = self.timeout
         return self._link
 
@@ -262,17 +274,23 @@ class Client:
 class _Link:
     """One connection. Owns the socket; closed when the other end is, or when nobody knows its state."""
 
-    def __init__(self, address: Address, timeout: float | None) -> None:
+    def __init__(self, address: Address, timeout: float | None, credentials: Credentials) -> None:
         self.desk = Desk()
         self.timeout = timeout
-        self._socket = _connect(address, timeout)
+        self._socket = _connect(address, timeout, credentials)
+        if credentials.token:
+            try:
+                self.answer(calls.auth(credentials.token))
+            except BaseException:
+                self.close()
+                raise
 
     def deadline(self) -> float | None:
         return None if self.timeout is None else time.monotonic() + self.timeout
 
     def alive(self) -> bool:
         """Reads what has come meanwhile, and so learns whether the other end is gone."""
-        while not self.desk.failed and readable(self._socket.fileno()):
+        while not self.desk.failed and readable(self._socket):
             self._receive()
         return not self.desk.failed
 
@@ -333,7 +351,7 @@ class _Link:
             self._socket.close()
 
 
-def _connect(address: Address, timeout: float | None) -> socket.socket:
+def _connect(address: Address, timeout: float | None, credentials: Credentials) -> socket.socket:
     try:
         if isinstance(address, Unix):
             connection = socket.socket(socket.AF_UNIX)
@@ -344,9 +362,15 @@ def _connect(address: Address, timeout: float | None) -> socket.socket:
                 connection.close()
                 raise
             return connection
-        connection = socket.create_connection(address, timeout)
+        connection = socket.create_connection((address.host, address.port), timeout)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
+        if not isinstance(address, Tls):
+            return connection
+        try:
+            return credentials.secure(connection, address, handshake=True)
+        except BaseException:
+            connection.close()
+            raise
     except TimeoutError:
         raise TimeoutError(f"no bridge answered at {address} in time") from None
     except OSError as error:

@@ -31,6 +31,7 @@ from client.results import (
     Reloaded,
     Removed,
     Status,
+    You,
     read_as,
 )
 from protocol import commands
@@ -67,6 +68,11 @@ def ping() -> Call[None]:
 def hello() -> Call[Hello]:
     """Version, features and limits of the daemon."""
     return Call(commands.Hello(), lambda ok: read_as(Hello, ok.data), repeatable=True)
+
+
+def auth(token: str) -> Call[You]:
+    """Says who is asking, by a token, for all calls on this connection that follow. Raises Unauthorized."""
+    return Call(commands.Auth(token=token), lambda ok: read_as(You, ok.data))
 
 
 def help(verb: str | None = None) -> Call[list[str] | dict[str, str]]:

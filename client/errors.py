@@ -30,6 +30,10 @@ class Ambiguous(ClientFault):
         return list(self.details.get("candidates", ()))
 
 
+class Unauthorized(ClientFault):
+    """The daemon does not know who is asking: it wants a token, or another one."""
+
+
 class Forbidden(ClientFault):
     """This peer may not do that."""
 
@@ -92,6 +96,10 @@ class DeadlineExceeded(TryAgain):
     """``deadline_ms`` passed before anything was generated."""
 
 
+class RateLimited(TryAgain):
+    """This user, token or certificate has used up what it may."""
+
+
 class Overloaded(TryAgain):
     """The queue is full."""
 
@@ -127,6 +135,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.BAD_ARGUMENT: BadArgument,
     ErrorCode.NOT_FOUND: NotFound,
     ErrorCode.AMBIGUOUS: Ambiguous,
+    ErrorCode.UNAUTHORIZED: Unauthorized,
     ErrorCode.FORBIDDEN: Forbidden,
     ErrorCode.CONTEXT_EXCEEDED: ContextExceeded,
     ErrorCode.TEMPLATE_ERROR: TemplateError,
@@ -140,6 +149,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.MODEL_CRASHED: ModelCrashed,
     ErrorCode.MODEL_RESTING: ModelResting,
     ErrorCode.DEADLINE: DeadlineExceeded,
+    ErrorCode.RATE_LIMITED: RateLimited,
     ErrorCode.OVERLOADED: Overloaded,
     ErrorCode.TOO_MANY_CLIENTS: TooManyClients,
     ErrorCode.DRAINING: Draining,

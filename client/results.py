@@ -132,11 +132,36 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     load_ms: float = 0.0
 
 
+class Quota(Struct, frozen=True, kw_only=True):
+    """A limit, and what of it is left."""
+
+    limit: int = 0
+    left: int = 0
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What one may, over all of one's connections; None is no limit. ``running`` are answers that wait or run."""
+
+    requests_per_minute: Quota | None = None
+    tokens_per_minute: Quota | None = None
+    running: Quota | None = None
+    models: list[str] | None = None
+    priority: str = "high"
+
+
+class You(Struct, frozen=True, kw_only=True):
+    """Whom the daemon takes this client for. ``role`` is none, user, operator or admin."""
+
+    name: str = ""
+    role: str = ""
+    limits: Limits = Limits()
+
+
 class Status(Struct, frozen=True, kw_only=True):
     """``message`` is the line for people; ``default`` the model that answers when none is named.
 
     ``tasks`` are the event loop's, a few for each connection and model: more and more of them would be a leak.
-    ``usage`` has the sums of what this connection was answered.
+    ``usage`` has the sums of what this connection was answered; ``you`` is who was.
     """
 
     message: str
@@ -149,6 +174,7 @@ class Status(Struct, frozen=True, kw_only=True):
     default: str | None = None
     models: list[ModelState] = []
     usage: Totals = Totals()
+    you: You = You()
 
 
 class Hello(Struct, frozen=True, kw_only=True):

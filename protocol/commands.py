@@ -17,6 +17,7 @@ from protocol.command import KeepAlive as KeepAlive
 from protocol.command import Name as Name
 from protocol.command import Reference as Reference
 from protocol.command import Request as Request
+from protocol.operations import Auth as Auth
 from protocol.operations import Cancel as Cancel
 from protocol.operations import EventKind as EventKind
 from protocol.operations import Events as Events
@@ -107,7 +108,7 @@ class Pull(Command, frozen=True):
 class Remove(Command, frozen=True):
     VERB = "REMOVE"
     TEXT = "model"
-    DOC = "REMOVE model - deletes a model from the daemon's store; over the Unix socket, for its own user or root"
+    DOC = "REMOVE model - deletes a model from the daemon's store; for admins"
 
     model: str = ""
 
@@ -302,7 +303,7 @@ class Detokenize(Command, frozen=True):
 COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (
-        Ping, Hello, Help, Status, Health, Metrics, Events, Load, Plan, Free, Models, Show, Queue, Pull, Remove, Lora,
-        Infer, InferStream, InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Reload, Quit,
+        Ping, Hello, Auth, Help, Status, Health, Metrics, Events, Load, Plan, Free, Models, Show, Queue, Pull, Remove,
+        Lora, Infer, InferStream, InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Reload, Quit,
     )
 }  # fmt: skip

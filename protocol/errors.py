@@ -30,6 +30,7 @@ class ErrorCode(StrEnum):
     DUPLICATE_ID = "duplicate_id"
     NOT_FOUND = "not_found"
     AMBIGUOUS = "ambiguous"
+    UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
     UNSUPPORTED = "unsupported"
     TEMPLATE_ERROR = "template_error"
@@ -50,6 +51,7 @@ class ErrorCode(StrEnum):
     DEADLINE = "deadline"
     # the daemon
     BAD_CONFIG = "bad_config"
+    RATE_LIMITED = "rate_limited"
     OVERLOADED = "overloaded"
     TOO_MANY_CLIENTS = "too_many_clients"
     DRAINING = "draining"
@@ -66,6 +68,7 @@ _BLAME = {
     ErrorCode.MODEL_CRASHED: Blame.RETRY,
     ErrorCode.MODEL_RESTING: Blame.RETRY,
     ErrorCode.DEADLINE: Blame.RETRY,
+    ErrorCode.RATE_LIMITED: Blame.RETRY,
     ErrorCode.OVERLOADED: Blame.RETRY,
     ErrorCode.TOO_MANY_CLIENTS: Blame.RETRY,
     ErrorCode.DRAINING: Blame.RETRY,

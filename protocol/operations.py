@@ -26,6 +26,18 @@ class Hello(Command, frozen=True):
     DOC = "HELLO - version, features and limits of this daemon"
 
 
+class Auth(Command, frozen=True):
+    VERB = "AUTH"
+    TEXT = "token"
+    DOC = "AUTH token - says who is asking, where the connection itself does not"
+
+    token: Annotated[str, Meta(max_length=1024)] = ""
+
+    def __repr__(self) -> str:
+        """It must not come to stand in a log."""
+        return "Auth(token=...)"
+
+
 class Help(Command, frozen=True):
     VERB = "HELP"
     TEXT = "verb"
@@ -69,12 +81,12 @@ class Metrics(Command, frozen=True):
 
 class Quit(Command, frozen=True):
     VERB = "QUIT"
-    DOC = "QUIT - stops the daemon; only over the Unix socket, for its own user or root"
+    DOC = "QUIT - stops the daemon; for admins"
 
 
 class Reload(Command, frozen=True):
     VERB = "RELOAD"
-    DOC = "RELOAD - reads the configuration anew, as SIGHUP does; only over the Unix socket, for its own user or root"
+    DOC = "RELOAD - reads the configuration anew, as SIGHUP does; for admins"
 
 
 class Cancel(Command, frozen=True):

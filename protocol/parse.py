@@ -26,6 +26,7 @@ _NO_TEXT = {
     "messages": ("No message provided", "No message after parameters"),
     "text": ("No text provided", "No text after parameters"),
     "tokens": ("No tokens provided", "No tokens after parameters"),
+    "token": ("No token provided", "No token after parameters"),
 }
 _REPEATABLE = ("stop", "lora")  # keys that may be given several times
 TLS_START = b"\x16\x03"
@@ -188,7 +189,7 @@ def _text_value(field: str, text: str) -> Any:
             return [{"role": "user", "content": text}]
         case "tokens" | "kinds":
             return text.split()
-        case "id" | "model" | "verb" | "path" | "source" | "adapter":
+        case "id" | "model" | "verb" | "path" | "source" | "adapter" | "token":
             return text.strip()
         case _:
             return text

@@ -342,7 +342,9 @@ def test_an_interrupted_stream_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("ping --tcp nonsense", "'nonsense' is not HOST:PORT"),
         ("ping --tcp /a/path", "is not HOST:PORT"),
-        ("ping --tcp localhost:1 --socket x", "--socket and --tcp exclude each other"),
+        ("ping --tcp localhost:1 --socket x", "--socket, --tcp and --tls exclude each other"),
+        ("ping --tls localhost:1 --key x", "--key needs --certificate"),
+        ("ping --tcp localhost:1 --ca x", "speaks no TLS"),
         ("ping --timeout 0", "--timeout"),
         ("infer -p max_token=5 x", "-p max_token=5: INFER_STREAM takes KEY=VALUE with one of model, max_tokens"),
         ("infer -p prompt=5 x", "-p prompt=5: INFER_STREAM takes"),

@@ -17,11 +17,12 @@ import trio
 import trio.testing
 from helpers import PATIENCE, daemon, eventually
 
+from bridge.access import Origin
 from bridge.config import Config, Limits
 from bridge.listeners import Listener, ListenError, accept_forever, open_listeners
 from protocol.address import Tcp, Unix
 
-Accepted = list[tuple[socket.socket, int | None]]
+Accepted = list[tuple[socket.socket, Origin]]
 
 
 @contextmanager
@@ -197,20 +198,20 @@ async def test_all_or_none(socket_path: Path) -> None:
 
 
 async def test_who_connects(socket_path: Path, nursery: trio.Nursery) -> None:
-    send, receive = trio.open_memory_channel[tuple[socket.socket, int | None]](9)
+    send, receive = trio.open_memory_channel[tuple[socket.socket, Origin]](9)
     with listening(socket_path, "127.0.0.1:0") as [unix, tcp]:
         for listener in (unix, tcp):
-            nursery.start_soon(accept_forever, listener, lambda sock, uid: send.send((sock, uid)))
+            nursery.start_soon(accept_forever, listener, lambda sock, origin: send.send((sock, origin)))
         assert isinstance(tcp.address, Tcp)
         with trio.fail_after(PATIENCE), socket.socket(socket.AF_UNIX) as client:
             client.connect(str(socket_path))
-            sock, uid = await receive.receive()
-            assert uid == os.getuid()
+            sock, origin = await receive.receive()
+            assert (origin.uid, origin.gid) == (os.getuid(), os.getgid())
             assert not sock.getblocking()
             sock.close()
         with trio.fail_after(PATIENCE), socket.create_connection((tcp.address.host, tcp.address.port)):
-            sock, uid = await receive.receive()
-            assert uid is None
+            sock, origin = await receive.receive()
+            assert origin == Origin(host="127.0.0.1")
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             sock.close()
         nursery.cancel_scope.cancel()
@@ -233,7 +234,7 @@ async def test_with_no_descriptor_left_it_pauses(
 ) -> None:
     served = trio.Event()
 
-    async def serve(sock: socket.socket, _uid: int | None) -> None:
+    async def serve(sock: socket.socket, _origin: Origin) -> None:
         sock.close()
         served.set()
 
@@ -253,7 +254,7 @@ async def test_closing_while_it_accepts(socket_path: Path) -> None:
     accepted: list[socket.socket] = []
     finish = trio.Event()
 
-    async def serve(sock: socket.socket, _uid: int | None) -> None:
+    async def serve(sock: socket.socket, _origin: Origin) -> None:
         accepted.append(sock)
         await finish.wait()
 

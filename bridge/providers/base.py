@@ -14,19 +14,22 @@ Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue |
 Progress = ipc.Accepted | ipc.Place | ipc.Text
 AnswerAdapters = ipc.AdapterLoaded | ipc.AdapterUnloaded | ipc.AdaptersListed
 Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized | ipc.QueueListed | ipc.Parked | AnswerAdapters
+Bill = Callable[[ipc.Done | ipc.Embedded, float], None]
 
 
 class Asking:
     """A request under way, in the hands of whoever may want to cancel it.
 
     ``cancel`` is the gentle way: the answer still comes, with what there is so far. Before a provider has the request,
-    and for one that cannot be gentle, it calls ``give_up``, which abandons the waiting.
+    and for one that cannot be gentle, it calls ``give_up``, which abandons the waiting. ``bill`` is told what was
+    computed for it in the end, also when nobody waits for the answer any more, and when (in monotonic seconds).
     """
 
-    def __init__(self, give_up: Callable[[], None]) -> None:
+    def __init__(self, give_up: Callable[[], None], bill: Bill = lambda answer, now: None) -> None:
         self.give_up = give_up
         self.cancelled = False
         self._how = give_up
+        self.bill = bill
 
     def cancel(self) -> None:
         self.cancelled = True

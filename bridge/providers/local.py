@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from bridge.metrics import Metrics
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.admission import Admission
-from bridge.providers.base import Answer, Ask, Asking, Crashed, Progress
+from bridge.providers.base import Answer, Ask, Asking, Bill, Crashed, Progress
 from bridge.providers.liveness import Liveness
 from bridge.receipts import Totals
 from protocol.errors import BridgeError
@@ -60,6 +61,7 @@ class LocalProvider:
         self.limits = limits
         self.adapters = {adapter.key for adapter in load.lora}
         self._admission = Admission(name)
+        self._bills: dict[int, Bill] = {}  # of all that the worker will answer, also what nobody waits for any more
         self._last_rid = 0
         self._killed: str | None = None  # by us, and why
         self._frames = FrameBuffer()
@@ -230,6 +232,7 @@ class LocalProvider:
         rid = self._last_rid + 1
         pending = self._admission.admit(rid, request, self.limits, on_progress)
         self._last_rid = rid
+        self._bills[rid] = asking.bill
         self._outbox.put(encode(msgspec.structs.replace(request, rid=rid)))
         asking.cancel_by(lambda: self._outbox.put(encode(ipc.Cancel(rid))))
         try:
@@ -257,6 +260,10 @@ class LocalProvider:
                 self._metrics.of(self._name).computed(event)
                 self.cells = (event.cells_running, event.cells_kept, event.cells)
                 continue
+            if not isinstance(event, Progress):
+                bill = self._bills.pop(event.rid, None)
+                if bill and isinstance(event, ipc.Done | ipc.Embedded):
+                    bill(event, time.monotonic())
             if isinstance(event, ipc.Done | ipc.Embedded):
                 self._totals.add(event)
                 self._admission.ended(event)
