@@ -15,7 +15,7 @@ import trio
 from click.testing import CliRunner
 from helpers import PATIENCE
 
-from bridge.bench import bench, chaos, chaos_clients
+from bridge.bench import bench, chaos
 from bridge.bench.chaos_clients import Client, Talk, Tally
 from bridge.bench.chaos_requests import Asked, Cast, Requests, WrongAnswer
 from bridge.bench.level import Level, Unrest, fill, measure
@@ -171,11 +171,10 @@ async def test_who_does_not_read_may_be_cut() -> None:
     assert (tally.answered, tally.cut, tally.wrong) == (1, 2, [])
 
 
-async def test_who_is_not_answered_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chaos_clients, "PATIENCE", 0.05)
+async def test_who_is_not_answered_does_not_wait_for_ever() -> None:
     tally = Tally()
     async with scripted(b"", hangs_up=False) as address:
-        cast = Cast("main", [("side", "side")])
+        cast = Cast("main", [("side", "side")], patience=0.05)
         looks = iter([False, True])
         with trio.fail_after(PATIENCE):
             await Client(0, cast, [address], tally, "seed").run(lambda: next(looks))

@@ -20,7 +20,7 @@ import trio
 from bridge.bench.chaos_clients import Client, Tally
 from bridge.bench.chaos_faults import Faults
 from bridge.bench.chaos_requests import Cast
-from bridge.bench.level import PATIENCE, Level, Unrest, ask, fill, measure
+from bridge.bench.level import Level, Unrest, ask, fill, measure
 from bridge.bench.own import OwnDaemon, own_daemon
 from protocol.commands import Free, Load
 from protocol.errors import BridgeError
@@ -84,7 +84,7 @@ def chaos(plan: Plan, progress: Callable[[str], None]) -> Chaos:
 def _cast(model: str | None) -> Cast:
     if model is None:
         return _FAKE
-    return Cast(model, [(model, "side")], echoes=False, max_tokens=16, slots=4, n_ctx=512, longest=30)
+    return Cast(model, [(model, "side")], echoes=False, max_tokens=16, slots=4, n_ctx=512, patience=600.0, longest=30)
 
 
 def _configs(cast: Cast) -> list[str]:
@@ -148,13 +148,13 @@ async def _rage(
 
 async def _rest(cast: Cast, daemon: OwnDaemon) -> Level:
     """One model, none of whose cells is missing, and nobody there. Raises Unrest, BridgeError, OSError."""
-    with trio.move_on_after(PATIENCE) as patience:
+    with trio.move_on_after(cast.patience) as patience:
         await ask(daemon, Free(model="all"))
         await ask(daemon, Load(path=cast.main))
         await fill(daemon, cast.slots, cast.n_ctx)
     if patience.cancelled_caught:
-        raise Unrest(f"FREE, LOAD and a prompt for each slot took more than {PATIENCE:g} s")
-    return await measure(daemon)
+        raise Unrest(f"FREE, LOAD and a prompt for each slot took more than {cast.patience:g} s")
+    return await measure(daemon, cast.patience)
 
 
 def _see_end(daemon: OwnDaemon, result: Chaos) -> None:

@@ -13,7 +13,6 @@ from protocol.commands import Command, InferStream, Models, Queue, Request, Stat
 from protocol.connection import Answer, Connection, Exchange, Role, State
 from protocol.replies import Failed, Final, Ok, Reply, Token
 
-PATIENCE = 30.0  # seconds for it to come to rest
 _GROWTH = 1.05
 _LOOK = 0.25  # seconds between two looks
 _TOKENS = 40
@@ -77,13 +76,13 @@ async def ask_all(
     return [last[exchange] for exchange in exchanges]
 
 
-async def measure(daemon: OwnDaemon) -> Level:
+async def measure(daemon: OwnDaemon, patience: float = 30.0) -> Level:
     """Once nothing moves any more: one model is ready, nobody but us is there, and two looks in a row are alike.
 
-    Raises Unrest.
+    Raises Unrest when that is not so after ``patience`` seconds.
     """
     before, why = None, ""
-    with trio.move_on_after(PATIENCE):
+    with trio.move_on_after(patience):
         while True:
             now, why = await _look(daemon)
             if now is not None and before is not None and not now.above(before) and not before.above(now):
