@@ -241,7 +241,7 @@ def test_what_a_daemon_complains_of() -> None:
         (["--soak", "--model", "x"], "--soak does not take --model"),
         (["--chaos", "--clients", "1,2"], "--chaos takes one number of --clients"),
         (["--soak", "--clients", "9", "--connections", "8"], "cannot be more than --connections"),
-        (["--seconds", "9"], "--seconds and --connections are for --chaos and --soak"),
+        (["--seconds", "9"], "--seconds, --connections and --rate are for --chaos and --soak"),
     ],
 )
 def test_flags_that_do_not_go_together(arguments: list[str], why: str) -> None:
