@@ -93,16 +93,20 @@ async def measure(daemon: OwnDaemon, patience: float = 30.0) -> Level:
 
 
 async def _look(daemon: OwnDaemon) -> tuple[Level | None, str]:
-    status = (await ask(daemon, Status())).extra
-    models = [model for model in (await ask(daemon, Models(loaded=True))).data if model["state"] != "unloaded"]
-    if len(models) != 1 or models[0]["state"] != "ready":
-        return None, f"the models are {[(model['name'], model['state']) for model in models]}"
-    if status["clients"] != 1:
-        return None, f"{status['clients'] - 1} clients are still there"
-    if queue := (await ask(daemon, Queue())).data:
-        return None, f"{len(queue)} requests are still there: {queue[:3]}"
-    await trio.sleep(_LOOK)  # for the daemon to close our last connection
-    return Level(daemon.rss, daemon.descriptors, len(daemon.children), status["tasks"]), ""
+    # STATUS comes last: a connection has tasks of its first moments.
+    replies = await ask_all(daemon, [Request(command) for command in (Queue(), Models(loaded=True), Status())])
+    if failed := [reply for reply in replies if not isinstance(reply, Ok)]:
+        return None, f"{failed[0]}"
+    queue, models, status = (reply for reply in replies if isinstance(reply, Ok))
+    states = [(model["name"], model["state"]) for model in models.data if model["state"] != "unloaded"]
+    if len(states) != 1 or states[0][1] != "ready":
+        return None, f"the models are {states}"
+    if status.extra["clients"] != 1:
+        return None, f"{status.extra['clients'] - 1} clients are still there"
+    if queue.data:
+        return None, f"{len(queue.data)} requests are still there: {queue.data[:3]}"
+    await trio.sleep(_LOOK)  # for the daemon to close our connection
+    return Level(daemon.rss, daemon.descriptors, len(daemon.children), status.extra["tasks"]), ""
 
 
 async def fill(daemon: OwnDaemon, slots: int, n_ctx: int) -> None:
