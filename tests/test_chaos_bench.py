@@ -215,7 +215,9 @@ def test_what_is_more_than_before(change: dict[str, int], told: list[str]) -> No
 
 async def test_a_slot_that_is_taken_is_missed() -> None:
     """The daemon at rest has as many as it says, and not one more."""
-    with own_daemon('backend = "fake"\n[[models]]\npath = "echo"\n[load]\nn_parallel = 3\nn_ctx = 256\n') as daemon:
+    with own_daemon(
+        'backend = "fake"\n[[models]]\npath = "echo?step_ms=5"\n[load]\nn_parallel = 3\nn_ctx = 256\n'
+    ) as daemon:
         await fill(daemon, slots=3, n_ctx=256)
         level = await measure(daemon)
         assert (level.processes, level.above(level)) == (1, [])

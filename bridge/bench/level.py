@@ -55,18 +55,16 @@ async def ask(daemon: OwnDaemon, command: Command) -> Ok:
 async def ask_all(
     daemon: OwnDaemon, requests: list[Request], heard: Callable[[Exchange, Reply], None] = lambda exchange, reply: None
 ) -> list[Reply]:
-    """The last lines of the answers, in the order that they were asked in; all are sent before the first is read.
+    """The last lines of the answers, in the order that they were asked in; all are sent at once.
 
     ``heard`` gets every line of them. Raises Unrest.
     """
     connection = Connection(Role.CLIENT)
     last: dict[Exchange, Reply] = {}
     async with await trio.open_unix_socket(daemon.unix.path) as stream:
-        exchanges = []
-        for request in requests:
-            exchange, line = connection.request(request)
-            exchanges.append(exchange)
-            await stream.send_all(line)
+        asked = [connection.request(request) for request in requests]
+        await stream.send_all(b"".join(line for _, line in asked))
+        exchanges = [exchange for exchange, _ in asked]
         while any(exchange.state is not State.DONE for exchange in exchanges):
             for event in connection.receive(await stream.receive_some(1 << 16)):
                 if not isinstance(event, Answer) or event.exchange is None:
