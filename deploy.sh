@@ -6,6 +6,12 @@
 #   stop            stop the daemon; running answers may end first
 #   status          what the daemon does (exit status 3: it does not run)
 #   logs [ARGS]     the end of the daemon's log; ARGS are tail's, as in: logs -f
+#   install [--user] [--network] [--no-model] [--from-venv DIR]
+#                   set up, and have systemd run the daemon when somebody connects: as root for all, or --user for you;
+#                   again after an update. --network: it may PULL, and listen on ports that its configuration names;
+#                   --no-model: without the default one; --from-venv: with the packages that lie in DIR, compiling nothing
+#   uninstall [--user] [--purge]
+#                   take that away; --purge: with its models, configuration, cache and user
 #   check           what this machine has and what it lacks; changes nothing
 #   help            this
 #
@@ -232,6 +238,7 @@ lacking_tools() { # as Debian packages; the nc of netcat-traditional speaks no U
     [[ $(nc -h 2>&1) == *-U* ]] || echo netcat-openbsd
     has socat || echo socat
     has shellcheck || echo shellcheck
+    has systemd-nspawn || echo systemd-container
 }
 
 tests() {
@@ -274,6 +281,11 @@ test) tests "$@" ;;
 stop | stop-bridge) stop ;;
 status) status ;;
 logs) exec tail "${@:--n100}" -- "$BRIDGE_LOG" ;;
+install | uninstall)
+    # shellcheck source=systemd/install.sh
+    . "$ROOT/systemd/install.sh"
+    "${verb}_service" "$@"
+    ;;
 check) check ;;
 help | -h | --help) usage ;;
 build-bridge) set_up ;;

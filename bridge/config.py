@@ -80,7 +80,8 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
+    # auto: to the journal where standard error goes there, console on a terminal, else JSON
+    format: Literal["auto", "console", "json", "journal"] = "auto"
 
 
 class Model(Load, frozen=True):
@@ -96,6 +97,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0600"
     socket_group: str = ""
     tcp: list[str] = []
+    idle_exit: Seconds = 0.0  # under socket activation: end when nobody needs the daemon for so long; 0 is never
     backend: Literal["llama", "fake"] = "llama"
     limits: Limits = Limits()
     load: LoadOptions = LoadOptions()
@@ -146,7 +148,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         elif section in _SECTIONS and rest:
             many = rest in ("directories", "allow")
             values.setdefault(section, {})[rest] = _split(text) if many else text
-        elif key in ("socket", "socket_mode", "socket_group", "backend"):
+        elif key in ("socket", "socket_mode", "socket_group", "backend", "idle_exit"):
             values[key] = text
         else:
             raise ConfigError(f"environment: unknown variable {variable}")

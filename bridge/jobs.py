@@ -198,6 +198,9 @@ class Jobs:
         self._nursery = nursery
         self._jobs: dict[Hashable, _Job[Any]] = {}
 
+    def __len__(self) -> int:
+        return len(self._jobs)
+
     def stop(self) -> None:
         """Ends all that run; who waits for one is told that the daemon is about to stop."""
         for job in self._jobs.values():

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 
@@ -38,6 +39,16 @@ class ModelPool:
 
     def provider(self, entry: Entry) -> Provider | None:
         return self._keeper.providers.get(entry)
+
+    @property
+    def changed(self) -> trio.Event:
+        """Set at the next change of any model."""
+        return self._keeper.changed
+
+    def ailing(self) -> list[str]:
+        """The models whose process is stopped, or gone without being missed yet."""
+        providers = self._keeper.providers
+        return [entry.name for entry, one in providers.items() if entry.state is State.READY and not _runs(one.pid)]
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -163,3 +174,11 @@ class ModelPool:
         async with trio.open_nursery() as nursery:
             for provider in self._keeper.providers.values():
                 nursery.start_soon(self._keeper.park, provider)
+
+
+def _runs(pid: int) -> bool:
+    """By the state in proc(5): not a zombie, not stopped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZXT"
+    except OSError:
+        return False

@@ -21,8 +21,13 @@ from bridge.listeners import Listener, accept_forever, open_listeners, say_goodb
 from bridge.pool import ModelPool
 from bridge.registry import CONFIGURATION
 from bridge.session import Session
+from bridge.standing import Standing
+from bridge.systemd import Manager
+from bridge.watchdog import feed
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, encode_reply
+
+_BURIAL = 15.0  # seconds, more than it takes until all workers are gone
 
 
 class Server:
@@ -31,9 +36,12 @@ class Server:
     It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError.
     """
 
-    def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
+    def __init__(
+        self, config: Config, read: Callable[[], Config] | None = None, manager: Manager | None = None
+    ) -> None:
         """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
-        self._listeners = open_listeners(config)
+        self._manager = manager or Manager({})
+        self._listeners = open_listeners(config, self._manager.sockets)
         self._config = config
         self._read = read or (lambda: config)
         self._log = log.get()
@@ -57,15 +65,22 @@ class Server:
                 pool = ModelPool(workers, self._config, library, adapters)
                 self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
                 self._configured = Configured(self._daemon, self._read, workers)
+                self._standing = Standing(self._daemon, self._manager)
                 await self._configured.begin()
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
                         clients.start_soon(accept_forever, listener, self._serve_client)
-                        self._log.info("listening", address=str(listener.address))
+                        self._log.info("listening", address=str(listener.address), inherited=listener.inherited)
+                    # Not only when models are loaded: who asks for one waits for it, and nobody else should.
+                    self._manager.notify(READY=1)
+                    workers.start_soon(self._standing.run)
+                    if self._manager.watchdog:
+                        workers.start_soon(feed, self._manager, pool)
                     task_status.started(listeners)
                     await self._stopping.wait()
                     for listener in listeners:
                         listener.close()
+                    await trio.lowlevel.checkpoint()  # those accepted just before become sessions
                     await self._drain()
                     clients.cancel_scope.cancel()
                 await pool.park()
@@ -77,7 +92,12 @@ class Server:
 
     async def reload(self) -> dict[str, Any]:
         """Reads the configuration anew. Raises BridgeError (bad_config)."""
-        return await self._configured.reload()
+        self._manager.reloading()
+        try:
+            return await self._configured.reload()
+        finally:
+            self._manager.notify(READY=1)
+            self._standing.changed()
 
     async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
         peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
@@ -86,7 +106,7 @@ class Server:
             return
         session = Session(client, peer, self._daemon)
         self._sessions.add(session)
-        self._daemon.clients = len(self._sessions)
+        self._count_clients()
         try:
             await session.run()
         except Exception:
@@ -94,9 +114,13 @@ class Server:
             self._log.exception("a session failed", client=peer.number)
         finally:
             self._sessions.discard(session)
-            self._daemon.clients = len(self._sessions)
+            self._count_clients()
             if not self._sessions:
                 self._all_gone.set()
+
+    def _count_clients(self) -> None:
+        self._daemon.clients = len(self._sessions)
+        self._standing.changed()
 
     def _unwelcome(self) -> BridgeError | None:
         if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
@@ -107,11 +131,14 @@ class Server:
         return None
 
     async def _drain(self) -> None:
+        limits = self._daemon.config.limits
         self._daemon.draining = True
-        self._log.info("draining", clients=len(self._sessions), seconds=self._daemon.config.limits.drain)
+        self._manager.stopping(within=2 * limits.drain + _BURIAL)  # for what runs, and as much for what is saved
+        self._standing.changed()
+        self._log.info("draining", clients=len(self._sessions), seconds=limits.drain)
         started = time.monotonic()
         self._daemon.library.stop()
-        with trio.move_on_after(self._daemon.config.limits.drain) as budget:
+        with trio.move_on_after(limits.drain) as budget:
             for session in list(self._sessions):
                 session.finish()
             while self._sessions:
@@ -121,9 +148,9 @@ class Server:
         self._log.info("drained", clean=self.clean, seconds=round(time.monotonic() - started, 3))
 
 
-async def run(config: Config, read: Callable[[], Config]) -> int:
+async def run(config: Config, read: Callable[[], Config], manager: Manager) -> int:
     """Serves until a signal; returns the exit status: 0, or 1 when clients were cut off."""
-    server = Server(config, read)
+    server = Server(config, read, manager)
     async with trio.open_nursery() as nursery:
         await nursery.start(_obey_signals, server, nursery)
         await server.serve()

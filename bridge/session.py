@@ -6,6 +6,7 @@ a task of its nursery, so when the peer is gone all of it ends, in the queue, in
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -68,11 +69,15 @@ class Session:
             self._sock.close()
 
     def finish(self) -> None:
-        """The daemon drains: end as soon as nothing is owed and nothing waits to be sent."""
+        """The daemon drains: end as soon as nothing is owed and nothing waits to be sent.
+
+        What has come before and was not read yet is still answered, if only by ``draining``.
+        """
         if self._connection.open_exchanges or self._scope.cancel_called:
             return
         if self._outbox.idle:
-            self._scope.cancel()
+            with contextlib.suppress(OSError):  # the peer is gone
+                self._sock.shutdown(socket.SHUT_RD)  # `_read` comes to the end of what there is
         else:
             self._nursery.start_soon(self._finish_when_sent)
 
