@@ -42,11 +42,14 @@ class JournalLogger:
     once is dropped, for nobody is to wait for a log; the next one says how many were.
     """
 
-    def __init__(self, path: str = SOCKET) -> None:
+    def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._path = path
         self._dropped = 0
+
+    def close(self) -> None:
+        self._socket.close()
 
     def msg(self, fields: Mapping[str, str]) -> None:
         if self._dropped:

@@ -37,7 +37,7 @@ def _format(settings: Log) -> str:
 
 def _factory(settings: Log) -> Callable[..., Any]:
     if _format(settings) == "journal":
-        logger = journal.JournalLogger()
+        logger = journal.JournalLogger(journal.SOCKET)
         return lambda *_: logger
     return structlog.PrintLoggerFactory(sys.stderr)
 

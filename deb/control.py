@@ -39,7 +39,7 @@ Description: language models on a socket
 
 COPYRIGHT = """\
 llama-bridge was built from its source, whose terms are its own.
-Copyright: the authors of llama-bridge, and of each package below.
+Copyright (C) the authors of llama-bridge, and of each package below.
 
 The Python packages in /usr/lib/llama-bridge come under the terms that they name
 here; the texts are in their folders *.dist-info, where they brought them. That

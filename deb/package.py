@@ -75,9 +75,9 @@ def build(temporary: Path, folder: Path) -> Path:
     put_docs(root)
     put_control(root)
     package = folder / f"llama-bridge_{__version__}_{architecture()}.deb"
-    # zstd takes seconds where the default, xz, takes minutes for two thirds of the size; dpkg 1.21.18 reads it.
+    # gzip takes seconds where the default, xz, takes minutes for two thirds of the size.
     subprocess.run(
-        ["dpkg-deb", "--root-owner-group", "-Zzstd", "--build", root, package], check=True, stdout=sys.stderr
+        ["dpkg-deb", "--root-owner-group", "-Zgzip", "--build", root, package], check=True, stdout=sys.stderr
     )
     return package
 
@@ -107,7 +107,7 @@ def put_environment(made: Path, root: Path) -> None:
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
-    """Compiled files, and what llama.cpp's build leaves beside the package llama_cpp, where it is once more."""
+    """Compiled files, and what llama.cpp's build leaves beside llama_cpp, in which it is once more."""
     twice = {"lib", "include"} if folder.endswith("/site-packages") else set()
     return {"__pycache__", *twice} & {*names}
 

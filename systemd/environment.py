@@ -69,7 +69,7 @@ def identity(python: str, packages: list[Distribution]) -> str:
 
 def find_python(*, hidden: bool) -> str:
     """One of this very version. A service does not see those in people's homes."""
-    version = "python%d.%d" % sys.version_info[:2]
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     code = "import sysconfig, venv; print(sysconfig.get_config_var('SOABI'))"
     for python in (os.path.realpath(sys.executable), f"/usr/local/bin/{version}", f"/usr/bin/{version}"):
         if not os.access(python, os.X_OK) or (os.path.realpath(python).startswith(HIDDEN) and not hidden):

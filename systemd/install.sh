@@ -134,7 +134,7 @@ install_service() {
 ==> It listens on $SOCKET; try:
   LLAMA_BRIDGE_SOCKET=$SOCKET llama-bridge status
   its configuration: $ETC/config.toml, then: ${SYSTEMCTL[*]} reload llama-bridge
-  its log: journalctl ${SYSTEMCTL[1]-} -u llama-bridge
+  its log: journalctl${SYSTEMCTL[1]:+ --user} -u llama-bridge
 END
     [ "$whose" = user ] || echo "  who may use it: members of the group llama-bridge, as after: usermod -a -G llama-bridge ALICE"
 }
@@ -182,8 +182,8 @@ stop_units() {
     mapfile -t units < <("${SYSTEMCTL[@]}" list-units --all --plain --no-legend 'llama-bridge.s*' 'llama-bridge@*.s*' |
         awk '{print $1}' | sort -r)
     [ ${#units[@]} = 0 ] || "${SYSTEMCTL[@]}" stop "${units[@]}"
-    mapfile -t units < <("${SYSTEMCTL[@]}" list-unit-files --plain --no-legend 'llama-bridge*.s*' |
-        awk '$2 == "enabled" {print $1}')
+    # Not list-unit-files, which has no instances of templates.
+    mapfile -t units < <(find "$UNITS"/*.wants -name 'llama-bridge*' -printf '%f\n' 2>/dev/null | sort -u)
     [ ${#units[@]} = 0 ] || "${SYSTEMCTL[@]}" -q disable "${units[@]}"
     "${SYSTEMCTL[@]}" reset-failed 'llama-bridge*' 2>/dev/null || true
 }

