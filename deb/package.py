@@ -107,9 +107,9 @@ def put_environment(made: Path, root: Path) -> None:
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
-    """Compiled files, and what llama.cpp's build leaves beside llama_cpp, in which it is once more."""
+    """Compiled files, tests, and what llama.cpp's build leaves beside llama_cpp, in which it is once more."""
     twice = {"lib", "include"} if folder.endswith("/site-packages") else set()
-    return {"__pycache__", *twice} & {*names}
+    return {"__pycache__", "tests", *twice} & {*names}
 
 
 def put_files(root: Path) -> None:

@@ -129,7 +129,7 @@ def machine(package: Path) -> Iterator[Machine]:
 
 
 def dpkg(machine: Machine, *arguments: str) -> str:
-    return machine.run("dpkg", *arguments, DEBIAN_FRONTEND="noninteractive")
+    return machine.run("dpkg", "--force-unsafe-io", *arguments, DEBIAN_FRONTEND="noninteractive")
 
 
 @pytest.mark.needs("root", "systemd-nspawn")
