@@ -32,9 +32,22 @@ places() {
 
 # put SOURCE TARGET [MODE [GROUP]]
 put() {
+    local note=
     cmp -s -- "$1" "$2" && return
+    [[ $2 == *.socket && -e $2 ]] && note=" (in force after: ${SYSTEMCTL[*]} restart ${2##*/}, which closes it for a moment)"
     install -D -m "${3:-644}" -g "${4:-$(id -g)}" -- "$1" "$2"
-    changed "installed $2"
+    changed "installed $2$note"
+}
+
+# With sudo the checkout stays its owner's: what is made in there is made as him.
+set_up_as_owner() {
+    local owner
+    owner=$(stat -c %U "$ROOT")
+    if [ "$(id -u)" != 0 ] || [ "$owner" = root ]; then
+        set_up
+    else
+        runuser -u "$owner" -- env "HOME=$(getent passwd "$owner" | cut -d: -f6)" bash "$ROOT/deploy.sh" build-bridge
+    fi
 }
 
 put_environment() {
@@ -106,7 +119,12 @@ start_units() {
         "${SYSTEMCTL[@]}" try-restart llama-bridge.service 'llama-bridge@*.service'
         say "restarted what ran"
     fi
-    find "$PREFIX" -mindepth 1 -maxdepth 1 -type d ! -name "$(readlink -- "$PREFIX/current")" -exec rm -rf -- {} +
+    environments ! -path "*/$(readlink -- "$PREFIX/current")/*" | xargs -r -0 rm -rf --
+}
+
+# Those that systemd/environment.py made, each ended by a NUL: nothing else in that folder is ours. TEST... are find's.
+environments() {
+    find "$PREFIX" -mindepth 2 -maxdepth 2 -name .complete "$@" -printf '%h\0' 2>/dev/null || true
 }
 
 install_service() {
@@ -122,8 +140,9 @@ install_service() {
         shift
     done
     places "$whose"
-    [ "$VENV" != "$ROOT/.venv" ] || set_up
+    [ "$VENV" != "$ROOT/.venv" ] || set_up_as_owner
     umask 022
+    export PYTHONDONTWRITEBYTECODE=1
     put_environment "$whose"
     "put_${whose}_files" "$network"
     put_command
@@ -149,7 +168,7 @@ gone() { # PATH...
 }
 
 uninstall_service() {
-    local whose=system purge='' left path
+    local whose=system purge='' ours left path
     while [ $# -gt 0 ]; do
         case $1 in
         --user) whose=user ;;
@@ -164,7 +183,9 @@ uninstall_service() {
     [ "$whose" = user ] ||
         gone /etc/tmpfiles.d/llama-bridge.conf /etc/sysusers.d/llama-bridge.conf /run/llama-bridge /run/llama-bridge-*
     [ "$(readlink -- "$COMMAND")" != "$PREFIX/current/bin/llama-bridge" ] || gone "$COMMAND"
-    gone "$PREFIX"
+    mapfile -t -d '' ours < <(environments)
+    gone "$PREFIX/current" "${ours[@]}"
+    rmdir -- "$PREFIX" 2>/dev/null || true
     "${SYSTEMCTL[@]}" daemon-reload
     if [ -n "$purge" ]; then
         gone "${DATA[@]}"

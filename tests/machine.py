@@ -121,10 +121,11 @@ def _mount(stack: ExitStack, place: Path, *what: str) -> None:
 
 def _boot(folder: Path, log: Path, stack: ExitStack) -> int:
     """The process id of its init. At the end it is killed, and all of its processes with it."""
+    group = _control_group(folder.name, stack)
     binds = [f"--bind-ro={ROOT}:{CHECKOUT}", f"--bind-ro={sys.prefix}:{VENV}"]
     options = ["--register=no", "--keep-unit", "--private-network", "--quiet", "--console=pipe", *binds]
     nspawn = subprocess.Popen(
-        ["systemd-nspawn", *options, f"--directory={folder / 'root'}", "--boot", "--", "--unit=basic.target"],
+        [*group, "systemd-nspawn", *options, f"--directory={folder / 'root'}", "--boot", "--", "--unit=basic.target"],
         stdin=subprocess.DEVNULL,
         stdout=stack.enter_context(log.open("wb")),
         stderr=subprocess.STDOUT,
@@ -141,6 +142,31 @@ def _boot(folder: Path, log: Path, stack: ExitStack) -> int:
                 return int(child)
         time.sleep(0.05)
     raise NoMachine(f"systemd-nspawn starts no init: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _control_group(name: str, stack: ExitStack) -> list[str]:
+    """A command that runs another one in a control group of its own: two of these machines are to share none."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    places = {mount[1]: mount[2] for mount in mounts if mount[2] in ("cgroup", "cgroup2")}
+    unified = next((place for place, kind in places.items() if kind == "cgroup2"), None)
+    if unified is None:
+        return []
+    ours = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    group = f"{ours.removeprefix('0::').rstrip('/')}/{name}"
+    os.mkdir(unified + group)
+    for place in places:  # systemd-nspawn makes it in the older hierarchies, too, if there are any
+        stack.callback(_remove_group, place + group)
+    return ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', unified + group]
+
+
+def _remove_group(group: str) -> None:
+    for folder, _, _ in os.walk(group, topdown=False):
+        for _ in range(100):  # its processes are dead, but the kernel may still be at it
+            try:
+                os.rmdir(folder)
+                break
+            except OSError:
+                time.sleep(0.05)
 
 
 def _is_init(pid: int) -> bool:

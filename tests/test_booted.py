@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,8 +49,7 @@ def service(machine: Machine) -> Iterator[Machine]:
     configure(machine)
     machine.deploy(*INSTALL)
     yield machine
-    for kind in ("service", "socket"):
-        machine.remove(str(Path(DROP_IN.format(kind)).parent))
+    machine.run("rm", "-rf", *(os.path.dirname(DROP_IN.format(kind)) for kind in ("service", "socket")))
     if (machine.root / "etc/systemd/system/llama-bridge.service").exists():
         machine.systemctl("stop", "llama-bridge.socket", "llama-bridge.service")
         machine.systemctl("daemon-reload")
@@ -122,12 +122,28 @@ async def test_to_install_again_changes_nothing(service: Machine) -> None:
 
 
 async def test_an_update_restarts_it(service: Machine) -> None:
+    service.run("sh", "-c", "cd /opt/llama-bridge && cp -a $(readlink current) older && ln -sfn older current")
+    service.write("/etc/systemd/system/llama-bridge@.socket", "[Unit]\nDescription=an older one\n")
     pid = await daemon_pid(service)
-    service.write("/etc/systemd/system/llama-bridge.service", "[Unit]\nDescription=an older one\n")
     said = service.deploy(*INSTALL)
-    assert "installed /etc/systemd/system/llama-bridge.service" in said
+    assert "installed /opt/llama-bridge/" in said
+    assert "installed /etc/systemd/system/llama-bridge@.socket" in said
     assert "restarted what ran" in said
     assert await daemon_pid(service) != pid
+    assert len(service.run("ls", "/opt/llama-bridge").split()) == 2, "the older one is gone"
+
+
+@pytest.mark.model
+async def test_a_real_model_answers_in_there(service: Machine, default_model: Path) -> None:
+    """With all that the unit forbids; a grammar has llama.cpp call back into Python."""
+    at = f"/var/lib/llama-bridge/models/{default_model.name}"
+    service.run("mkdir", "-p", os.path.dirname(at))
+    shutil.copy(default_model, service.root / at.lstrip("/"))
+    service.run("chown", "-R", "llama-bridge:llama-bridge", "/var/lib/llama-bridge")
+    service.write(f"{ETC}/config.toml", f'[store]\ndiscover = false\n[[models]]\npath = "{at}"\n')
+    async with await service.unix() as wire:
+        asked = {"prompt": "A word:", "max_tokens": 8, "grammar": 'root ::= "yes" | "no"'}
+        assert (await wire.ask(f"INFER {json.dumps(asked)}"))["data"] in ("yes", "no")
 
 
 async def test_tcp_comes_through_the_socket_unit(service: Machine) -> None:
@@ -178,7 +194,7 @@ async def test_tokens_are_a_credential(service: Machine) -> None:
 
 
 @pytest.mark.faults
-async def test_28_the_daemon_is_killed(service: Machine) -> None:
+async def test_fault_28_the_daemon_is_killed(service: Machine) -> None:
     pid = await daemon_pid(service)
     await until_ready(service)
     worker = await service.pid()
@@ -189,7 +205,7 @@ async def test_28_the_daemon_is_killed(service: Machine) -> None:
 
 
 @pytest.mark.faults
-async def test_22_a_worker_is_killed(service: Machine) -> None:
+async def test_fault_22_a_worker_is_killed(service: Machine) -> None:
     pid = await daemon_pid(service)
     await until_ready(service)
     worker = await service.pid()
@@ -239,11 +255,13 @@ async def test_reload(service: Machine) -> None:
 
 
 @pytest.mark.faults
-async def test_27_stop_while_streaming(service: Machine) -> None:
+async def test_fault_27_stop_while_streaming(service: Machine) -> None:
+    """Also for longer than the unit says: the daemon asks for the time that its configuration gives answers."""
+    drop_in(service, "service", "[Service]\nTimeoutStopSec=1\n")
     await daemon_pid(service)
     await until_ready(service)
     async with await service.unix() as wire, trio.open_nursery() as nursery:
-        await wire.start(STREAM.format(200))
+        await wire.start(STREAM.format(400))
         nursery.start_soon(trio.to_thread.run_sync, service.systemctl, "stop", "llama-bridge.service")
         await until_state(service, "deactivating")
         assert (await wire.final())["finish_reason"] == "length"
@@ -319,8 +337,11 @@ async def test_purge_leaves_nothing(service: Machine) -> None:
     configure(service, name="two.toml")
     service.systemctl("enable", "--now", "llama-bridge@two.socket")
     service.systemctl("start", "llama-bridge@two.service")
+    service.write("/opt/llama-bridge/mine", "a file that nobody installed")
     service.deploy("uninstall", "--purge")
-    assert left(service) == set()
+    assert left(service) == {"/opt/llama-bridge"}
+    assert service.run("ls", "-A", "/opt/llama-bridge").split() == ["mine"]
+    service.remove("/opt/llama-bridge")
     assert "llama" not in (service.root / "etc/passwd").read_text() + (service.root / "etc/group").read_text()
     assert service.systemctl("list-units", "--all", "--plain", "--no-legend", "llama-bridge*") == ""
     assert service.try_run("systemctl", "list-unit-files", "--no-legend", "llama-bridge*").stdout == ""

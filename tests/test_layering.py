@@ -125,6 +125,15 @@ def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}
 
 
+def test_a_service_manager_is_spoken_to_by_few() -> None:
+    assert not imports("bridge.systemd") & MODULES.keys()
+    assert not imports("bridge.journal") & MODULES.keys()
+    assert who_imports("bridge.journal") == {"bridge.log"}
+    assert who_imports("bridge.systemd") == {
+        f"bridge.{name}" for name in ("listeners", "serve", "server", "standing", "watchdog")
+    }
+
+
 def test_no_module_imports_itself_by_a_detour() -> None:
     done: set[str] = set()
 

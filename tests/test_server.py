@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from click.testing import CliRunner
-from helpers import PATIENCE, Spawned, Wire, eventually, serve, spawned, until_gone
+from helpers import PATIENCE, Spawned, Wire, daemon, eventually, serve, spawned, until_gone
 
 from bridge.serve import serve as serve_command
 
@@ -110,6 +110,7 @@ def test_a_bad_configuration(tmp_path: Path) -> None:
         (["--socket", ""], "nothing to listen on"),
         (["--n-ctx", "0"], "load.n_ctx"),
         (["--backend", "other"], "other"),
+        (["--idle-exit", "5"], "idle_exit: needs socket activation"),
         (["--nonsense"], "--nonsense"),
     ],
 )
@@ -156,6 +157,19 @@ async def test_a_signal_drains(number: signal.Signals) -> None:
         await until_gone(pid)
         assert not os.path.exists(place.path)
         assert [line["event"] for line in place.log][-1] == "stopped"
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_what_came_before_the_drain_is_answered(kind: str) -> None:
+    async with daemon("echo") as place, await place.connect(kind) as wire:
+        assert (await wire.ask("PING"))["data"] == "pong"
+        [session] = place.server._sessions
+        os.write(wire.stream.socket.fileno(), b"PING\nINFER a\n")  # no checkpoint: it has not been read yet
+        place.server._daemon.draining = True
+        session.finish()
+        assert (await wire.line())["data"] == "pong"
+        assert (await wire.line())["code"] == "draining"
+        assert await wire.at_end()
 
 
 async def test_a_second_signal_stops_at_once() -> None:
