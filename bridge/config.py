@@ -21,7 +21,7 @@ from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
 from protocol.options import LoadOptions
 
 ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
-_SECTIONS = ("limits", "load", "pool", "store", "cache", "log")
+_SECTIONS = ("limits", "load", "pool", "store", "cache", "jobs", "log")
 _CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC",)  # client/bridge.sh's own, which its user may have exported
 Positive = Annotated[int, Meta(ge=1)]
 Bytes = Annotated[int, Meta(ge=0)]
@@ -78,6 +78,18 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True):
         return os.path.expanduser(self.dir)
 
 
+class Jobs(Struct, frozen=True, forbid_unknown_fields=True):
+    """What outlives its connection, and the daemon. ``dir`` of "" is the user's folder for such things."""
+
+    dir: str = ""
+    max: Bytes = 1000  # jobs, of all owners; with 0 there are none
+    per_owner: Positive = 250
+    bytes: Positive = 256 * 1024**2  # of their requests and answers
+    running: Positive = 16  # at once; the others wait
+    expire_s: Annotated[int, Meta(ge=1, le=31_536_000)] = 86_400  # that an answer is kept which nobody fetches
+    keep_s: Seconds = 60.0  # that one is kept which was fetched, for whom the connection broke at the very end
+
+
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
@@ -103,6 +115,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     pool: Pool = Pool()
     store: Store = Store()
     cache: Cache = Cache()
+    jobs: Jobs = Jobs()
     log: Log = Log()
 
 

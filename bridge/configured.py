@@ -15,7 +15,7 @@ from bridge.entry import Terms
 from bridge.registry import CONFIGURATION
 from protocol.errors import BridgeError, ErrorCode
 
-NEEDS_RESTART = ("socket", "socket_mode", "socket_group", "tcp", "backend", "log.level", "log.format")
+NEEDS_RESTART = ("socket", "socket_mode", "socket_group", "tcp", "backend", "jobs.dir", "log.level", "log.format")
 
 
 class Configured:
@@ -54,6 +54,7 @@ class Configured:
             self._daemon.config = new
             self._daemon.library.reconfigure(new)
             self._daemon.pool.reconfigure(new)
+            self._daemon.jobs.reconfigure(new.jobs)
             freed = await self._free(self._names.keys() - set(map(_key, new.models)))
             self._forget_what_went()
             for model in new.models:
@@ -136,4 +137,5 @@ def _differences(old: Config, new: Config) -> Iterable[str]:
 def _keep(old: Config, new: Config) -> Config:
     """The new one, but for what needs a restart."""
     kept = {key: getattr(old, key) for key in NEEDS_RESTART if "." not in key}
-    return msgspec.structs.replace(new, **kept, log=old.log)
+    jobs = msgspec.structs.replace(new.jobs, dir=old.jobs.dir)
+    return msgspec.structs.replace(new, **kept, jobs=jobs, log=old.log)

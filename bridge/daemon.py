@@ -9,6 +9,7 @@ from typing import Any
 
 from bridge.adapters import Adapters
 from bridge.config import Config
+from bridge.job_desk import JobDesk
 from bridge.library import Library
 from bridge.pool import ModelPool
 
@@ -21,6 +22,7 @@ class Daemon:
     library: Library
     adapters: Adapters
     pool: ModelPool
+    jobs: JobDesk
     stop: Callable[[], None]  # begins the drain; returns at once
     reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed
     started: float = field(default_factory=time.monotonic)
@@ -40,3 +42,9 @@ class Peer:
     def owner(self) -> str:
         """Whom what outlives the connection belongs to."""
         return "tcp" if self.uid is None else f"uid:{self.uid}"
+
+    @classmethod
+    def of_owner(cls, owner: str) -> Peer:
+        """For what belongs to an owner whose connection is gone. It has no number of its own."""
+        kind, _, name = owner.partition(":")
+        return cls(0, int(name) if kind == "uid" else None, kind == "tcp")

@@ -13,16 +13,22 @@ import trio
 
 from bridge import log
 from bridge.adapters import Adapters
+from bridge.call import Call
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
+from bridge.dispatch import LASTING
+from bridge.job import Job
+from bridge.job_desk import JobDesk
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
 from bridge.pool import ModelPool
+from bridge.providers.base import Asking
+from bridge.receipts import Totals
 from bridge.registry import CONFIGURATION
 from bridge.session import Session
 from protocol.errors import BridgeError, ErrorCode
-from protocol.replies import Failed, encode_reply
+from protocol.replies import Failed, Final, Ok, Reply, encode_reply
 
 LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts off
 
@@ -57,9 +63,11 @@ class Server:
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
                 pool = ModelPool(workers, self._config, library, adapters)
-                self._daemon = Daemon(self._config, library, adapters, pool, self.stop, self.reload)
+                self._jobs = JobDesk(self._config.jobs, self._answer_job)
+                self._daemon = Daemon(self._config, library, adapters, pool, self._jobs, self.stop, self.reload)
                 self._configured = Configured(self._daemon, self._read, workers)
                 await self._configured.begin()
+                workers.start_soon(self._jobs.run)
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
                         clients.start_soon(accept_forever, listener, self._serve_client)
@@ -70,6 +78,7 @@ class Server:
                         listener.close()
                     await self._drain()
                     clients.cancel_scope.cancel()
+                await self._jobs.close()
                 await pool.park()
                 workers.cancel_scope.cancel()
         finally:
@@ -100,6 +109,11 @@ class Server:
             if not self._sessions:
                 self._all_gone.set()
 
+    async def _answer_job(self, job: Job, asking: Asking, say: Callable[[Reply], None]) -> Ok | Final:
+        """As it would be had its owner a connection."""
+        call = Call(self._daemon, Peer.of_owner(job.owner), Totals(), None, job.received, asking, say)
+        return await LASTING[type(job.command)](call, job.command)  # type: ignore[index]
+
     def _unwelcome(self) -> BridgeError | None:
         if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
             return BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
@@ -112,28 +126,35 @@ class Server:
         """Lets what was begun come to its end, as far as ``limits.drain`` allows. The order, from when it is told:
 
         1. Nobody is accepted any more; ``serve`` has closed the listeners. New requests are told ``draining``.
-        2. What is being fetched or converted ends, and who waits for it is told: the next one goes on with it.
-        3. What runs, waits in a queue or for its model to load goes on. A connection is closed when nothing is owed
-           to it.
-        4. When the time is over, who still waits is told ``draining``, and has LAST_WORDS to read that.
+        2. What is being fetched or converted ends, and who waits for it is told: the next one goes on with it. Of the
+           jobs none is begun any more.
+        3. What runs, waits in a queue or for its model to load goes on, jobs as well. A connection is closed when
+           nothing is owed to it.
+        4. When the time is over, jobs that run are interrupted, or if they have no text yet left for the next daemon;
+           who still waits is told ``draining``, and has LAST_WORDS to read that.
 
-        After it the sessions are gone; ``serve`` has the models save what they keep, and ends their workers.
+        After it the sessions are gone; ``serve`` has the jobs stored and the models save what they keep, and ends
+        their workers.
         """
         self._daemon.draining = True
         self._log.info("draining", clients=len(self._sessions), seconds=self._daemon.config.limits.drain)
         started = time.monotonic()
         self._daemon.library.stop()
+        self._jobs.drain()
         with trio.move_on_after(self._daemon.config.limits.drain) as budget:
             for session in list(self._sessions):
                 session.finish()
             await self._until_all_gone()
+            await self._jobs.until_idle()
         self.clean = not budget.cancelled_caught
         if not self.clean:
             self._log.warning("cut off", clients=len(self._sessions))
+            self._jobs.interrupt()
             for session in list(self._sessions):
                 session.cut()
             with trio.move_on_after(LAST_WORDS):
                 await self._until_all_gone()
+                await self._jobs.until_idle()
         self._log.info("drained", clean=self.clean, seconds=round(time.monotonic() - started, 3))
 
     async def _until_all_gone(self) -> None:

@@ -48,6 +48,7 @@ class ErrorCode(StrEnum):
     # the request
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    INTERRUPTED = "interrupted"
     # the daemon
     BAD_CONFIG = "bad_config"
     OVERLOADED = "overloaded"
@@ -66,6 +67,7 @@ _BLAME = {
     ErrorCode.MODEL_CRASHED: Blame.RETRY,
     ErrorCode.MODEL_RESTING: Blame.RETRY,
     ErrorCode.DEADLINE: Blame.RETRY,
+    ErrorCode.INTERRUPTED: Blame.RETRY,
     ErrorCode.OVERLOADED: Blame.RETRY,
     ErrorCode.TOO_MANY_CLIENTS: Blame.RETRY,
     ErrorCode.DRAINING: Blame.RETRY,
