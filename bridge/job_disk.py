@@ -52,6 +52,7 @@ class JobDisk:
         self._being_written: dict[Job, None] = {}
         self._to_write = trio.Event()
         self._urgent = trio.Event()
+        self._closed = False
         self._log = log.get()
 
     @property
@@ -62,7 +63,7 @@ class JobDisk:
 
     async def recover(self) -> None:
         """Takes over what an earlier daemon has left, as soon as that is gone."""
-        while not self.is_open and self._path.exists():
+        while not (self.is_open or self._closed) and self._path.exists():
             try:
                 await self.open()
             except BridgeError as error:
@@ -77,6 +78,8 @@ class JobDisk:
     async def open(self) -> JobStore:
         """Raises BridgeError: busy (another daemon has them), overloaded (the disk will not)."""
         async with self._opening:
+            if self._closed:
+                raise BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
             if self._store is None:
                 from bridge.job_store import JobStore
 
@@ -150,6 +153,8 @@ class JobDisk:
 
     async def _write(self) -> None:
         async with self._writing:
+            if self._closed:
+                return
             self._to_write, self._urgent = trio.Event(), trio.Event()
             jobs = [job for job in self._dirty if job.id in self._book.jobs]
             changes = [_change(job) for job in jobs]
@@ -176,11 +181,13 @@ class JobDisk:
 
     async def close(self) -> None:
         with trio.CancelScope(shield=True):
-            if self._store is not None:
-                if self._dirty:
-                    await self._write()
-                await trio.to_thread.run_sync(self._store.close, limiter=self._thread)
-                self._store = None
+            if self._dirty:
+                await self._write()
+            async with self._opening, self._writing:
+                self._closed = True
+                if self._store is not None:
+                    await trio.to_thread.run_sync(self._store.close, limiter=self._thread)
+                    self._store = None
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Raises BridgeError, for what is wrong with the disk."""

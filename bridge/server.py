@@ -45,6 +45,7 @@ class Server:
         self._config = config
         self._read = read or (lambda: config)
         self._log = log.get()
+        self._jobs = JobDesk(config.jobs, self._answer_job)
         self._sessions: set[Session] = set()
         self._numbers = itertools.count(CONFIGURATION + 1)
         self._stopping = trio.Event()
@@ -63,7 +64,6 @@ class Server:
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
                 pool = ModelPool(workers, self._config, library, adapters)
-                self._jobs = JobDesk(self._config.jobs, self._answer_job)
                 self._daemon = Daemon(self._config, library, adapters, pool, self._jobs, self.stop, self.reload)
                 self._configured = Configured(self._daemon, self._read, workers)
                 await self._configured.begin()
@@ -78,12 +78,13 @@ class Server:
                         listener.close()
                     await self._drain()
                     clients.cancel_scope.cancel()
-                await self._jobs.close()
+                await self._jobs.close()  # first: the models may take their time
                 await pool.park()
                 workers.cancel_scope.cancel()
         finally:
             for listener in listeners:
                 listener.close()
+            await self._jobs.close()  # also when it was stopped at once
         self._log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:

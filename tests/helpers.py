@@ -187,7 +187,8 @@ class Inside(Place):
 async def daemon(
     *models: str, limits: Limits | None = None, load: LoadOptions | None = None, wait: bool = True, **config: Any
 ) -> AsyncIterator[Inside]:
-    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields.
+    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields,
+    ``jobs`` those of their section.
 
     Without ``wait`` they may still be loading.
     """
@@ -195,7 +196,7 @@ async def daemon(
         path = os.path.join(folder, "bridge.sock")
         fields = {"socket": path, "tcp": ["127.0.0.1:0"], "backend": "fake"}
         fields |= {"store": Store(dir=os.path.join(folder, "models"), discover=False)}
-        fields |= {"jobs": Jobs(dir=os.path.join(folder, "jobs"))}
+        fields |= {"jobs": Jobs(**{"dir": os.path.join(folder, "jobs"), **config.pop("jobs", {})})}
         fields |= {"models": [Model(path=model) for model in models]} | config
         server = Server(Config(limits=limits or Limits(), load=load or LoadOptions(), **fields))
         async with trio.open_nursery() as nursery:
