@@ -86,7 +86,8 @@ class JobDisk:
                 store = await self._in_thread(partial(JobStore, self._path.parent))
                 if store.moved:
                     self._log.warning("jobs moved aside", reason="the database is damaged, or not ours", to=store.moved)
-                self._remember(store.rows())
+                self._remember(store.found)
+                store.found = []
                 self._store = store
             return self._store
 
@@ -153,14 +154,14 @@ class JobDisk:
 
     async def _write(self) -> None:
         async with self._writing:
-            if self._closed:
+            store = self._store
+            if store is None or self._closed:
                 return
             self._to_write, self._urgent = trio.Event(), trio.Event()
             jobs = [job for job in self._dirty if job.id in self._book.jobs]
             changes = [_change(job) for job in jobs]
             self._being_written, self._dirty = self._dirty, {}
             try:
-                store = await self.open()
                 with trio.CancelScope(shield=True):
                     await self._in_thread(partial(store.write, changes))
             except BridgeError as error:

@@ -74,7 +74,9 @@ class JobStore:
     """Resource handling: ``close`` gives back the lock and the file. Error handling: methods raise StoreError."""
 
     def __init__(self, folder: Path) -> None:
-        """What lies there and is not ours, of a newer version or damaged, is moved aside: see ``moved``."""
+        """``found`` are the jobs that are there. What is not ours, of a newer version or damaged, is moved aside: see
+        ``moved``.
+        """
         self.moved: str | None = None
         self._path = folder / "jobs.db"
         with _told(), contextlib.ExitStack() as on_failure:
@@ -102,7 +104,7 @@ class JobStore:
             self._check()
             for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "secure_delete=ON"):
                 self._db.execute(f"PRAGMA {pragma}")
-            self.rows()
+            self.found = self.rows()
         except BaseException:
             self._db.close()
             raise

@@ -12,6 +12,7 @@ class LazyGroup(click.Group):
     """Imports a command of another module when it is used: neither PING nor the daemon need load what bench does."""
 
     ELSEWHERE: typing.ClassVar = {
+        "attach": "bridge.cli_jobs",
         "bench": "bridge.bench",
         "chat": "bridge.cli_text",
         "doctor": "bridge.doctor",
@@ -19,6 +20,7 @@ class LazyGroup(click.Group):
         "free": "bridge.cli_models",
         "infer": "bridge.cli_text",
         "load": "bridge.cli_models",
+        "jobs": "bridge.cli_jobs",
         "lora": "bridge.cli_models",
         "models": "bridge.cli_models",
         "plan": "bridge.cli_models",
@@ -27,6 +29,7 @@ class LazyGroup(click.Group):
         "remove": "bridge.cli_models",
         "serve": "bridge.serve",
         "show": "bridge.cli_models",
+        "submit": "bridge.cli_jobs",
         "tokenize": "bridge.cli_text",
     }
 

@@ -92,6 +92,10 @@ class DeadlineExceeded(TryAgain):
     """``deadline_ms`` passed before anything was generated."""
 
 
+class Interrupted(TryAgain):
+    """The daemon ended in the middle of this job. What there was of its text came before."""
+
+
 class Overloaded(TryAgain):
     """The queue is full."""
 
@@ -140,6 +144,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.MODEL_CRASHED: ModelCrashed,
     ErrorCode.MODEL_RESTING: ModelResting,
     ErrorCode.DEADLINE: DeadlineExceeded,
+    ErrorCode.INTERRUPTED: Interrupted,
     ErrorCode.OVERLOADED: Overloaded,
     ErrorCode.TOO_MANY_CLIENTS: TooManyClients,
     ErrorCode.DRAINING: Draining,
