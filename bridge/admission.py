@@ -28,15 +28,22 @@ def admit(caller: Caller, command: C) -> tuple[C, Grant]:
     Raises BridgeError: unauthorized, forbidden, rate_limited.
     """
     identity = caller.daemon.gate.identity(caller.peer)
+    command = permitted(caller, command)
+    if command.VERB not in COMPUTING:
+        return command, UNCOUNTED
+    return command, caller.daemon.gate.quota(identity).admit(_answers(command), time.monotonic())
+
+
+def permitted(caller: Caller, command: C) -> C:
+    """The command as it may be carried out. Raises BridgeError: unauthorized, forbidden."""
+    identity = caller.daemon.gate.identity(caller.peer)
     check_role(identity, NEEDED.get(command.VERB, Role.ADMIN), command.VERB)
     _check_references(caller, identity, command)
     if isinstance(command, commands.Generation):
         priority = min(command.priority, identity.allowance.priority, key=_PRIORITIES.index)
         if priority != command.priority:
             command = msgspec.structs.replace(command, priority=priority)
-    if command.VERB not in COMPUTING:
-        return command, UNCOUNTED
-    return command, caller.daemon.gate.quota(identity).admit(_answers(command), time.monotonic())
+    return command
 
 
 def _answers(command: commands.Command) -> int:

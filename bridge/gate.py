@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from bridge import access, log
+from bridge import access, ipc, log
 from bridge.access import Identity, Role
 from bridge.config import Config, ConfigError
 from bridge.guard import LONGEST, Guard
 from bridge.peer import Peer
-from bridge.quota import Quota
+from bridge.quota import Quota, cost_of
 from bridge.tokens import Token, TokenError, Tokens, read_tokens
 from bridge.users import Users
 from protocol.errors import BridgeError, ErrorCode
@@ -174,6 +174,11 @@ class Gate:
         elif quota.allowance != identity.allowance:
             quota.set_allowance(identity.allowance, now)
         return quota
+
+    def charge(self, owner: str, answer: ipc.Done | ipc.Embedded, now: float) -> None:
+        """For what was computed for a job of his, who may be gone."""
+        if quota := self._quotas.get(owner):
+            quota.charge(cost_of(answer), now)
 
     def describe(self, peer: Peer) -> dict[str, Any]:
         """What STATUS tells a caller of himself."""

@@ -22,7 +22,7 @@ import orjson
 import trio
 
 from bridge import loading
-from bridge.config import Config, Limits, Model, Store
+from bridge.config import Config, Jobs, Limits, Model, Store
 from bridge.server import Server
 from protocol.address import Tcp
 from protocol.options import LoadOptions
@@ -187,7 +187,8 @@ class Inside(Place):
 async def daemon(
     *models: str, limits: Limits | None = None, load: LoadOptions | None = None, wait: bool = True, **config: Any
 ) -> AsyncIterator[Inside]:
-    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields.
+    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields,
+    ``jobs`` those of their section.
 
     Without ``wait`` they may still be loading.
     """
@@ -195,6 +196,7 @@ async def daemon(
         path = os.path.join(folder, "bridge.sock")
         fields = {"socket": path, "tcp": ["127.0.0.1:0"], "backend": "fake"}
         fields |= {"store": Store(dir=os.path.join(folder, "models"), discover=False)}
+        fields |= {"jobs": Jobs(**{"dir": os.path.join(folder, "jobs"), **config.pop("jobs", {})})}
         fields |= {"models": [Model(path=model) for model in models]} | config
         server = Server(Config(limits=limits or Limits(), load=load or LoadOptions(), **fields))
         async with trio.open_nursery() as nursery:
@@ -280,6 +282,7 @@ def serve(
     """The bare process of ``serve`` with these arguments; killed at the end of the block."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_BRIDGE_")}
     nothing = {"LLAMA_BRIDGE_STORE_DIR": str(stderr.parent / "models"), "LLAMA_BRIDGE_STORE_DISCOVER": "false"}
+    nothing["LLAMA_BRIDGE_JOBS_DIR"] = str(stderr.parent / "jobs")
     with stderr.open("ab") as log:
         process = subprocess.Popen(
             [*command, *arguments],

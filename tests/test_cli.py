@@ -19,6 +19,7 @@ from bridge import __version__
 from bridge.cli import cli
 from bridge.tokens import issue
 from protocol.commands import (
+    Attach,
     Chat,
     ChatStream,
     Command,
@@ -26,6 +27,7 @@ from protocol.commands import (
     Free,
     Infer,
     InferStream,
+    Jobs,
     Load,
     Lora,
     Message,
@@ -35,6 +37,7 @@ from protocol.commands import (
     Reload,
     Remove,
     Show,
+    Submit,
     Tokenize,
 )
 from protocol.replies import Failed, Final, Ok, Started, Token
@@ -102,6 +105,13 @@ def good(*arguments: str, stdin: str = "") -> str:
         ("chat --no-stream some words", ["1: some words"]),
         ("embed some text", ["1 -2"]),
         ("tokenize ab", ["97 98"]),
+        ("submit some prompt", ["0f" * 16]),
+        ("attach 0f", [TEXT]),
+        ("attach whole", ["[1.5]"]),
+        ("jobs", ["0f" * 16, "running", "INFER", "5 s", "12", "2.0 kB"]),
+        ("jobs list other", ["no jobs"]),
+        ("jobs cancel 0f", ["0f is cancelled"]),
+        ("jobs forget 0f", ["0f forgotten"]),
     ],
 )
 def test_what_is_printed(line: str, printed: list[str]) -> None:
@@ -115,7 +125,8 @@ def test_what_is_printed(line: str, printed: list[str]) -> None:
 @pytest.mark.parametrize(
     "line",
     ["hello", "status", "models", "show", "queue", "load x", "plan x", "free", "pull x", "remove x", "lora",
-     "lora load x", "lora check x", "health", "metrics", "reload", "infer x", "chat x", "embed x", "tokenize x"],
+     "lora load x", "lora check x", "health", "metrics", "reload", "infer x", "chat x", "embed x", "tokenize x",
+     "submit x", "attach x", "jobs", "jobs cancel x"],
 )  # fmt: skip
 def test_json(line: str) -> None:
     with scripted() as server:
@@ -128,6 +139,12 @@ def test_json(line: str) -> None:
     ("line", "command"),
     [
         ("infer a b", InferStream(prompt="a b")),
+        ("submit --ttl 60 -n 5 a b", Submit(request='INFER_STREAM {"max_tokens":5,"prompt":"a b"}', ttl_s=60)),
+        ("submit --chat --seed 7 hi",
+         Submit(request='CHAT_STREAM {"seed":7,"messages":[{"role":"user","content":"hi"}]}')),
+        ("attach --offset 5 0f", Attach(job="0f", offset=5)),
+        ("jobs --all", Jobs(all=True)),
+        ("jobs forget 0f", Jobs(action="forget", job="0f")),
         ("infer --json -n 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 -m tiny x",
          Infer(prompt="x", max_tokens=5, temperature=0.0, top_k=3, top_p=0.5, seed=7, model="tiny")),
         ("infer --no-stream --stop 5 --stop b -p stop=c x", Infer(prompt="x", stop=["5", "b", "c"])),

@@ -16,12 +16,14 @@ from scripted import FETCHING, PIECES, SHA256, Peer, honest, raw, scripted
 
 from bridge.tokens import issue
 from protocol.commands import (
+    Attach,
     Command,
     Embed,
     Free,
     Health,
     Infer,
     InferStream,
+    Jobs,
     Load,
     Lora,
     Metrics,
@@ -32,6 +34,7 @@ from protocol.commands import (
     Reload,
     Remove,
     Status,
+    Submit,
 )
 from protocol.replies import Failed, Final, Ok, Progress, Started, Token
 
@@ -145,6 +148,15 @@ def test_every_way_there(sh: Sh, shell: str, tool: str, tcp: bool) -> None:
         (["infer", "-p", 'logit_bias={"5":-1}', "x"], Infer(prompt="x", logit_bias={5: -1.0}), "x"),
         (["infer", "-p", "ignore_eos=true", "x"], Infer(prompt="x", ignore_eos=True), "x"),
         (["infer", "--", "-x"], Infer(prompt="-x"), "-x"),
+        (
+            ["submit", "-p", "max_tokens=5", "-p", "stop=\n", 'a "b"\n\\'],
+            Submit(request=r'INFER {"max_tokens":5,"stop":["\n"],"prompt":"a \"b\"\n\\"}'),
+            "0f0f",
+        ),
+        (["attach", "-p", "offset=4", "0f"], Attach(job="0f", offset=4), " upon"),
+        (["jobs"], Jobs(), '[{"job":"0f0f'),
+        (["jobs", "cancel", "0f"], Jobs(action="cancel", job="0f"), '{"job":"0f0f'),
+        (["jobs", "forget", "0f"], Jobs(action="forget", job="0f"), '{"job":"0f0f'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
