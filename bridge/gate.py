@@ -121,7 +121,7 @@ class Gate:
             raise BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
 
     def _refusal(self, peer: Peer) -> BridgeError:
-        self._log.info("refused", client=peer.number, place=peer.origin.key)
+        self._log.warning("refused", client=peer.number, place=peer.origin.key)
         return BridgeError(ErrorCode.UNAUTHORIZED, f"{peer.identity.name or peer.origin.key} may not use this bridge")
 
     async def authenticate(self, peer: Peer, secret: str) -> Identity:
@@ -134,7 +134,7 @@ class Gate:
         if token is None or _expired(token.ends):
             peer.failures += 1
             wait = self.guard.failed(peer.origin.key, time.monotonic())
-            self._log.info("wrong token", client=peer.number, place=peer.origin.key, failures=peer.failures)
+            self._log.warning("wrong token", client=peer.number, place=peer.origin.key, failures=peer.failures)
             await trio.sleep(wait)
             raise wrong
         peer.identity = self._identity_of(token)
