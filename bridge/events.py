@@ -61,6 +61,7 @@ TABLE: dict[str, Told] = {
     "refused": Told("auth_failed", ("client", "place")),
     "slow request": Told("slow", ("verb", "model", "outcome", "ms", "client", "owner")),
     "request failed": Told("failed", ("verb", "model", "outcome", "ms", "client", "owner", "reason")),
+    "the daemon is not well": Told("unwell", ("reason",)),
     "draining": Told("draining", ("clients", "seconds")),
 }
 LAST_KIND: EventKind = "draining"  # after it subscriptions end, so that they do not hold up the drain
