@@ -3,6 +3,7 @@
 #
 #   run [MODEL]     set up, fetch the default model, start the daemon, stream one answer, say how to talk to it
 #   test [ARGS]     set up, then ruff, mypy and pytest; ARGS are pytest's
+#   deb [FOLDER]    set up, and build a Debian package of what install puts in place, in FOLDER or dist/
 #   stop            stop the daemon; running answers may end first
 #   status          what the daemon does (exit status 3: it does not run)
 #   logs [ARGS]     the end of the daemon's log; ARGS are tail's, as in: logs -f
@@ -232,6 +233,17 @@ status() {
     bridge status
 }
 
+# -- packaging ----------------------------------------------------------------------------------------------------
+
+deb() { # [FOLDER]
+    local folder=$ROOT/dist
+    [ -z "${1:-}" ] || folder=$(cd -- "$CALLED_FROM" && realpath -m -- "$1")
+    has dpkg-deb || die "dpkg-deb is not here: this is for Debian and its kin"
+    set_up
+    "$PY" deb/package.py "$folder" 9<&-
+    say "to install it, as root: apt-get install /path/to/the.deb"
+}
+
 # -- tests, and what this machine has -----------------------------------------------------------------------------
 
 lacking_tools() { # as Debian packages; the nc of netcat-traditional speaks no Unix sockets
@@ -288,6 +300,7 @@ install | uninstall)
     "${verb}_service" "$@"
     ;;
 check) check ;;
+deb) deb "$@" ;;
 help | -h | --help) usage ;;
 build-bridge) set_up ;;
 start-bridge) start "$@" ;;

@@ -27,7 +27,7 @@ from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
 from protocol.options import LoadOptions
 
 ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
-_SECTIONS = ("limits", "load", "pool", "store", "cache", "http", "agent", "log", "access", "tls")
+_SECTIONS = ("limits", "load", "pool", "store", "cache", "jobs", "http", "agent", "log", "access", "tls")
 # The clients' own, which their user may have exported.
 _CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC", "LLAMA_BRIDGE_TOKEN", "LLAMA_BRIDGE_TOKEN_FILE", "LLAMA_BRIDGE_CA")
 _LISTS = ("directories", "allow", "admins", "operators", "users")
@@ -94,6 +94,18 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True):
         return os.path.expanduser(self.dir)
 
 
+class Jobs(Struct, frozen=True, forbid_unknown_fields=True):
+    """What outlives its connection, and the daemon. ``dir`` of "" is the user's folder for such things."""
+
+    dir: str = ""
+    max: Bytes = 1000  # jobs, of all owners; with 0 there are none
+    per_owner: Positive = 250
+    bytes: Positive = 256 * 1024**2  # of their requests and answers
+    running: Positive = 16  # at once; the others wait
+    expire_s: Annotated[int, Meta(ge=1, le=31_536_000)] = 86_400  # that an answer is kept which nobody fetches
+    keep_s: Seconds = 60.0  # that one is kept which was fetched, for whom the connection broke at the very end
+
+
 class Http(Struct, frozen=True, forbid_unknown_fields=True):
     """/metrics, /healthz and /readyz. ``listen`` is HOST:PORT, "" nowhere."""
 
@@ -138,6 +150,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     pool: Pool = Pool()
     store: Store = Store()
     cache: Cache = Cache()
+    jobs: Jobs = Jobs()
     http: Http = Http()
     agent: Agent = Agent()
     log: Log = Log()

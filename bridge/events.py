@@ -57,8 +57,11 @@ TABLE: dict[str, Told] = {
     "reload failed": Told("reload_failed", ("reason",)),
     "client cut": Told("client_cut", ("client", "reason")),
     "requests refused": Told("refused", ("code", "count")),
+    "wrong token": Told("auth_failed", ("client", "place", "failures")),
+    "refused": Told("auth_failed", ("client", "place")),
     "slow request": Told("slow", ("verb", "model", "outcome", "ms", "client", "owner")),
     "request failed": Told("failed", ("verb", "model", "outcome", "ms", "client", "owner", "reason")),
+    "the daemon is not well": Told("unwell", ("reason",)),
     "draining": Told("draining", ("clients", "seconds")),
 }
 LAST_KIND: EventKind = "draining"  # after it subscriptions end, so that they do not hold up the drain

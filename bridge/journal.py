@@ -30,6 +30,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_
 
 def standard_error_goes_there(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether what this process writes to its standard error becomes entries of the journal, a line each."""
+    if sys.stderr is None:
+        return False
     try:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):  # closed, or no file

@@ -53,10 +53,10 @@ def get() -> Logger:
     return logger
 
 
-def flush() -> None:
-    """Writes what waits, if that can be done within a short time."""
+def flush(within: float = _AT_EXIT) -> None:
+    """Writes what waits, if that can be done within so many seconds."""
     if _writer is not None:
-        _writer.flush(_AT_EXIT)
+        _writer.flush(within)
 
 
 atexit.register(flush)
@@ -113,10 +113,11 @@ def _factory(format: str) -> Callable[..., Any]:
     """Makes what structlog hands rendered lines to."""
     global _writer
     flush()
+    stderr = _standard_error()
     if format == "journal":
         logger = journal.JournalLogger(journal.SOCKET)
         return lambda *_: logger
-    _writer = LogWriter(_standard_error(), _note(RENDERERS[format]()))
+    _writer = LogWriter(stderr, _note(RENDERERS[format]()))
     lines = _Lines(_writer.put)
     return lambda *_: lines
 

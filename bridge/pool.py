@@ -75,9 +75,6 @@ class ModelPool:
 
         ``gone`` is a provider that is dead, though the model may not yet be known to be without one.
         """
-        if entry.state is not State.READY and entry.waiting >= self._keeper.config.limits.queue:
-            message = f"{entry.waiting} requests wait for {entry.name} to be loaded, all it may"
-            raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000)
         entry.waiting += 1
         try:
             with trio.move_on_after(max(0.0, within)) as patience:
@@ -116,6 +113,9 @@ class ModelPool:
         """
         gives_up = trio.current_time() + within
         entry = await self._wanted(name)
+        if entry.state is not State.READY and entry.waiting >= self._keeper.config.limits.queue:
+            message = f"{entry.waiting} requests wait for {entry.name} to be loaded, all it may"
+            raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000)
         provider = await self.load(entry, gives_up - trio.current_time())
         entry.users += 1
         try:

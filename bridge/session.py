@@ -17,8 +17,7 @@ from functools import partial
 
 import trio
 
-from bridge import log
-from bridge.access import Role as Who
+from bridge import access, log
 from bridge.admission import admit
 from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
@@ -122,9 +121,9 @@ class Session:
 
     async def _expect_to_know(self) -> None:
         """Who has not said in time who he is has to leave."""
-        if self._peer.identity.role is Who.NONE:
+        if self._peer.identity.role is access.Role.NONE:
             await trio.sleep(self._daemon.config.limits.auth)
-            if self._peer.identity.role is Who.NONE:
+            if self._peer.identity.role is access.Role.NONE:
                 self._end_with(BridgeError(ErrorCode.UNAUTHORIZED, "Nobody said in time who is asking: AUTH"))
 
     # -- reading -----------------------------------------------------------------------------------------------

@@ -108,6 +108,10 @@ class RateLimited(TryAgain):
     """This user, token or certificate has used up what it may."""
 
 
+class Interrupted(TryAgain):
+    """The daemon ended in the middle of this job. What there was of its text came before."""
+
+
 class Overloaded(TryAgain):
     """The queue is full."""
 
@@ -160,6 +164,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.PEER_LOST: PeerLost,
     ErrorCode.DEADLINE: DeadlineExceeded,
     ErrorCode.RATE_LIMITED: RateLimited,
+    ErrorCode.INTERRUPTED: Interrupted,
     ErrorCode.OVERLOADED: Overloaded,
     ErrorCode.TOO_MANY_CLIENTS: TooManyClients,
     ErrorCode.DRAINING: Draining,

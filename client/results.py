@@ -23,7 +23,11 @@ class Logprob(Struct, frozen=True):
 
 
 class Completion(Struct, frozen=True, kw_only=True):
-    """A generated text. ``finish_reason`` is ``stop``, ``length``, ``cancelled`` or ``deadline``."""
+    """A generated text. ``finish_reason`` is ``stop``, ``length``, ``cancelled`` or ``deadline``.
+
+    ``retried``: the model's process died before the first token, and it was asked again. ``reply`` is the answer of a
+    job that comes whole, such as an embedding, with its ``data``.
+    """
 
     text: str
     finish_reason: str = "stop"
@@ -31,6 +35,8 @@ class Completion(Struct, frozen=True, kw_only=True):
     usage: Usage = Usage()
     timings: Timings = Timings()
     logprobs: list[Logprob] | None = None
+    retried: bool = False
+    reply: dict[str, Any] | None = None
 
 
 class Embeddings(Struct, frozen=True, kw_only=True):
@@ -336,6 +342,33 @@ class Adapter(Struct, frozen=True, kw_only=True):
     size: int = 0
     scale: float | None = None
     requests: int = 0
+
+
+class Submitted(Struct, frozen=True, kw_only=True):
+    """``job`` is what ``attach`` takes; ``ttl_s`` how many seconds its answer is kept for somebody to fetch it."""
+
+    job: str
+    ttl_s: float = 0.0
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """A job as the daemon sees it. ``state``: queued, running, done, failed, cancelled, interrupted.
+
+    ``length`` is of its text so far, in characters, ``size`` what it takes of the disk, in bytes.
+    """
+
+    job: str
+    state: str = ""
+    owner: str = ""
+    verb: str = ""
+    model: str | None = None
+    age_s: float = 0.0
+    ran_s: float | None = None
+    length: int = 0
+    size: int = 0
+    ttl_s: float = 0.0
+    fetched: bool = False
+    followers: int = 0
 
 
 class Freed(Struct, frozen=True, kw_only=True):

@@ -51,6 +51,7 @@ class ErrorCode(StrEnum):
     # the request
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    INTERRUPTED = "interrupted"
     # the daemon
     BAD_CONFIG = "bad_config"
     RATE_LIMITED = "rate_limited"
@@ -72,6 +73,7 @@ _BLAME = {
     ErrorCode.PEER_LOST: Blame.RETRY,
     ErrorCode.DEADLINE: Blame.RETRY,
     ErrorCode.RATE_LIMITED: Blame.RETRY,
+    ErrorCode.INTERRUPTED: Blame.RETRY,
     ErrorCode.OVERLOADED: Blame.RETRY,
     ErrorCode.TOO_MANY_CLIENTS: Blame.RETRY,
     ErrorCode.DRAINING: Blame.RETRY,

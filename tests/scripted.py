@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from protocol.commands import (
+    Attach,
     Cancel,
     Chat,
     ChatStream,
@@ -29,6 +30,7 @@ from protocol.commands import (
     Infer,
     InferMulti,
     InferStream,
+    Jobs,
     Load,
     Lora,
     Message,
@@ -43,6 +45,7 @@ from protocol.commands import (
     Remove,
     Show,
     Status,
+    Submit,
     Tokenize,
 )
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role
@@ -108,6 +111,7 @@ EVENTS = [
     Event("loaded", AT, 5, {"model": "tiny", "load_ms": 1.5}),
     Event("crashed", AT, 6, {"model": "tiny", "reason": "was killed by SIGKILL"}),
 ]
+JOB = {"job": "0f" * 16, "state": "running", "verb": "INFER", "age_s": 5.25, "length": 12, "size": 2000}
 PIECES = ["Once", " upon", ' "a"\n', "\ttime \\ \u00e9\U0001f999"]
 
 
@@ -260,6 +264,11 @@ def answers(command: Command) -> list[Reply]:
         case Events():
             first = [Event("subscribed", AT, 4)] if command.follow else []
             return [*first, *EVENTS, Ok("The events end here", None, {"last": 7})]
+        case Attach(job="whole"):
+            return [Started(), Final("", "stop", {"reply": {"message": "Done", "data": [1.5]}, "offset": 0})]
+        case Attach(offset=offset):
+            text = "".join(PIECES)[offset:]
+            return [Started(), Token(text, {"offset": offset + len(text)}), Final("", "stop", END | {"retried": True})]
         case Pull(progress=True) | Load(progress=True):
             return [*FETCHING, answer(command)]
         case _:
@@ -305,6 +314,12 @@ def answer(command: Command) -> Reply:
             return Ok("It fits", PLAN)
         case Pull() | Remove() | Lora():
             return _fetched(command)
+        case Submit():
+            return Ok("Submitted", JOB["job"], {"ttl_s": 60})
+        case Jobs(action="list"):
+            return Ok("1 jobs", [JOB])
+        case Jobs():
+            return Ok("Done", JOB | {"state": "cancelled"})
         case Reload():
             return Ok("Configuration reloaded", RELOADED)
         case Quit():

@@ -74,6 +74,11 @@ CALLS: dict[str, Callable[[AsyncClient], Awaitable[Any]]] = {
     "stream": lambda c: pieces(c.stream("x")),
     "chat_stream": lambda c: pieces(c.chat_stream("x")),
     "events": lambda c: kinds(c.events()),
+    "submit": lambda c: c.submit("INFER x"),
+    "attach": lambda c: pieces(c.attach("x")),
+    "jobs": lambda c: c.jobs(),
+    "jobs_cancel": lambda c: c.jobs_cancel("x"),
+    "jobs_forget": lambda c: c.jobs_forget("x"),
 }
 
 
@@ -111,6 +116,14 @@ async def test_a_stream_is_its_pieces_and_then_its_result() -> None:
             assert stream.result == whole
             assert await pieces(stream) == []
         assert server.seen == [InferStream(prompt="x", max_tokens=9)]
+
+
+async def test_a_job_is_followed_from_where_one_stood() -> None:
+    with scripted() as server:
+        async with AsyncClient(server.address) as bridge:
+            stream = bridge.attach("x", offset=4)
+            assert "".join(await pieces(stream)) == TEXT[4:]
+            assert stream.offset == len(TEXT)
 
 
 async def test_errors_are_typed() -> None:

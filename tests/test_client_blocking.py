@@ -18,6 +18,7 @@ from scripted import (
     EVENTS,
     FETCHING,
     HEALTH,
+    JOB,
     PIECES,
     PLAN,
     RELOADED,
@@ -44,15 +45,33 @@ from client.results import (
     Freed,
     Health,
     Hello,
+    Job,
     Loaded,
     ModelInfo,
     Plan,
     Pulled,
     Reloaded,
     Removed,
+    Submitted,
 )
 from protocol.address import Tcp, Unix
-from protocol.commands import Cancel, Command, Embed, Events, Infer, Load, Lora, Message, Models, Ping, Pull, Tokenize
+from protocol.commands import (
+    Attach,
+    Cancel,
+    Command,
+    Embed,
+    Events,
+    Infer,
+    Jobs,
+    Load,
+    Lora,
+    Message,
+    Models,
+    Ping,
+    Pull,
+    Submit,
+    Tokenize,
+)
 from protocol.errors import Blame, ErrorCode
 from protocol.replies import Event, Failed, Final, Ok, Progress, Started, Timings, Token, Usage
 
@@ -91,10 +110,15 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "stream": lambda c: list(c.stream("x")),
     "chat_stream": lambda c: list(c.chat_stream("x")),
     "events": lambda c: list(c.events()),
+    "submit": lambda c: c.submit("INFER x"),
+    "attach": lambda c: list(c.attach("x")),
+    "jobs": lambda c: c.jobs(),
+    "jobs_cancel": lambda c: c.jobs_cancel("x"),
+    "jobs_forget": lambda c: c.jobs_forget("x"),
 }
 REPEATABLE = (
     "ping", "hello", "help", "status", "models", "queue", "show", "plan", "lora_list", "lora_check", "tokenize",
-    "detokenize", "embed", "health", "metrics", "metrics_text",
+    "detokenize", "embed", "jobs", "health", "metrics", "metrics_text",
 )  # fmt: skip
 
 
@@ -479,6 +503,36 @@ def test_a_connection_found_dead_is_replaced_for_every_call(name: str) -> None:
         server.await_end(0)
         CALLS[name](bridge)
         assert server.connections == 2
+
+
+def test_jobs() -> None:
+    with scripted() as server, Client(server.address) as bridge:
+        submitted = bridge.submit(Infer(prompt='a "b"\n', max_tokens=3), ttl_s=60)
+        assert submitted == Submitted(job=JOB["job"], ttl_s=60)
+        bridge.submit("EMBED a")
+        assert bridge.jobs(all=True) == [Job(**JOB)]
+        assert bridge.jobs_cancel("x").state == "cancelled"
+        assert bridge.jobs_forget("x") is None
+        lines = [r'INFER {"max_tokens":3,"prompt":"a \"b\"\n"}', "EMBED a"]
+        assert server.seen == [
+            Submit(request=lines[0], ttl_s=60), Submit(request=lines[1]),
+            Jobs(all=True), Jobs(action="cancel", job="x"), Jobs(action="forget", job="x"),
+        ]  # fmt: skip
+
+
+def test_a_job_is_followed_from_where_one_stood() -> None:
+    with scripted() as server, Client(server.address) as bridge:
+        stream = bridge.attach("x", offset=4)
+        assert stream.offset is None
+        assert "".join(stream) == TEXT[4:]
+        assert stream.offset == len(TEXT)
+        assert stream.result is not None
+        assert (stream.result.text, stream.result.retried, stream.result.reply) == (TEXT[4:], True, None)
+        whole = bridge.attach("whole")
+        assert list(whole) == []
+        assert whole.result is not None
+        assert whole.result.reply == {"message": "Done", "data": [1.5]}
+        assert server.seen == [Attach(job="x", offset=4), Attach(job="whole")]
 
 
 def test_a_repeated_call_is_repeated_once() -> None:

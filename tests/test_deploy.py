@@ -16,7 +16,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCKS = ("bridge/build.lock", "bridge/requirements.lock")
-VERBS = ("run", "test", "stop", "status", "logs", "install", "uninstall", "check", "help")
+VERBS = ("run", "test", "stop", "status", "logs", "install", "uninstall", "check", "deb", "help")
 ALIASES = ("build-bridge", "start-bridge", "stop-bridge", "test-ffi", "test-streaming", "all")
 
 # Stands for the installed command. It is up as long as the file `up` is there, dies where that is a folder, and
@@ -274,3 +274,15 @@ def test_a_moved_checkout_gets_a_new_environment_and_a_failure_shows_why(checkou
     assert "no-such-distribution" in ended.stderr
     assert f"all it said: {checkout.root}/.venv/setup.log" in ended.stderr
     assert not (checkout.root / ".venv/daemon.stamp").exists()
+
+
+def test_deb_builds_where_the_caller_wants_it(checkout: Checkout) -> None:
+    (checkout.root / "deb").mkdir()
+    (checkout.root / "deb/package.py").write_text("import sys; print('built in', *sys.argv[1:])")
+    (checkout.root.parent / "bin").mkdir()
+    (checkout.root.parent / "bin/dpkg-deb").touch(0o755)
+    path = f"{checkout.root.parent}/bin:{os.environ['PATH']}"
+    assert f"built in {checkout.root}/dist\n" in checkout.deploy("deb", PATH=path).stdout
+    assert (
+        f"built in {checkout.home}/out/put\n" in checkout.deploy("deb", "out/put", cwd=checkout.home, PATH=path).stdout
+    )

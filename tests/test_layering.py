@@ -138,7 +138,17 @@ def test_the_log_has_one_door() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["bridge.registry", "bridge.entry", "bridge.room", "bridge.models.fit", "bridge.worker.scheduler"]
+    "module",
+    [
+        "bridge.registry",
+        "bridge.entry",
+        "bridge.room",
+        "bridge.access",
+        "bridge.guard",
+        "bridge.quota",
+        "bridge.models.fit",
+        "bridge.worker.scheduler",
+    ],
 )
 def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 import pytest
-from helpers import Line, Wire, daemon
+from helpers import PATIENCE, Line, Wire, daemon
 
 from bridge import log
 from bridge.config import Log
@@ -19,7 +19,7 @@ class Logged:
         self._capfd = capfd
 
     def __call__(self, *events: str) -> list[Line]:
-        log.flush()
+        log.flush(PATIENCE)
         lines = [orjson.loads(line) for line in self._capfd.readouterr().err.splitlines()]
         return [line for line in lines if line["event"] in events]
 

@@ -108,6 +108,8 @@ def test_a_bad_configuration(tmp_path: Path) -> None:
         (["--tcp", "nonsense"], "nonsense"),
         (["--tcp", "/a/path"], "/a/path"),
         (["--socket", ""], "nothing to listen on"),
+        (["--tcp", "0.0.0.0:0"], "--insecure"),
+        (["--tcp", "tls:127.0.0.1:0"], "tls.certificate"),
         (["--n-ctx", "0"], "load.n_ctx"),
         (["--backend", "other"], "other"),
         (["--idle-exit", "5"], "idle_exit: needs socket activation"),
@@ -287,6 +289,7 @@ async def test_the_log_is_json_and_holds_no_prompt() -> None:
                 f"INFER {SECRET} !error",
                 f"INFER {SECRET} !abort",
                 f"{SECRET}",
+                f"AUTH {SECRET}",
             ):
                 await wire.ask(line)
             await wire.start(f"INFER_STREAM max_tokens=100000 {SECRET}")

@@ -383,7 +383,7 @@ async def test_a_bug_in_a_handler_is_told_and_logged_without_the_prompt(
         assert (reply["code"], reply["blame"]) == ("internal", "bug")
         assert "a bug" not in reply["message"]
         assert (await wire.ask("PING"))["data"] == "pong"
-    log.flush()
+    log.flush(PATIENCE)
     lines = [orjson.loads(line) for line in capfd.readouterr().err.splitlines()]
     [line] = [line for line in lines if line["event"] == "a handler failed"]
     assert line["exception"][0]["exc_type"] == "ZeroDivisionError"

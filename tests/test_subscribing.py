@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import structlog
 from helpers import Inside, Line, Wire, daemon, eventually, spawned
 
 from bridge import log
 from bridge.config import Limits, Log, Pool
+from bridge.config_access import Access
 from bridge.events import EVENTS
 
 
 @pytest.fixture(params=["debug", "error"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = structlog.get_config()
     log.configure(Log(level=request.param, format="json"))
     yield request.param
-    structlog.configure(**before)
+    log.configure(Log(format="json"))  # as conftest has it
 
 
 async def subscribe(place: Inside, *kinds: str) -> Wire:
@@ -111,6 +110,14 @@ async def test_refusals_are_told_in_sums() -> None:
         wire.close()
 
 
+async def test_a_wrong_token() -> None:
+    async with daemon() as place, await subscribe(place, "auth_failed") as events, await place.tcp() as wire:
+        assert await wire.code("AUTH wrong") in ("unauthorized", "bad_argument")
+        failed = await events.line()
+        assert (failed["event"], failed["failures"]) == ("auth_failed", 1)
+        assert "wrong" not in str(failed)
+
+
 async def test_a_reload() -> None:
     async with daemon("echo") as place, await subscribe(place, "reloaded") as events, await place.unix() as wire:
         await wire.ask("RELOAD")
@@ -177,8 +184,8 @@ async def test_a_slow_reader_is_cut_and_holds_up_nobody() -> None:
         assert (await other.line())["reason"] == "the reader is too slow"
 
 
-async def test_over_tcp_one_may_not_know() -> None:
-    async with daemon() as place, await place.tcp() as wire:
+async def test_who_is_no_operator_may_not_know() -> None:
+    async with daemon(access=Access(loopback="user")) as place, await place.tcp() as wire:
         assert await wire.code("EVENTS") == "forbidden"
 
 

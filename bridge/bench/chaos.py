@@ -1,8 +1,9 @@
 """``bench --chaos``: whatever can happen to a daemon, all at once, and then the books: who was answered, what is left.
 
-The daemon is one of its own, in a temporary folder, on the fake backend or with a model. Two runs of the same kind
-follow one another. After the first, a warm-up, the daemon has what its allocators and caches keep for the next time;
-so what it holds after the second and did not hold after the first was lost.
+The daemon is one of its own, in a temporary folder, on the fake backend or with a model. A process keeps what its heap
+once needed at the worst, and caches fill; so there are warm-ups of the same kind, with half as many clients again,
+until one of them has left the daemon's memory as large as it was. What it holds after the run and did not hold then was
+lost: a leak that is too slow for the warm-ups to tell it from rest has grown with the run, which is longer.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import trio
 from bridge.bench.chaos_clients import Client, Tally
 from bridge.bench.chaos_faults import Faults
 from bridge.bench.chaos_requests import Cast
-from bridge.bench.level import PATIENCE, Level, Unrest, ask, fill, measure
+from bridge.bench.level import Level, Unrest, ask, fill, measure
 from bridge.bench.own import OwnDaemon, own_daemon
 from protocol.commands import Free, Load
 from protocol.errors import BridgeError
 
-_WARM_UP = 1 / 3  # of the time
-_SLOTS, _N_CTX = 8, 1024
+_WARM_UP = 1 / 4  # of the time
+_WARM_UPS = 5  # at most
+_WARM = 1.01  # the memory's growth in a warm-up, after which there are no more
 _MB = 1 << 20
-_EXPECTED = {"load failed", "reload failed"}  # errors in the log: models that cannot be loaded, bad configurations
+# Errors in the log: models that fail, are just freed, or crash too often, and bad files.
+_EXPECTED = {"load failed", "configured model failed", "model rests", "reload failed"}
 _FILES = 512
 _FAKE = Cast(
     main="main?step_ms=2&mb=50",
@@ -45,7 +48,7 @@ _FAKE = Cast(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """``seconds`` are those after the warm-up. ``model`` is a GGUF file, without which it is the fake."""
+    """``seconds`` are those after the warm-ups. ``model`` is a GGUF file, without which it is the fake."""
 
     seconds: float = 60.0
     clients: int = 32
@@ -81,7 +84,7 @@ def chaos(plan: Plan, progress: Callable[[str], None]) -> Chaos:
 def _cast(model: str | None) -> Cast:
     if model is None:
         return _FAKE
-    return Cast(model, [(model, "side")], echoes=False, max_tokens=16)
+    return Cast(model, [(model, "side")], echoes=False, max_tokens=16, slots=4, n_ctx=512, patience=600.0, longest=30)
 
 
 def _configs(cast: Cast) -> list[str]:
@@ -89,7 +92,7 @@ def _configs(cast: Cast) -> list[str]:
     fake = cast.echoes
     backend = 'backend = "fake"\n' if fake else ""
     memory = f"memory = {220 * _MB}\n" if fake else ""
-    options = f"[load]\nn_parallel = {_SLOTS if fake else 4}\nn_ctx = {_N_CTX}\n"
+    options = f"[load]\nn_parallel = {cast.slots}\nn_ctx = {cast.n_ctx}\n"
     model = f'[[models]]\npath = "{cast.main}"\n'
     return [
         f"{backend}[limits]\nstall = {stall}\noutput = 262144\nload = 30.0\nqueue = {queue}\n{options}"
@@ -102,20 +105,26 @@ async def _run(
     plan: Plan, cast: Cast, configs: list[str], daemon: OwnDaemon, result: Chaos, progress: Callable[[str], None]
 ) -> None:
     """Raises Unrest, BridgeError, OSError when there is no rest in the end."""
-    for name, seconds in (("warm-up", plan.seconds * _WARM_UP), ("chaos", plan.seconds)):
-        progress(f"{name}: {plan.clients} clients, {seconds:g} s, seed {plan.seed}")
-        tally = Tally()
+
+    async def one(name: str, seconds: float, clients: int) -> Level:
+        progress(f"{name}: {clients} clients, {seconds:g} s, seed {plan.seed}")
+        tally = result.tally = Tally()
         faults = Faults(daemon, configs, f"{plan.seed} {name}", tally.blame)
+        result.faults = faults.told
         try:
-            await _rage(cast, daemon, tally, faults, seconds, f"{plan.seed} {name}", plan.clients)
+            await _rage(cast, daemon, tally, faults, seconds, f"{plan.seed} {name}", clients)
             await faults.end()
-            level = await _rest(cast, daemon)
+            return await _rest(cast, daemon)
         finally:
-            result.tally, result.faults = tally, faults.told
             result.wrong += tally.wrong
             if tally.unaccounted:
                 result.wrong.append(f"{tally.unaccounted} requests had no answer")
-        result.before, result.after = result.after, level
+
+    rests: list[Level] = []
+    while len(rests) < 2 or (len(rests) < _WARM_UPS and rests[-1].rss > _WARM * rests[-2].rss):
+        rests.append(await one(f"warm-up {len(rests) + 1}", plan.seconds * _WARM_UP, plan.clients * 3 // 2))
+    result.before = rests[-1]
+    result.after = await one("chaos", plan.seconds, plan.clients)
 
 
 async def _rage(
@@ -139,13 +148,13 @@ async def _rage(
 
 async def _rest(cast: Cast, daemon: OwnDaemon) -> Level:
     """One model, none of whose cells is missing, and nobody there. Raises Unrest, BridgeError, OSError."""
-    with trio.move_on_after(PATIENCE) as patience:
+    with trio.move_on_after(cast.patience) as patience:
         await ask(daemon, Free(model="all"))
         await ask(daemon, Load(path=cast.main))
-        await fill(daemon, _SLOTS if cast.echoes else 4, _N_CTX)
+        await fill(daemon, cast.slots, cast.n_ctx)
     if patience.cancelled_caught:
-        raise Unrest(f"FREE, LOAD and a prompt for each slot took more than {PATIENCE:g} s")
-    return await measure(daemon)
+        raise Unrest(f"FREE, LOAD and a prompt for each slot took more than {cast.patience:g} s")
+    return await measure(daemon, cast.patience)
 
 
 def _see_end(daemon: OwnDaemon, result: Chaos) -> None:

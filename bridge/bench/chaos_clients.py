@@ -17,7 +17,6 @@ from protocol.connection import Answer, Connection, Exchange, Role, State
 from protocol.errors import RemoteProtocolError
 from protocol.replies import Failed
 
-PATIENCE = 60.0  # seconds for all that a connection asked: longer than anything here may take
 _READ = 1 << 16
 _MOST_FAULTS = 20  # that are told
 
@@ -73,18 +72,17 @@ class Talk:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
         owed, self._owed = len(self._owed), {}
-        await trio.aclose_forcefully(self._stream)
-        if isinstance(error, Hung | trio.BrokenResourceError) and self.may_be_cut:
+        gone = isinstance(error, Hung | trio.BrokenResourceError)
+        if gone and self.may_be_cut:
             self._tally.cut += owed
-            return True
-        self._tally.abandoned += owed
-        if isinstance(error, WrongAnswer | RemoteProtocolError):
-            self._tally.blame(str(error))
-        elif isinstance(error, Hung | trio.BrokenResourceError):
-            self._tally.blame(f"the daemon closed a connection on which it owed {owed} answers")
         else:
-            return False
-        return True
+            self._tally.abandoned += owed
+        if gone and not self.may_be_cut:
+            self._tally.blame(f"the daemon closed a connection on which it owed {owed} answers")
+        elif isinstance(error, WrongAnswer | RemoteProtocolError):
+            self._tally.blame(str(error))
+        await trio.aclose_forcefully(self._stream)
+        return gone or isinstance(error, WrongAnswer | RemoteProtocolError)
 
     @property
     def owed(self) -> list[Asked]:
@@ -150,6 +148,7 @@ class Client:
 
     def __init__(self, number: int, cast: Cast, addresses: list[Address], tally: Tally, seed: str) -> None:
         self._dice = random.Random(f"{seed} client {number}")
+        self._patience = cast.patience
         self._requests = Requests(cast, self._dice, f"c{number}")
         self._addresses = addresses
         self._tally = tally
@@ -161,14 +160,14 @@ class Client:
             [manner] = self._dice.choices(manners, weights=[8, 4, 4, 4, 2, 0.3])
             talk = Talk(self._dice.choice(self._addresses), self._tally)
             try:
-                with trio.move_on_after(PATIENCE) as patience:
+                with trio.move_on_after(self._patience) as patience:
                     async with talk:
                         await manner(talk)
             except OSError as error:
                 self._tally.blame(f"no connection: {error}")
                 await trio.sleep(0.1)
             if patience.cancelled_caught:
-                self._tally.blame(f"client {self._number} waited {PATIENCE:g} s in vain: {manner.__name__}")
+                self._tally.blame(f"client {self._number} waited {self._patience:g} s in vain: {manner.__name__}")
 
     async def _polite(self, talk: Talk) -> None:
         """Sends several at once, or one after the other, and takes every answer."""

@@ -54,12 +54,14 @@ class Faults:
                 self.told["workers killed"] += 1
 
     async def _stop(self) -> None:
-        """It goes on after a while, or is killed, by us if not by the daemon."""
-        worker = self._worker()
+        """It goes on after a while, or is killed, or that is left to the daemon, which is to notice."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            if worker is None:
+            if (worker := self._worker()) is None:
                 return
             worker.suspend()
+            if self._dice.random() < 0.2:
+                self.told["workers stopped for good"] += 1
+                return
             self.told["workers stopped"] += 1
             try:
                 await trio.sleep(self._dice.choice([0.05, 0.5, 3.0]) * self._dice.random())

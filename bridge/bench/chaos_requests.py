@@ -16,19 +16,25 @@ from protocol.replies import Failed, Final, Ok, Reply, Token
 
 _COMMON = ("once", "upon", "a", "time", "there", "was", "a", "small", "machine", "that", "answered", "whoever", "asked")
 _ORDERS = ("!kill", "!segv", "!abort")  # of the fake: the worker that says this dies
+_ADAPTERS = ("adapters/soft", "adapters/loud")
 _FIND = {E.NO_MODEL, E.NOT_FOUND}
 _USE = _FIND | {E.OVERLOADED, E.MODEL_CRASHED, E.MODEL_RESTING, E.LOAD_FAILED}
 _MAY: dict[type[Command], set[E]] = {
-    commands.Load: {E.LOAD_FAILED, E.NAME_TAKEN, E.NOT_FOUND, E.BUSY},
+    commands.Load: {E.LOAD_FAILED, E.NAME_TAKEN, E.NOT_FOUND, E.BUSY, E.MODEL_RESTING},
     commands.Free: _FIND | {E.BUSY},
     commands.Plan: {E.LOAD_FAILED},
+    commands.Models: set(),
+    commands.Events: set(),
+    commands.Metrics: set(),
     commands.Show: _FIND | {E.LOAD_FAILED, E.MODEL_RESTING},
     commands.Queue: _FIND | {E.MODEL_CRASHED, E.OVERLOADED},
+    commands.Lora: _USE | {E.BUSY, E.NAME_TAKEN},
     commands.Cancel: {E.NOT_FOUND},
     commands.Reload: {E.BAD_CONFIG},
 }
 """The errors that may answer a command while models come, go and crash. Those that use a model may have _USE."""
-_INSTANT = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models)
+_OPERATORS = (commands.Load, commands.Free, commands.Lora, commands.Models, commands.Events, commands.Metrics)
+_INSTANT = (commands.Ping, commands.Hello, commands.Help, commands.Health, commands.Status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,10 @@ class Cast:
     hopeless: frozenset[str] = frozenset()
     echoes: bool = True
     max_tokens: int = 60
+    slots: int = 8
+    n_ctx: int = 1024
+    patience: float = 60.0  # seconds for all that a connection asks, and for coming to rest: more than that may take
+    longest: int = 200  # prompt, about, in words that may be several tokens each
 
     @property
     def names(self) -> list[str | None]:
@@ -93,6 +103,8 @@ class Asked:
         if isinstance(command, _INSTANT):
             return set()
         may = set(_MAY.get(type(command), _USE))
+        if isinstance(command, _OPERATORS):
+            may.add(E.FORBIDDEN)  # over TCP
         if self.cancelled:
             may.add(E.CANCELLED)
         if getattr(command, "deadline_ms", None) is not None:
@@ -143,8 +155,8 @@ class Requests:
         self._count = 0
 
     def anything(self) -> Asked:
-        kinds = [self.stream, self.whole, self.several, self.text, self.look, self.model]
-        [kind] = self._dice.choices(kinds, weights=[8, 6, 1, 3, 4, 2])
+        kinds = [self.stream, self.whole, self.several, self.text, self.look, self.model, self.adapter]
+        [kind] = self._dice.choices(kinds, weights=[8, 6, 1, 3, 4, 2, 0.5 if self._cast.echoes else 0])
         return kind()
 
     def stream(self, longer: int = 1) -> Asked:
@@ -180,6 +192,7 @@ class Requests:
         name = self._dice.choice(self._cast.names)
         looks = [commands.Ping(), commands.Status(), commands.Models(), commands.Hello(), commands.Help()]
         looks += [commands.Queue(model=name), commands.Show(model=name), commands.Plan(path=self._cast.others[0][0])]
+        looks += [commands.Health(), commands.Metrics(), commands.Events(follow=False)]
         return self._asked(self._dice.choice(looks))
 
     def model(self) -> Asked:
@@ -194,6 +207,19 @@ class Requests:
             case 5 | 6:
                 return self._asked(commands.Free(model=name, drain=self._dice.random() < 0.8))
         return self._asked(commands.Free())
+
+    def adapter(self) -> Asked:
+        """LORA, or a request with an adapter, which has the fake say other words."""
+        path, model = self._dice.choice(_ADAPTERS), self._dice.choice(self._cast.names)
+        match self._dice.randrange(8):
+            case 0 | 1:
+                return self._asked(commands.Lora(action="load", adapter=path, model=model))
+            case 2:
+                return self._asked(commands.Lora(action="unload", adapter=path.rpartition("/")[2], model=model))
+            case 3:
+                return self._asked(commands.Lora(model=model))
+        common = self._generation() | {"lora": [path]}
+        return self._asked(commands.InferStream(prompt=" ".join(self._words()), **common))
 
     def cancel(self, request_id: str | None) -> Asked:
         return Asked(Request(commands.Cancel(id=request_id)))
@@ -222,6 +248,8 @@ class Requests:
             "deadline_ms": dice.choice([None] * 8 + [1, 50, 1000]),
             "keep_alive": dice.choice([None] * 8 + [0.0, 0.5]),
             "ignore_eos": True,
+            "deterministic": dice.random() < 0.05,
+            "logprobs": dice.choice([None] * 9 + [2]),
         }
 
     def _words(self, *, orders: bool = True) -> list[str]:
@@ -229,7 +257,7 @@ class Requests:
         dice = self._dice
         words = [*_COMMON[: dice.randrange(len(_COMMON))]] if dice.random() < 0.4 else []
         words += [f"{self._vary}.{self._count}"]
-        words += [f"{self._vary}w{number}" for number in range(dice.choice([0, 2, 5, 10, 10, 200]))]
+        words += [f"{self._vary}w{number}" for number in range(dice.choice([0, 2, 5, 10, 10, self._cast.longest]))]
         if orders and self._cast.echoes and dice.random() < 0.003:
             words.append(dice.choice(_ORDERS))
         return words

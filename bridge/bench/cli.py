@@ -63,7 +63,8 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--soak", "kind", flag_value="soak", help="Instead: many connections, some with streams, for long.")
 @click.option("--seconds", type=click.FloatRange(1), metavar="S", help="Of a trial.  [default: chaos 60, soak 600]")
 @click.option("--connections", type=click.IntRange(1), metavar="N", help="Of a soak.  [default: 1000]")
-def bench(as_json: bool, kind: str | None, seconds: float | None, connections: int | None, **flags: Any) -> None:
+@click.option("--rate", type=click.FloatRange(1), metavar="N", help="Tokens a second of a soak.  [default: 5000]")
+def bench(as_json: bool, kind: str | None, **flags: Any) -> None:
     """Load a bridge with clients and measure its answers.
 
     Each client has its own connection and asks again as soon as it is answered. With --against a llama-server gets
@@ -71,14 +72,13 @@ def bench(as_json: bool, kind: str | None, seconds: float | None, connections: i
     and less for times. Exits with 1 if any request failed.
 
     --chaos and --soak are trials of a daemon of their own, on the fake backend (for --chaos, --model FILE is another).
-    Of the other options they take --clients (32; 200 streams), --seed, --seconds and --json, and exit with 1 if
-    anything was wrong.
+    Of the other options they take --clients (32; 200 streams), --seed and --json, and exit with 1 if anything was
+    wrong.
     """
     if kind is not None:
-        trial_flags = flags | {"seconds": seconds, "connections": connections}
-        sys.exit(not trial(kind, trial_flags, _progress, as_json=as_json))
-    if seconds is not None or connections is not None:
-        raise click.UsageError("--seconds and --connections are for --chaos and --soak")
+        sys.exit(not trial(kind, flags, _progress, as_json=as_json))
+    if any(flags.pop(name) is not None for name in ("seconds", "connections", "rate")):
+        raise click.UsageError("--seconds, --connections and --rate are for --chaos and --soak")
     try:
         report = run(**flags)
     except TargetError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,6 @@ from protocol.commands import Command, InferStream, Models, Queue, Request, Stat
 from protocol.connection import Answer, Connection, Exchange, Role, State
 from protocol.replies import Failed, Final, Ok, Reply, Token
 
-PATIENCE = 30.0  # seconds for it to come to rest
 _GROWTH = 1.05
 _LOOK = 0.25  # seconds between two looks
 _TOKENS = 40
@@ -55,18 +55,16 @@ async def ask(daemon: OwnDaemon, command: Command) -> Ok:
 async def ask_all(
     daemon: OwnDaemon, requests: list[Request], heard: Callable[[Exchange, Reply], None] = lambda exchange, reply: None
 ) -> list[Reply]:
-    """The last lines of the answers, in the order that they were asked in; all are sent before the first is read.
+    """The last lines of the answers, in the order that they were asked in; all are sent at once.
 
     ``heard`` gets every line of them. Raises Unrest.
     """
     connection = Connection(Role.CLIENT)
     last: dict[Exchange, Reply] = {}
     async with await trio.open_unix_socket(daemon.unix.path) as stream:
-        exchanges = []
-        for request in requests:
-            exchange, line = connection.request(request)
-            exchanges.append(exchange)
-            await stream.send_all(line)
+        asked = [connection.request(request) for request in requests]
+        await stream.send_all(b"".join(line for _, line in asked))
+        exchanges = [exchange for exchange, _ in asked]
         while any(exchange.state is not State.DONE for exchange in exchanges):
             for event in connection.receive(await stream.receive_some(1 << 16)):
                 if not isinstance(event, Answer) or event.exchange is None:
@@ -76,13 +74,13 @@ async def ask_all(
     return [last[exchange] for exchange in exchanges]
 
 
-async def measure(daemon: OwnDaemon) -> Level:
+async def measure(daemon: OwnDaemon, patience: float = 30.0) -> Level:
     """Once nothing moves any more: one model is ready, nobody but us is there, and two looks in a row are alike.
 
-    Raises Unrest.
+    Raises Unrest when that is not so after ``patience`` seconds.
     """
     before, why = None, ""
-    with trio.move_on_after(PATIENCE):
+    with trio.move_on_after(patience):
         while True:
             now, why = await _look(daemon)
             if now is not None and before is not None and not now.above(before) and not before.above(now):
@@ -93,16 +91,20 @@ async def measure(daemon: OwnDaemon) -> Level:
 
 
 async def _look(daemon: OwnDaemon) -> tuple[Level | None, str]:
-    status = (await ask(daemon, Status())).extra
-    models = [model for model in (await ask(daemon, Models(loaded=True))).data if model["state"] != "unloaded"]
-    if len(models) != 1 or models[0]["state"] != "ready":
-        return None, f"the models are {[(model['name'], model['state']) for model in models]}"
-    if status["clients"] != 1:
-        return None, f"{status['clients'] - 1} clients are still there"
-    if queue := (await ask(daemon, Queue())).data:
-        return None, f"{len(queue)} requests are still there: {queue[:3]}"
-    tasks = status["tasks"]
-    return Level(daemon.rss, daemon.descriptors, len(daemon.children), tasks), ""
+    # STATUS comes last: a connection has tasks of its first moments.
+    replies = await ask_all(daemon, [Request(command) for command in (Queue(), Models(loaded=True), Status())])
+    if failed := [reply for reply in replies if not isinstance(reply, Ok)]:
+        return None, f"{failed[0]}"
+    queue, models, status = (reply for reply in replies if isinstance(reply, Ok))
+    states = [(model["name"], model["state"]) for model in models.data if model["state"] != "unloaded"]
+    if len(states) != 1 or states[0][1] != "ready":
+        return None, f"the models are {states}"
+    if status.extra["clients"] != 1:
+        return None, f"{status.extra['clients'] - 1} clients are still there"
+    if queue.data:
+        return None, f"{len(queue.data)} requests are still there: {queue.data[:3]}"
+    await trio.sleep(_LOOK)  # for the daemon to close our connection
+    return Level(daemon.rss, daemon.descriptors, len(daemon.children), status.extra["tasks"]), ""
 
 
 async def fill(daemon: OwnDaemon, slots: int, n_ctx: int) -> None:
@@ -112,18 +114,18 @@ async def fill(daemon: OwnDaemon, slots: int, n_ctx: int) -> None:
     """
     prompt = " ".join(["cell"] * (n_ctx - _TOKENS - 8))
     command = InferStream(prompt=prompt, max_tokens=_TOKENS, ignore_eos=True)
-    begun: set[Exchange] = set()
-    at_once: list[int] = []  # how many had begun when the first ended
+    heard: Counter[Exchange] = Counter()  # tokens
+    ended = 0  # answers that had all their tokens when the last one began
 
-    def heard(exchange: Exchange, reply: Reply) -> None:
-        match reply:
-            case Token():
-                begun.add(exchange)
-            case Final():
-                at_once.append(len(begun))
+    def hear(exchange: Exchange, reply: Reply) -> None:
+        nonlocal ended
+        if isinstance(reply, Token):
+            if exchange not in heard:
+                ended = sum(count >= _TOKENS - 1 for count in heard.values())
+            heard[exchange] += 1
 
-    replies = await ask_all(daemon, [Request(command, f"slot {number}") for number in range(slots)], heard)
+    replies = await ask_all(daemon, [Request(command, f"slot {number}") for number in range(slots)], hear)
     if wrong := [reply for reply in replies if not isinstance(reply, Final) or reply.finish_reason != "length"]:
         raise Unrest(f"a whole context in each of {slots} slots: {wrong[0]}")
-    if at_once[0] < slots:
-        raise Unrest(f"of {slots} slots only {at_once[0]} can be had")
+    if ended:
+        raise Unrest(f"of {slots} slots not all can be had at once: {ended} answers had ended before the last began")

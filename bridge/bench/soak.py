@@ -10,7 +10,6 @@ import contextlib
 import json
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,8 +109,7 @@ def _idle(daemon: OwnDaemon, plan: Plan) -> Iterator[list[socket.socket]]:
 def _load(daemon: OwnDaemon, plan: Plan) -> Iterator[subprocess.Popen[str]]:
     """The process with the streams."""
     task = streams.Plan(daemon.unix.path, plan.active, _ANSWER, plan.seconds, plan.seed)
-    command = [sys.executable, "-m", "bridge.bench.streams", msgspec.json.encode(task).decode()]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(streams.command(task), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
         yield process
     finally:

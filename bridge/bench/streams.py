@@ -1,7 +1,6 @@
 """Many streams at once at little cost: one process, one epoll, and of the lines no more is read than counts them.
 
-``python -m bridge.bench.streams PLAN`` prints its Outcome; both are JSON. It is a process of its own so that the times
-that are measured beside it are not its own.
+``command`` runs it in a process of its own, which prints its Outcome, so that the times measured beside it are not its.
 """
 
 from __future__ import annotations
@@ -136,5 +135,10 @@ def _advance(stream: _Stream, plan: Plan, outcome: Outcome, started: float) -> b
     return True
 
 
-if __name__ == "__main__":
+def command(plan: Plan) -> list[str]:
+    """Its standard output is the Outcome, as JSON."""
+    return [sys.executable, "-c", f"from {__name__} import main; main()", msgspec.json.encode(plan).decode()]
+
+
+def main() -> None:
     print(msgspec.json.encode(run(msgspec.json.decode(sys.argv[1], type=Plan))).decode())

@@ -12,7 +12,10 @@ import orjson
 from bridge.bench import chaos, soak
 from bridge.bench.own import NotStarted
 
-_TAKES = {"chaos": ("seconds", "clients", "seed", "model"), "soak": ("seconds", "clients", "seed", "connections")}
+_TAKES = {
+    "chaos": ("seconds", "clients", "seed", "model"),
+    "soak": ("seconds", "clients", "seed", "connections", "rate"),
+}
 
 
 def trial(kind: str, flags: dict[str, Any], progress: Callable[[str], None], *, as_json: bool) -> bool:
