@@ -172,9 +172,9 @@ async def chaos(monkeypatch: pytest.MonkeyPatch, seed: int, **pool: Any) -> Asyn
         await trio.sleep(dice.random())
         return await planned(self, spec, free)
 
-    def ended(self: Registry, name: str, why: str, now: float) -> Any:
+    def ended(self: Registry, name: str, why: str, now: float, *rests: ErrorCode) -> Any:
         assert why != "was stopped" or self.entries[name].state is State.UNLOADING, "it was stopped for what was over"
-        return really_ended(self, name, why, now)
+        return really_ended(self, name, why, now, *rests)
 
     plans: list[str] = []
     planned, really_ended = Planner.plan, Registry.ended
