@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -27,16 +27,39 @@ def _tls(text: str) -> Address:
     return _tcp(text, "tls")
 
 
+class UnixPath(click.Path):
+    """The path of a Unix socket."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What comes in converted, such as a default, stays as it is."""
+        return value if isinstance(value, Unix) else Unix(value)
+
+
 _OPTIONS = (
-    click.option("--socket", type=Unix, metavar="PATH", help="The daemon's Unix socket."),
+    click.option("--socket", type=UnixPath(), help="The daemon's Unix socket."),
     click.option("--tcp", type=_tcp, metavar="HOST:PORT", help="The daemon's TCP port, instead."),
     click.option("--tls", type=_tls, metavar="HOST:PORT", help="The daemon's port for TLS, instead."),
-    click.option("--ca", metavar="FILE", help="Who signs its certificate; else whom the system trusts."),
-    click.option("--certificate", metavar="FILE", help="A certificate of your own, with its key."),
-    click.option("--key", metavar="FILE", help="The key, where it is in a file of its own."),
-    click.option("--token-file", metavar="FILE", help="A token, in place of that in $LLAMA_BRIDGE_TOKEN."),
+    click.option(
+        "--ca", type=click.Path(), metavar="FILE", help="Who signs its certificate; else whom the system trusts."
+    ),
+    click.option("--certificate", type=click.Path(), metavar="FILE", help="A certificate of your own, with its key."),
+    click.option("--key", type=click.Path(), metavar="FILE", help="The key, where it is in a file of its own."),
+    click.option("--token-file", type=click.Path(), metavar="FILE", help="A token, else $LLAMA_BRIDGE_TOKEN."),
     click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for an answer."),
 )
+
+
+def client_of(options: Mapping[str, Any], timeout: float | None) -> Client:
+    """A client of the daemon that these options name, for who they say. Raises ValueError."""
+    given = options.get
+    certificate, key, token_file = given("certificate"), given("key"), given("token_file")
+    return Client(
+        given("socket") or given("tcp") or given("tls"),
+        timeout=timeout,
+        token=read_token(token_file) if token_file else None,
+        ca=given("ca"),
+        certificate=(certificate, key) if certificate and key else certificate,
+    )
 
 
 def connection_options(command: F) -> F:
@@ -55,21 +78,15 @@ def connection_options(command: F) -> F:
         timeout: float | None,
         **kwargs: Any,
     ) -> None:
-        given = [address for address in (socket, tcp, tls) if address]
-        if len(given) > 1:
+        if sum(address is not None for address in (socket, tcp, tls)) > 1:
             raise click.UsageError("--socket, --tcp and --tls exclude each other")
         if key and not certificate:
             raise click.UsageError("--key needs --certificate")
+        options = {"socket": socket, "tcp": tcp, "tls": tls, "ca": ca, "certificate": certificate, "key": key}
 
         def connect() -> Client:
             try:
-                return Client(
-                    given[0] if given else None,
-                    timeout=timeout,
-                    token=read_token(token_file) if token_file else None,
-                    ca=ca,
-                    certificate=(certificate, key) if certificate and key else certificate,
-                )
+                return client_of(options | {"token_file": token_file}, timeout)
             except ValueError as error:
                 raise click.UsageError(str(error)) from None
 

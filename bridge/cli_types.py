@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from protocol.address import Unix
-
 if TYPE_CHECKING:
     from client.results import ModelState
 
@@ -31,14 +29,6 @@ class NumberOrAuto(click.ParamType[int | str]):
             return int(value)
         except ValueError:
             self.fail(f"{value!r} is neither a whole number nor auto", param, ctx)
-
-
-class UnixPath(click.Path):
-    """The path of a Unix socket."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """What comes in converted, such as a default, stays as it is."""
-        return value if isinstance(value, Unix) else Unix(value)
 
 
 class ModelName(click.ParamType[str]):
@@ -67,10 +57,12 @@ class ModelName(click.ParamType[str]):
 
     def _ask(self, ctx: click.Context) -> list[ModelState]:
         """Of the daemon that the options before name; nothing where there is none, or none that answers in time."""
-        from client import BridgeError, Client, RemoteProtocolError  # not for `serve`, which has this module, too
+        # Not for `serve`, which has this module, too.
+        from bridge.cli_connect import client_of
+        from client import BridgeError, RemoteProtocolError
 
         try:
-            with Client(ctx.params.get("tcp") or ctx.params.get("socket"), timeout=_PATIENCE) as client:
+            with client_of(ctx.params, _PATIENCE) as client:
                 return client.models(self._loaded)
         except (BridgeError, RemoteProtocolError, OSError, ValueError):
             return []

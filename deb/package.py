@@ -37,6 +37,7 @@ FILES = {
     "systemd/tmpfiles.conf": "usr/lib/tmpfiles.d/llama-bridge.conf",
     "systemd/gpu-nvidia.conf": f"{DOC}/examples/gpu-nvidia.conf",
     "systemd/gpu-rocm.conf": f"{DOC}/examples/gpu-rocm.conf",
+    "systemd/haproxy.cfg": f"{DOC}/examples/haproxy.cfg",
     "systemd/network.conf": f"{DOC}/examples/network.conf",
     "deb/lintian-overrides": "usr/share/lintian/overrides/llama-bridge",
 }

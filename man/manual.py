@@ -119,8 +119,8 @@ def heading(name: str, section: int) -> str:
 def command_page() -> str:
     """llama-bridge(1)."""
     ctx = click.Context(cli, info_name="llama-bridge", **cli.context_settings)
-    commands = [(name, cli.get_command(ctx, name)) for name in cli.list_commands(ctx)]
-    common = [*options(context_of(ctx, "ping", cli.get_command(ctx, "ping")))]
+    contexts = [*commands(ctx)]
+    common = [*options(next(one for one in contexts if one.info_name == "ping"))]
     lines = [
         heading("llama-bridge", 1),
         ".SH NAME",
@@ -135,21 +135,29 @@ def command_page() -> str:
         *listed(common),
         ".SH COMMANDS",
     ]
-    for name, command in commands:
-        assert command is not None
-        if not command.hidden:
-            lines += section(context_of(ctx, name, command), common)
+    for one in contexts:
+        lines += section(one, common)
     return "\n".join([*lines, AFTER.strip(), ""])
 
 
-def context_of(parent: click.Context, name: str, command: click.Command | None) -> click.Context:
-    assert command is not None
-    return click.Context(command, info_name=name, parent=parent)
+def commands(parent: click.Context) -> Iterator[click.Context]:
+    """Those of a group, with those of the groups in it."""
+    group = parent.command
+    assert isinstance(group, click.Group)
+    for name in group.list_commands(parent):
+        command = group.get_command(parent, name)
+        assert command is not None
+        ctx = click.Context(command, info_name=name, parent=parent)
+        if isinstance(command, click.Group):
+            yield from commands(ctx)
+        elif not command.hidden:
+            yield ctx
 
 
 def section(ctx: click.Context, common: list[tuple[str, str]]) -> Iterator[str]:
     """A command: how it is called, what it does, its options but the common ones."""
-    yield f".SS {ctx.info_name} {escape(' '.join(ctx.command.collect_usage_pieces(ctx)))}".rstrip()
+    name = ctx.command_path.partition(" ")[2]
+    yield f".SS {escape(name)} {escape(' '.join(ctx.command.collect_usage_pieces(ctx)))}".rstrip()
     yield from paragraphs(ctx.command.help or "")
     yield from listed([option for option in options(ctx) if option not in common])
     yield from paragraphs(ctx.command.epilog or "", first=".PP")

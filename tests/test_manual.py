@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
-from manual import FOLDER, PAGES, escape, listed, paragraphs
+from manual import FOLDER, PAGES, commands, escape, listed, paragraphs
 
 from bridge.cli import cli
 
@@ -39,13 +39,11 @@ def test_mandoc_has_nothing_to_say(name: str) -> None:
 
 def test_every_command_and_option_is_there() -> None:
     page = (FOLDER / "llama-bridge.1").read_text()
-    ctx = click.Context(cli)
-    for name in cli.list_commands(ctx):
-        assert f"\n.SS {name}" in page
-        command = cli.get_command(ctx, name)
-        assert command is not None
-        for parameter in command.params:
+    for ctx in commands(click.Context(cli, info_name="llama-bridge")):
+        assert f"\n.SS {escape(ctx.command_path.removeprefix('llama-bridge '))} " in page
+        for parameter in ctx.command.params:
             assert isinstance(parameter, click.Argument) or f"\\fB{escape(parameter.opts[-1])}\\fR" in page
+    assert "\n.SS token new " in page  # a command in a group
 
 
 def test_every_key_of_the_configuration_is_there() -> None:
