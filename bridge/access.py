@@ -64,8 +64,17 @@ class Origin:
 
     @property
     def key(self) -> str:
-        """Whom failures are counted for."""
-        return self.host if self.uid is None else f"uid:{self.uid}"
+        """Whom failures are counted for: a user, a host, and of IPv6, where he has very many, his network."""
+        if self.uid is not None:
+            return f"uid:{self.uid}"
+        try:
+            address = ipaddress.ip_address(self.host.partition("%")[0])
+        except ValueError:
+            return self.host
+        mapped = getattr(address, "ipv4_mapped", None)
+        if address.version == 4 or mapped:
+            return str(mapped or address)
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
 
 
 NOWHERE = Origin()

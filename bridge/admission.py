@@ -28,15 +28,22 @@ def admit(caller: Caller, command: C) -> tuple[C, Grant]:
     Raises BridgeError: unauthorized, forbidden, rate_limited.
     """
     identity = caller.daemon.gate.identity(caller.peer)
+    command = permitted(caller, command)
+    if command.VERB not in COMPUTING:
+        return command, UNCOUNTED
+    return command, caller.daemon.gate.quota(identity).admit(_answers(command), time.monotonic())
+
+
+def permitted(caller: Caller, command: C) -> C:
+    """The command as it may be carried out. Raises BridgeError: unauthorized, forbidden."""
+    identity = caller.daemon.gate.identity(caller.peer)
     check_role(identity, NEEDED.get(command.VERB, Role.ADMIN), command.VERB)
     _check_references(caller, identity, command)
     if isinstance(command, commands.Generation):
         priority = min(command.priority, identity.allowance.priority, key=_PRIORITIES.index)
         if priority != command.priority:
             command = msgspec.structs.replace(command, priority=priority)
-    if command.VERB not in COMPUTING:
-        return command, UNCOUNTED
-    return command, caller.daemon.gate.quota(identity).admit(_answers(command), time.monotonic())
+    return command
 
 
 def _answers(command: commands.Command) -> int:
@@ -54,9 +61,13 @@ def _answers(command: commands.Command) -> int:
 
 def _check_references(caller: Caller, identity: Identity, command: commands.Command) -> None:
     """A user names what is loaded, and else models by their names alone: not paths, nor places to fetch them from."""
-    if not hasattr(command, "model") and not isinstance(command, commands.Plan):
+    reference: str | None
+    if isinstance(command, commands.Loading):
+        reference = command.path
+    elif hasattr(command, "model"):
+        reference = command.model or None
+    else:
         return
-    reference = (command.path if isinstance(command, commands.Plan) else command.model) or None
     entry = _entry(caller, reference)
     if identity.allowance.models:
         _check_model(identity, reference, entry)

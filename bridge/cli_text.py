@@ -17,12 +17,17 @@ from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferStre
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _text(words: tuple[str, ...]) -> str:
+def text_of(words: tuple[str, ...]) -> str:
     """The words of the command line as one text, or the standard input where there are none, or a dash."""
     return " ".join(words) if words and words != ("-",) else sys.stdin.read()
 
 
 _keep_alive = click.option("--keep-alive", type=float, help="Seconds that the model stays after this; -1: for ever.")
+
+
+_streamed = click.option(
+    "--stream/--no-stream", "streamed", default=True, help="Print the text as it comes, or at once."
+)
 
 
 def generates(command: F) -> F:
@@ -38,7 +43,6 @@ def generates(command: F) -> F:
         lora_option,
         _keep_alive,
         click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
-        click.option("--stream/--no-stream", "streamed", default=True, help="Print the text as it comes, or at once."),
         json_option,
     )
     for option in reversed(options):
@@ -46,7 +50,7 @@ def generates(command: F) -> F:
     return command
 
 
-def _parameters(
+def generation_parameters(
     client: Client, command: type[Command], pairs: tuple[str, ...], named: dict[str, Any]
 ) -> dict[str, Any]:
     named["lora"] = tuple(here(client, adapter) for adapter in named["lora"])
@@ -56,15 +60,16 @@ def _parameters(
 @click.command()
 @click.argument("prompt", nargs=-1)
 @generates
+@_streamed
 @talks
 def infer(
     client: Client, prompt: tuple[str, ...], pairs: tuple[str, ...], streamed: bool, as_json: bool, **named: Any
 ) -> None:
     """Complete a prompt; without one, the standard input."""
-    text, streamed = _text(prompt), streamed and not as_json
-    parameters = _parameters(client, InferStream if streamed else Infer, pairs, named)
+    text, streamed = text_of(prompt), streamed and not as_json
+    parameters = generation_parameters(client, InferStream if streamed else Infer, pairs, named)
     if streamed:
-        return _print_stream(client.stream(text, **parameters))
+        return print_stream(client.stream(text, **parameters))
     _print_completions(client.infer_several(text, parameters.pop("n", 1), **parameters), as_json)
 
 
@@ -72,6 +77,7 @@ def infer(
 @click.argument("message", nargs=-1)
 @click.option("--system", help="A system message before it.")
 @generates
+@_streamed
 @talks
 def chat(
     client: Client,
@@ -84,15 +90,15 @@ def chat(
 ) -> None:
     """Answer a user's message; without one, the standard input."""
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": _text(message)})
+    messages.append({"role": "user", "content": text_of(message)})
     streamed = streamed and not as_json
-    parameters = _parameters(client, ChatStream if streamed else Chat, pairs, named)
+    parameters = generation_parameters(client, ChatStream if streamed else Chat, pairs, named)
     if streamed:
-        return _print_stream(client.chat_stream(messages, **parameters))
+        return print_stream(client.chat_stream(messages, **parameters))
     _print_completions(client.chat_several(messages, parameters.pop("n", 1), **parameters), as_json)
 
 
-def _print_stream(stream: Stream) -> None:
+def print_stream(stream: Stream) -> None:
     with stream:
         try:
             for piece in stream:
@@ -130,7 +136,7 @@ def _explain(completion: Completion | None) -> None:
 @talks
 def embed(client: Client, text: tuple[str, ...], as_json: bool, **named: Any) -> None:
     """The vector of a text; without one, of the standard input."""
-    embeddings = client.embed(_text(text), **_parameters(client, Embed, (), named))
+    embeddings = client.embed(text_of(text), **generation_parameters(client, Embed, (), named))
     print_json(embeddings) if as_json else click.echo(" ".join(f"{value:.9g}" for value in embeddings.vector))
 
 
@@ -142,5 +148,5 @@ def embed(client: Client, text: tuple[str, ...], as_json: bool, **named: Any) ->
 @talks
 def tokenize(client: Client, text: tuple[str, ...], model: str | None, special: bool, as_json: bool) -> None:
     """A text's token ids; without one, those of the standard input."""
-    tokens = client.tokenize(_text(text), model=model, special=special)
+    tokens = client.tokenize(text_of(text), model=model, special=special)
     print_json(tokens) if as_json else click.echo(" ".join(map(str, tokens)))

@@ -27,7 +27,7 @@ from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
 from protocol.options import LoadOptions
 
 ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
-_SECTIONS = ("limits", "load", "pool", "store", "cache", "http", "agent", "log", "access", "tls")
+_SECTIONS = ("limits", "load", "pool", "store", "cache", "jobs", "http", "agent", "log", "access", "tls")
 # The clients' own, which their user may have exported.
 _CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC", "LLAMA_BRIDGE_TOKEN", "LLAMA_BRIDGE_TOKEN_FILE", "LLAMA_BRIDGE_CA")
 _LISTS = ("directories", "allow", "admins", "operators", "users")
@@ -94,6 +94,18 @@ class Cache(Struct, frozen=True, forbid_unknown_fields=True):
         return os.path.expanduser(self.dir)
 
 
+class Jobs(Struct, frozen=True, forbid_unknown_fields=True):
+    """What outlives its connection, and the daemon. ``dir`` of "" is the user's folder for such things."""
+
+    dir: str = ""
+    max: Bytes = 1000  # jobs, of all owners; with 0 there are none
+    per_owner: Positive = 250
+    bytes: Positive = 256 * 1024**2  # of their requests and answers
+    running: Positive = 16  # at once; the others wait
+    expire_s: Annotated[int, Meta(ge=1, le=31_536_000)] = 86_400  # that an answer is kept which nobody fetches
+    keep_s: Seconds = 60.0  # that one is kept which was fetched, for whom the connection broke at the very end
+
+
 class Http(Struct, frozen=True, forbid_unknown_fields=True):
     """/metrics, /healthz and /readyz. ``listen`` is HOST:PORT, "" nowhere."""
 
@@ -110,7 +122,8 @@ class Log(Struct, frozen=True, forbid_unknown_fields=True):
     """``prompts`` writes down what clients send and get; HELLO tells them."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
+    # auto: to the journal where standard error goes there, console on a terminal, else JSON
+    format: Literal["auto", "console", "json", "journal"] = "auto"
     slow_ms: Annotated[int, Meta(ge=0)] = 0  # a line for each request that takes as long; 0 is none
     requests: bool = False  # a line for each, however fast
     prompts: bool = False  # with its prompt and its answer
@@ -129,6 +142,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0600"
     socket_group: str = ""
     tcp: list[str] = []
+    idle_exit: Seconds = 0.0  # under socket activation: end when nobody needs the daemon for so long; 0 is never
     backend: Literal["llama", "fake"] = "llama"
     limits: Limits = Limits()
     load: LoadOptions = LoadOptions()
@@ -136,6 +150,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     pool: Pool = Pool()
     store: Store = Store()
     cache: Cache = Cache()
+    jobs: Jobs = Jobs()
     http: Http = Http()
     agent: Agent = Agent()
     log: Log = Log()
@@ -182,7 +197,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             values["tcp"] = _split(text)
         elif section in _SECTIONS and rest:
             values.setdefault(section, {})[rest] = _split(text) if rest in _LISTS else text
-        elif key in ("socket", "socket_mode", "socket_group", "backend"):
+        elif key in ("socket", "socket_mode", "socket_group", "backend", "idle_exit"):
             values[key] = text
         else:
             raise ConfigError(f"environment: unknown variable {variable}")
@@ -225,7 +240,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"tcp: {error}") from None
         if isinstance(parsed, Unix):
             raise ConfigError(f"tcp: bad address {address!r}: allowed are HOST:PORT and tls:HOST:PORT")
-        _check_open(config, parsed)
+        check_open(config, parsed)
     if not config.socket and not config.tcp:
         raise ConfigError("socket and tcp are both empty: nothing to listen on")
     limits = config.limits
@@ -239,8 +254,8 @@ def _check(config: Config) -> None:
         raise ConfigError(f"tls.client is {config.tls.client}, and tls.client_ca does not say whose certificates count")
 
 
-def _check_open(config: Config, address: addresses.Tcp | addresses.Tls) -> None:
-    """Nobody is to listen to the world by mistake."""
+def check_open(config: Config, address: addresses.Tcp | addresses.Tls) -> None:
+    """Nobody is to listen to the world by mistake. Raises ConfigError."""
     if isinstance(address, addresses.Tls) and not config.tls.certificate:
         raise ConfigError(f"tcp: {address} needs a certificate: tls.certificate")
     by_certificate = isinstance(address, addresses.Tls) and config.tls.client != "none"

@@ -16,7 +16,8 @@ from bridge.registry import CONFIGURATION
 from protocol.errors import BridgeError, ErrorCode
 
 NEEDS_RESTART = (
-    "socket", "socket_mode", "socket_group", "tcp", "backend", "http.listen", "agent.listen", "log.level", "log.format",
+    "socket", "socket_mode", "socket_group", "tcp", "backend", "jobs.dir", "http.listen", "agent.listen", "log.level",
+    "log.format",
 )  # fmt: skip
 
 
@@ -57,6 +58,7 @@ class Configured:
             self._daemon.config = new
             self._daemon.library.reconfigure(new)
             self._daemon.pool.reconfigure(new)
+            self._daemon.jobs.reconfigure(new.jobs)
             freed = await self._free(self._names.keys() - set(map(_key, new.models)))
             self._forget_what_went()
             for model in new.models:

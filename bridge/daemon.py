@@ -11,6 +11,7 @@ from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.gate import Gate
 from bridge.intake import Intake
+from bridge.job_desk import JobDesk
 from bridge.library import Library
 from bridge.metrics import Metrics
 from bridge.peer import Peer as Peer
@@ -27,6 +28,7 @@ class Daemon:
     adapters: Adapters
     pool: ModelPool
     gate: Gate
+    jobs: JobDesk
     stop: Callable[[], None]  # begins the drain; returns at once
     reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed
     metrics: Metrics

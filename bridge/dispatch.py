@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import trio
 
-from bridge import __version__, auth, generation, ipc, loading, lora, monitoring, subscribing
+from bridge import __version__, auth, generation, ipc, loading, lora, monitoring, submit, subscribing
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -41,7 +41,8 @@ def _hello(caller: Caller, _command: commands.Hello) -> Ok:
     limits = msgspec.structs.asdict(caller.daemon.config.limits)
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
-    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events", "health", "metrics", "auth"]
+    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events", "health", "metrics"]
+    features += ["auth", "jobs"]
     features += ["logs_prompts"] if caller.daemon.config.log.prompts else []
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
@@ -198,5 +199,8 @@ LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final
     commands.Embed: _embed,
     commands.Tokenize: _tokenize,
     commands.Detokenize: _detokenize,
+    commands.Submit: submit.submit,
+    commands.Attach: submit.attach,
+    commands.Jobs: submit.jobs,
 }
 """CANCEL is the one command that is neither: it is about another request, so the session carries it out."""

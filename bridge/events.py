@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import trio
 from structlog.typing import EventDict
 
-from protocol.operations import EventKind
+from protocol.operations import EVENT_KINDS, EventKind
 from protocol.replies import Event
 
-REMEMBERED = 256  # events, for those who come later
+REMEMBERED = 64  # events of each kind, for those who come later: many of one kind push out none of another
 NUMBERS_A_SECOND = 1000  # more events than happen, so that a daemon's numbers are above those of the one before it
 
 
@@ -44,6 +44,7 @@ TABLE: dict[str, Told] = {
     "worker crashed": Told("crashed", ("model", "path", "reason", "restarts")),
     "model rests": Told("resting", ("model", "path", "reason")),
     "worker warned": Told("warning", ("model", "reason")),
+    "worker said": Told("warning", ("model", "reason")),
     "adapter loaded": Told("adapter_loaded", ("model", "path")),
     "adapter unloaded": Told("adapter_unloaded", ("model", "path")),
     "pull begun": Told("pulling", ("source",)),
@@ -56,12 +57,14 @@ TABLE: dict[str, Told] = {
     "reload failed": Told("reload_failed", ("reason",)),
     "client cut": Told("client_cut", ("client", "reason")),
     "requests refused": Told("refused", ("code", "count")),
+    "wrong token": Told("auth_failed", ("client", "place", "failures")),
+    "refused": Told("auth_failed", ("client", "place")),
     "slow request": Told("slow", ("verb", "model", "outcome", "ms", "client", "owner")),
     "request failed": Told("failed", ("verb", "model", "outcome", "ms", "client", "owner", "reason")),
+    "the daemon is not well": Told("unwell", ("reason",)),
     "draining": Told("draining", ("clients", "seconds")),
 }
 LAST_KIND: EventKind = "draining"  # after it subscriptions end, so that they do not hold up the drain
-SUBSCRIBED = "subscribed"  # the first line, which is no event
 _OF_ALL = ("request",)  # the id of the request on whose behalf it happened, if there was one
 
 
@@ -94,27 +97,29 @@ class Subscription:
 
 
 class Events:
-    """Those of this process, as the log is: the last few, and who is told of the next."""
+    """Those of this process, as the log is: the last few, and who is told of the next.
+
+    ``last`` is the number of the last one.
+    """
 
     def __init__(self) -> None:
-        self._numbers = itertools.count(int(time.time() * NUMBERS_A_SECOND))
-        self._recent: deque[Event] = deque(maxlen=REMEMBERED)
+        self._start = self.last = int(time.time() * NUMBERS_A_SECOND)  # no event has this number
+        self._numbers = itertools.count(self._start + 1)
+        self._recent: dict[str, deque[Event]] = {kind: deque() for kind in EVENT_KINDS}
+        self._forgotten: dict[str, int] = dict.fromkeys(EVENT_KINDS, self._start)  # the last of each that was
         self._subscriptions: list[Subscription] = []
 
-    @property
-    def last(self) -> int:
-        """The number of the last one that is remembered; 0 before the first."""
-        return self._recent[-1].number if self._recent else 0
-
     def since(self, number: int, kinds: Collection[str]) -> list[Event]:
-        """Those after that one that are remembered."""
-        return [event for event in self._recent if event.number > number and (not kinds or event.kind in kinds)]
+        """Those after that one that are remembered, of no kinds meaning of all."""
+        found = [event for kind in kinds or EVENT_KINDS for event in self._recent[kind] if event.number > number]
+        return sorted(found, key=lambda event: event.number)
 
-    def subscribe(self, subscription: Subscription, since: int | None) -> Event:
-        """Returns what to tell it first: all events after that number follow. Above ``since`` it means a gap."""
+    def complete_since(self, number: int, kinds: Collection[str]) -> int:
+        """That number, or the one after which nothing was forgotten."""
+        return max(number, *(self._forgotten[kind] for kind in kinds or EVENT_KINDS))
+
+    def subscribe(self, subscription: Subscription) -> None:
         self._subscriptions.append(subscription)
-        gap = self._recent[0].number - 1 if self._recent else 0
-        return Event(SUBSCRIBED, time_of_day(), self.last if since is None else max(since, gap))
 
     def unsubscribe(self, subscription: Subscription) -> None:
         self._subscriptions.remove(subscription)
@@ -124,10 +129,17 @@ class Events:
         if told := TABLE.get(line["event"]):
             about = {key: line[key] for key in (*told.fields, *_OF_ALL) if key in line}
             event = Event(told.kind, line["timestamp"], next(self._numbers), about)
-            self._recent.append(event)
+            self.last = event.number
+            self._remember(event)
             for subscription in list(self._subscriptions):  # telling one may end another, whose client is cut
                 subscription.tell(event)
         return line
+
+    def _remember(self, event: Event) -> None:
+        recent = self._recent[event.kind]
+        recent.append(event)
+        if len(recent) > REMEMBERED:
+            self._forgotten[event.kind] = recent.popleft().number
 
 
 EVENTS = Events()

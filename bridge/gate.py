@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from bridge import access, log
+from bridge import access, ipc, log
 from bridge.access import Identity, Role
 from bridge.config import Config, ConfigError
-from bridge.guard import Guard
+from bridge.guard import LONGEST, Guard
 from bridge.peer import Peer
-from bridge.quota import Quota
+from bridge.quota import Quota, cost_of
 from bridge.tokens import Token, TokenError, Tokens, read_tokens
 from bridge.users import Users
 from protocol.errors import BridgeError, ErrorCode
@@ -42,13 +42,13 @@ class Gate:
         self._own = os.getuid()
         self._quotas: dict[str, Quota] = {}
         self._log = log.get()
-        self._tls: ssl.SSLContext | None
+        self._tls: ssl.SSLContext | None = None
         self._tokens: Tokens
         self._take(config)
 
     def _take(self, config: Config) -> None:
         """All or nothing: raises ConfigError before it changes anything."""
-        context = None
+        context = self._tls  # of a configuration that names none any more: the ports stay until a restart, so it does
         if config.tls.certificate:
             from bridge import tls  # which few have, and which costs memory
 
@@ -68,12 +68,18 @@ class Gate:
             if peer.identity.owner.startswith("token:"):
                 self._look_again(peer)
             elif peer.identity.role is not Role.NONE:
-                peer.identity = await self.identify(peer)
-                if peer.identity.role is Role.NONE:
-                    peer.end(self._refusal(peer))
+                await self._identify_again(peer)
         for peer in self.peers:
             if quota := self._quotas.get(peer.owner):
                 quota.set_allowance(peer.identity.allowance, now)
+
+    async def _identify_again(self, peer: Peer) -> None:
+        identity = await self.identify(peer)
+        if peer.identity.owner.startswith("token:"):
+            return  # he has said meanwhile who he is
+        peer.identity = identity
+        if identity.role is Role.NONE:
+            peer.end(self._refusal(peer))
 
     # -- who it is ---------------------------------------------------------------------------------------------
 
@@ -102,11 +108,11 @@ class Gate:
 
     async def identify(self, peer: Peer) -> Identity:
         """Whom it is taken for without a token."""
-        origin, settings = peer.origin, self._config.access
+        origin = peer.origin
         if origin.uid is None:
-            return access.tcp_identity(settings, origin)
+            return access.tcp_identity(self._config.access, origin)
         names = await self._users.names(origin.uid, origin.gid)
-        return access.unix_identity(settings, origin.uid, names, self._own)
+        return access.unix_identity(self._config.access, origin.uid, names, self._own)
 
     def _check_strangers(self) -> None:
         strangers = sum(peer.identity.role is Role.NONE for peer in self.peers)
@@ -115,18 +121,22 @@ class Gate:
             raise BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
 
     def _refusal(self, peer: Peer) -> BridgeError:
-        self._log.info("refused", client=peer.number, place=peer.origin.key)
+        self._log.warning("refused", client=peer.number, place=peer.origin.key)
         return BridgeError(ErrorCode.UNAUTHORIZED, f"{peer.identity.name or peer.origin.key} may not use this bridge")
 
     async def authenticate(self, peer: Peer, secret: str) -> Identity:
         """Takes the peer for whom the token says. Raises BridgeError (unauthorized), after a while that grows."""
+        wrong = BridgeError(ErrorCode.UNAUTHORIZED, "The token is wrong, revoked or expired")
+        if peer.failures >= MOST_FAILURES:  # it was sent ahead, and the connection is about to be closed
+            await trio.sleep(LONGEST)
+            raise wrong
         token = self._tokens.find(secret)
         if token is None or _expired(token.ends):
             peer.failures += 1
             wait = self.guard.failed(peer.origin.key, time.monotonic())
-            self._log.info("wrong token", client=peer.number, place=peer.origin.key, failures=peer.failures)
+            self._log.warning("wrong token", client=peer.number, place=peer.origin.key, failures=peer.failures)
             await trio.sleep(wait)
-            raise BridgeError(ErrorCode.UNAUTHORIZED, "The token is wrong, revoked or expired")
+            raise wrong
         peer.identity = self._identity_of(token)
         self._log.info("authenticated", client=peer.number, owner=peer.owner, role=str(peer.identity.role))
         return peer.identity
@@ -164,6 +174,11 @@ class Gate:
         elif quota.allowance != identity.allowance:
             quota.set_allowance(identity.allowance, now)
         return quota
+
+    def charge(self, owner: str, answer: ipc.Done | ipc.Embedded, now: float) -> None:
+        """For what was computed for a job of his, who may be gone."""
+        if quota := self._quotas.get(owner):
+            quota.charge(cost_of(answer), now)
 
     def describe(self, peer: Peer) -> dict[str, Any]:
         """What STATUS tells a caller of himself."""

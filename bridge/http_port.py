@@ -43,7 +43,7 @@ class HttpPort:
                 nursery.start_soon(stream.end_when_closed, nursery.cancel_scope)
                 await TCPServer(self._app, self._config, self._context, ConnectionState({}), stream)  # type: ignore[arg-type]
                 nursery.cancel_scope.cancel()
-        except Exception:
+        except* Exception:
             # A bug in one connection must not take the daemon with it.
             log.get().exception("an HTTP connection failed")
         finally:

@@ -33,6 +33,7 @@ class Options(Struct, frozen=True, array_like=True):
     kv_unified: bool | None = None
     repack: bool | None = None
     backend_sampling: bool | None = None
+    rpc: str | None = None
 
 
 class Sampling(Struct, frozen=True, array_like=True):
@@ -210,7 +211,10 @@ class Loaded(Struct, frozen=True, array_like=True, tag="loaded"):
 
 
 class LoadFailed(Struct, frozen=True, array_like=True, tag="load_failed"):
+    """``code`` is one of the wire's error codes."""
+
     reason: str
+    code: str = "load_failed"
 
 
 class Accepted(Struct, frozen=True, array_like=True, tag="accepted"):

@@ -95,6 +95,11 @@ class Keeper:
     async def change(self) -> None:
         await self._changed.wait()
 
+    @property
+    def changed(self) -> trio.Event:
+        """Set at the next change."""
+        return self._changed
+
     def is_there(self, entry: Entry) -> bool:
         """Another one may have its name by now."""
         return self._registry.entries.get(entry.name) is entry

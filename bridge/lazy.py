@@ -14,6 +14,7 @@ class LazyGroup(click.Group):
     """Imports a command of another module when it is used: neither PING nor the daemon need load what bench does."""
 
     ELSEWHERE: typing.ClassVar = {
+        "attach": "bridge.cli_jobs",
         "bench": "bridge.bench",
         "chat": "bridge.cli_text",
         "completion": "bridge.cli_completion",
@@ -21,9 +22,12 @@ class LazyGroup(click.Group):
         "embed": "bridge.cli_text",
         "events": "bridge.cli_events",
         "free": "bridge.cli_models",
+        "health": "bridge.cli_monitoring",
         "infer": "bridge.cli_text",
         "load": "bridge.cli_models",
+        "jobs": "bridge.cli_jobs",
         "lora": "bridge.cli_models",
+        "metrics": "bridge.cli_monitoring",
         "models": "bridge.cli_models",
         "plan": "bridge.cli_models",
         "pull": "bridge.cli_models",
@@ -31,6 +35,7 @@ class LazyGroup(click.Group):
         "remove": "bridge.cli_models",
         "serve": "bridge.serve",
         "show": "bridge.cli_models",
+        "submit": "bridge.cli_jobs",
         "token": "bridge.cli_token",
         "tokenize": "bridge.cli_text",
         "top": "bridge.top",

@@ -107,6 +107,11 @@ class Library:
             message = f"{name} cannot be removed: {error.filename or self._store}: {error.strerror}"
             raise BridgeError(ErrorCode.FORBIDDEN, message) from None
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being fetched or converted."""
+        return len(self._programs) > 0
+
     def stop(self) -> None:
         """Ends what is being fetched and converted, which the next one who wants it goes on with or begins anew."""
         self._programs.stop()

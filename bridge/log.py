@@ -1,4 +1,5 @@
-"""Logs go to standard error: coloured lines on a terminal, JSON lines elsewhere. Prompts are in them only if asked for.
+"""Logs go to standard error, coloured lines on a terminal and else JSON lines, or as fields to the journal. Prompts are
+in them only if asked for.
 
 What is logged on behalf of a request carries its ``request``, a connection's number and its own within that; see
 ``of_request``. A line is also what EVENTS tells, where ``bridge.events`` has it in its table. The level decides about
@@ -18,11 +19,12 @@ import structlog
 from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
 from structlog.typing import EventDict, Processor
 
-from bridge import events
+from bridge import events, journal
 from bridge.config import Log
 from bridge.log_writer import LogWriter
 
 Logger = structlog.typing.FilteringBoundLogger
+Renderers = list[Processor]
 REQUEST = "request"  # the key under which lines have the request's id
 _AT_EXIT = 0.5  # seconds for a slow pipe to take the last lines
 _writer: LogWriter | None = None
@@ -30,9 +32,7 @@ _writer: LogWriter | None = None
 
 def configure(settings: Log) -> None:
     """In place of what was configured before, whose last lines are written first."""
-    global _writer
-    flush()
-    _writer = LogWriter(_standard_error(), _note(settings))
+    format = _format(settings)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -40,10 +40,10 @@ def configure(settings: Log) -> None:
             _stamp,
             events.tell,
             _from_level(settings.level),
-            *_renderers(settings),
+            *RENDERERS[format](),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),  # _from_level filters, behind the events
-        logger_factory=_Factory(_writer.put),
+        logger_factory=_factory(format),
         cache_logger_on_first_use=True,
     )
 
@@ -53,10 +53,10 @@ def get() -> Logger:
     return logger
 
 
-def flush() -> None:
-    """Writes what waits, if that can be done within a short time."""
+def flush(within: float = _AT_EXIT) -> None:
+    """Writes what waits, if that can be done within so many seconds."""
     if _writer is not None:
-        _writer.flush(_AT_EXIT)
+        _writer.flush(within)
 
 
 atexit.register(flush)
@@ -82,14 +82,44 @@ def whose() -> dict[str, Any]:
 # -- how it is written -----------------------------------------------------------------------------------------
 
 
-class _Factory:
+def _format(settings: Log) -> str:
+    if settings.format != "auto":
+        return settings.format
+    if journal.standard_error_goes_there():
+        return "journal"
+    return "console" if sys.stderr is not None and sys.stderr.isatty() else "json"
+
+
+# Tracebacks without the values of local variables, which by default would be shown: they may hold prompts.
+
+
+def _console() -> Renderers:
+    return [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+
+
+def _json() -> Renderers:
+    tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    return [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
+
+
+def _journal() -> Renderers:
+    return [structlog.processors.format_exc_info, journal.render]
+
+
+RENDERERS: dict[str, Callable[[], Renderers]] = {"console": _console, "json": _json, "journal": _journal}
+
+
+def _factory(format: str) -> Callable[..., Any]:
     """Makes what structlog hands rendered lines to."""
-
-    def __init__(self, put: Callable[[str], None]) -> None:
-        self._put = put
-
-    def __call__(self, *args: Any) -> _Lines:
-        return _Lines(self._put)
+    global _writer
+    flush()
+    stderr = _standard_error()
+    if format == "journal":
+        logger = journal.JournalLogger(journal.SOCKET)
+        return lambda *_: logger
+    _writer = LogWriter(stderr, _note(RENDERERS[format]()))
+    lines = _Lines(_writer.put)
+    return lambda *_: lines
 
 
 class _Lines:
@@ -97,16 +127,6 @@ class _Lines:
 
     def __init__(self, put: Callable[[str], None]) -> None:
         self.debug = self.info = self.warning = self.error = self.critical = self.exception = put
-
-
-def _renderers(settings: Log) -> list[Processor]:
-    # Tracebacks without the values of local variables, which by default would be shown: they may hold prompts.
-    if settings.format == "console" or (settings.format == "auto" and sys.stderr is not None and sys.stderr.isatty()):
-        return [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
-    return [
-        structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
-        structlog.processors.JSONRenderer(),
-    ]
 
 
 def _stamp(_logger: Any, _method: str, line: EventDict) -> EventDict:
@@ -117,7 +137,7 @@ def _stamp(_logger: Any, _method: str, line: EventDict) -> EventDict:
 def _from_level(level: str) -> Processor:
     least = getattr(logging, level.upper())
 
-    def from_level(_logger: Any, method: str, line: EventDict) -> EventDict:
+    def from_level(_logger: Any, _method: str, line: EventDict) -> EventDict:
         if getattr(logging, line["level"].upper()) < least:
             raise structlog.DropEvent
         return line
@@ -125,8 +145,8 @@ def _from_level(level: str) -> Processor:
     return from_level
 
 
-def _note(settings: Log) -> Callable[[int], str]:
-    renderers = _renderers(settings)
+def _note(renderers: Renderers) -> Callable[[int], str]:
+    """Renders the line that tells of lost ones."""
 
     def note(lost: int) -> str:
         line: Any = _stamp(None, "warning", {"event": "log lines lost", "lines": lost, "level": "warning"})

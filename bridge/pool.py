@@ -44,6 +44,11 @@ class ModelPool:
     def provider(self, entry: Entry) -> Provider | None:
         return self._keeper.providers.get(entry)
 
+    @property
+    def changed(self) -> trio.Event:
+        """Set at the next change of any model."""
+        return self._keeper.changed
+
     def ailing(self) -> list[str]:
         """The models that are there but do not go on, and why: ``NAME: REASON``."""
         found = ((entry.name, provider.check()) for entry, provider in self._keeper.providers.items())

@@ -115,18 +115,20 @@ class Grant:
         self.since = since
 
     def charge(self, answer: ipc.Done | ipc.Embedded, now: float) -> None:
-        """For the tokens that were computed for it, and those of the answer."""
-        if self._quota is None:
-            return
-        if isinstance(answer, ipc.Embedded):
-            self._quota.charge(answer.prompt_tokens, now)
-        else:
-            usage = answer.usage
-            self._quota.charge(usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens, now)
+        if self._quota:
+            self._quota.charge(cost_of(answer), now)
 
     def end(self, now: float) -> None:
         if self._quota:
             self._quota.end(self, now)
+
+
+def cost_of(answer: ipc.Done | ipc.Embedded) -> int:
+    """The tokens that were computed for it, and those of the answer."""
+    if isinstance(answer, ipc.Embedded):
+        return answer.prompt_tokens
+    usage = answer.usage
+    return usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
 
 
 UNCOUNTED = Grant(None, 0, 0.0)

@@ -10,7 +10,7 @@ from bridge import log
 from protocol.errors import ErrorCode
 
 EVERY = 10.0  # seconds between the lines, which have the sum of what was refused since the last
-CODES = frozenset((ErrorCode.OVERLOADED, ErrorCode.TOO_MANY_CLIENTS))
+CODES = frozenset((ErrorCode.OVERLOADED, ErrorCode.RATE_LIMITED, ErrorCode.TOO_MANY_CLIENTS))
 
 
 class Refusals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -49,16 +50,16 @@ class Record:
         """With its last one, or without because nobody is there to take it."""
         outcome = outcome_of(reply) if reply else GONE
         seconds = time.monotonic() - self._received
-        self._daemon.metrics.answered(self._command.VERB, self._model(reply), outcome, seconds)
+        model = self._model(reply)
+        self._daemon.metrics.answered(self._command.VERB, model, outcome, seconds)
         self._daemon.refusals.add(outcome)
-        settings = self._daemon.config.log
-        ms = seconds * 1000
+        settings, fields = self._daemon.config.log, partial(self._fields, outcome, model, seconds, reply)
         if outcome == ErrorCode.INTERNAL:
-            log.get().error("request failed", **self._fields(outcome, ms, reply), reason=_reason(reply))
-        elif 0 < settings.slow_ms <= ms and not isinstance(self._command, _ENDLESS):
-            log.get().warning("slow request", **self._fields(outcome, ms, reply))
+            log.get().error("request failed", **fields(), reason=_reason(reply))
+        elif 0 < settings.slow_ms <= seconds * 1000 and not isinstance(self._command, _ENDLESS):
+            log.get().warning("slow request", **fields())
         elif settings.requests or (settings.prompts and self._command.TEXT in _SAID):
-            log.get().info("request", **self._fields(outcome, ms, reply))
+            log.get().info("request", **fields())
 
     def _model(self, reply: Reply | None) -> str | None:
         """By its own name, whatever the request called it, if it is known."""
@@ -66,19 +67,17 @@ class Record:
             return model
         return self._daemon.pool.name_of(self._command.model) if hasattr(self._command, "model") else None
 
-    def _fields(self, outcome: str, ms: float, reply: Reply | None) -> dict[str, Any]:
-        about = {
+    def _fields(self, outcome: str, model: str | None, seconds: float, reply: Reply | None) -> dict[str, Any]:
+        about: dict[str, Any] = {
             log.REQUEST: self.id,
             "verb": self._command.VERB,
+            **({"model": named} if (named := model or getattr(self._command, "model", None)) else {}),
             "outcome": outcome,
-            "ms": round(ms, 1),
+            "ms": round(seconds * 1000, 1),
             "client": self._peer.number,
             "owner": self._peer.owner,
+            **_costs(_extra(reply)),
         }
-        if model := getattr(self._command, "model", None):
-            about["model"] = model
-        if isinstance(reply, Ok | Final):
-            about |= _costs(reply.extra)
         if self._daemon.config.log.prompts:
             about |= self._said(reply)
         return about
@@ -95,15 +94,24 @@ class Record:
 
 
 def _reason(reply: Reply | None) -> str:
-    return reply.message if isinstance(reply, Failed | Ok) else str(getattr(reply, "extra", {}).get("reason"))
+    return reply.message if isinstance(reply, Failed) else str(_extra(reply).get("reason"))
+
+
+def _extra(reply: Reply | None) -> dict[str, Any]:
+    """What a last reply has beside its text or message."""
+    match reply:
+        case Ok(extra=extra) | Final(extra=extra) | Failed(details=extra):
+            return extra
+        case _:
+            return {}
 
 
 def _costs(extra: dict[str, Any]) -> dict[str, Any]:
-    """The model, tokens and times of an answer; of several, the sums of their tokens and the longest of their times."""
+    """Tokens and times of an answer; of several, the sums of their tokens and the longest of their times."""
     answers = extra.get("results") or [extra]
     usages = [answer["usage"] for answer in answers if "usage" in answer]
     timings = [answer["timings"] for answer in answers if "timings" in answer]
-    costs = {"model": extra["model"]} if "model" in extra else {}  # its name, whatever the request called it
+    costs: dict[str, Any] = {"retried": True} if extra.get("retried") else {}
     if usages and timings:
         costs |= {key: sum(usage.get(key, 0) for usage in usages) for key in _SUMS}
         costs |= {key: max(timing[key] for timing in timings) for key in ("queue_ms", "prefill_ms", "decode_ms")}

@@ -6,6 +6,7 @@ a task of its nursery, so when the peer is gone all of it ends, in the queue, in
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import select
 import socket
@@ -16,8 +17,7 @@ from functools import partial
 
 import trio
 
-from bridge import log
-from bridge.access import Role as Who
+from bridge import access, log
 from bridge.admission import admit
 from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
@@ -91,11 +91,15 @@ class Session:
             self._sock.close()
 
     def finish(self) -> None:
-        """The daemon drains: end as soon as nothing is owed and nothing waits to be sent."""
+        """The daemon drains: end as soon as nothing is owed and nothing waits to be sent.
+
+        What has come before and was not read yet is still answered, if only by ``draining``.
+        """
         if self._connection.open_exchanges or self._scope.cancel_called:
             return
         if self._outbox.idle:
-            self._scope.cancel()
+            with contextlib.suppress(OSError):  # the peer is gone
+                self._sock.shutdown(socket.SHUT_RD)  # `_read` comes to the end of what there is
         else:
             self._nursery.start_soon(self._finish_when_sent)
 
@@ -117,9 +121,9 @@ class Session:
 
     async def _expect_to_know(self) -> None:
         """Who has not said in time who he is has to leave."""
-        if self._peer.identity.role is Who.NONE:
+        if self._peer.identity.role is access.Role.NONE:
             await trio.sleep(self._daemon.config.limits.auth)
-            if self._peer.identity.role is Who.NONE:
+            if self._peer.identity.role is access.Role.NONE:
                 self._end_with(BridgeError(ErrorCode.UNAUTHORIZED, "Nobody said in time who is asking: AUTH"))
 
     # -- reading -----------------------------------------------------------------------------------------------

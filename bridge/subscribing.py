@@ -5,9 +5,11 @@ from __future__ import annotations
 import trio
 
 from bridge.call import Call
-from bridge.events import EVENTS, Subscription
+from bridge.events import EVENTS, Subscription, time_of_day
 from protocol import commands
-from protocol.replies import Ok
+from protocol.replies import Event, Ok
+
+SUBSCRIBED = "subscribed"  # the first line, which is no event
 
 
 async def events(call: Call, command: commands.Events) -> Ok:
@@ -15,11 +17,12 @@ async def events(call: Call, command: commands.Events) -> Ok:
     ended = trio.Event()
     subscription = Subscription(command.kinds, call.say, ended.set)
     call.asking.cancel_by(ended.set)
-    remembered = [] if command.since is None else EVENTS.since(command.since, command.kinds)
+    since = EVENTS.last if command.since is None else command.since
     if command.follow:
-        call.say(EVENTS.subscribe(subscription, command.since))
+        EVENTS.subscribe(subscription)
+        call.say(Event(SUBSCRIBED, time_of_day(), EVENTS.complete_since(since, command.kinds)))
     try:
-        for event in remembered:
+        for event in EVENTS.since(since, command.kinds):
             call.say(event)
         if command.follow:
             await ended.wait()

@@ -25,6 +25,7 @@ from bridge.config_access import Allowance, Priority, Quantity
 
 PREFIX = "lb_"  # by which those who look for secrets in places where none should be know it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NO_NAME = "what stands first is no name; allowed: up to 64 letters, digits, dots, dashes and underscores"
 _ISSUED = ("user", "operator", "admin")
 
 
@@ -131,15 +132,11 @@ def parse_line(line: str, where: str) -> Token | None:
         else:
             fields[key] = f"{value}T00:00:00" if key == "expires" and len(value) == len("2026-01-31") else value
     if not _NAME.fullmatch(words[0]):
-        raise TokenError(f"{where}: {_wrong_name(words[0])}")
+        raise TokenError(f"{where}: {_NO_NAME}")
     try:
         return msgspec.convert(fields, Token, strict=False)
     except msgspec.ValidationError as error:
         raise TokenError(f"{where}: {error}") from None
-
-
-def _wrong_name(name: str) -> str:
-    return f"{name[:64]!r} is no name; allowed: up to 64 letters, digits, dots, dashes and underscores"
 
 
 def issue(path: str, name: str, role: str, settings: Iterable[str] = ()) -> str:
@@ -147,7 +144,7 @@ def issue(path: str, name: str, role: str, settings: Iterable[str] = ()) -> str:
     secret = PREFIX + secrets.token_urlsafe(32)
     line = " ".join([name, role, f"sha256:{digest_of(secret)}", *settings])
     if not _NAME.fullmatch(name):
-        raise TokenError(_wrong_name(name))
+        raise TokenError(_NO_NAME)
     if role not in _ISSUED or any(not setting or len(setting.split()) != 1 for setting in settings):
         raise TokenError(f"{role} is no role, or a setting has a blank; roles: {', '.join(_ISSUED)}")
     parse_line(line, name)

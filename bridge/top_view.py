@@ -87,7 +87,9 @@ def frame(before: Moment | None, now: Moment, height: int | None) -> RenderableT
     parts = [Text(line, no_wrap=True, overflow="ellipsis") for line in _head(now, models, speed)]
     parts += [Text(""), _models(models, speed) if models else Text("no model is loaded")]
     if now.requests:
-        parts += [Text(""), _requests(now.requests, left)]
+        parts += [Text(""), _requests(now.requests[:left])]
+        if more := len(now.requests[left:] if left else []):
+            parts.append(Text(f"and {more} more"))
     return Group(*parts, *_events(now.events))
 
 
@@ -113,7 +115,8 @@ def _head(now: Moment, models: list[ModelState], speed: dict[str, Speed]) -> Ite
 def _models(models: list[ModelState], speed: dict[str, Speed]) -> Table:
     rows = (
         (
-            model.name + " *" * model.default,
+            model.name,
+            "*" * model.default,
             model.state,
             model.n_ctx,
             in_bytes(model.memory + model.gpu_memory),
@@ -125,11 +128,11 @@ def _models(models: list[ModelState], speed: dict[str, Speed]) -> Table:
         )
         for model in models
     )
-    return _table(("model", "state", "n_ctx", "memory", "slots", "waits", "tok/s", "done", "leaves"), rows)
+    return _table(("model", "", "state", "n_ctx", "memory", "slots", "waits", "tok/s", "done", "leaves"), rows)
 
 
-def _requests(requests: Requests, most: int | None) -> Table:
-    rows: list[tuple[Any, ...]] = [
+def _requests(requests: Requests) -> Table:
+    rows = [
         (
             name,
             request.client,
@@ -143,10 +146,7 @@ def _requests(requests: Requests, most: int | None) -> Table:
         )
         for name, request in requests
     ]
-    shown = rows[:most]
-    if len(rows) > len(shown):
-        shown.append((f"and {len(rows) - len(shown)} more", *[None] * 8))
-    return _table(("request of", "client", "place", "prio", "prompt", "cached", "answer", "waited", "likely"), shown)
+    return _table(("request of", "client", "place", "prio", "prompt", "cached", "answer", "waited", "likely"), rows)
 
 
 def _events(events: list[Event]) -> Iterable[RenderableType]:
@@ -159,12 +159,12 @@ def _events(events: list[Event]) -> Iterable[RenderableType]:
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """The first column gives way; of the others all is seen."""
+    """The first column, of words without blanks, gives way; of the others all is seen."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, expand=False, header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, no_wrap=True, overflow="ellipsis", min_width=None if not index else len(column))
+        table.add_column(column, no_wrap=index > 0, overflow="ellipsis")
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     return table

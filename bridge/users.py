@@ -21,7 +21,7 @@ class Users:
     """
 
     def __init__(self) -> None:
-        self._always = {uid: names_of(uid)[:1] for uid in {0, os.getuid()}}
+        self._always = {uid: _name_of(uid) for uid in {0, os.getuid()}}
         self._names: dict[tuple[int, int | None], tuple[float, tuple[str, ...]]] = {}
         self._limiter = trio.CapacityLimiter(4)
 
@@ -48,13 +48,20 @@ def names_of(uid: int, gid: int | None = None) -> tuple[str, ...]:
     try:
         user = pwd.getpwuid(uid)
     except KeyError:
-        return () if gid is None else tuple(_group(gid))
+        return () if gid is None else _group(gid)
     groups = os.getgrouplist(user.pw_name, user.pw_gid if gid is None else gid)
     return (user.pw_name, *(name for one in {*groups, user.pw_gid} for name in _group(one)))
 
 
-def _group(gid: int) -> list[str]:
+def _name_of(uid: int) -> tuple[str, ...]:
     try:
-        return [f"@{grp.getgrgid(gid).gr_name}"]
+        return (pwd.getpwuid(uid).pw_name,)
     except KeyError:
-        return []
+        return ()
+
+
+def _group(gid: int) -> tuple[str, ...]:
+    try:
+        return (f"@{grp.getgrgid(gid).gr_name}",)
+    except KeyError:
+        return ()

@@ -121,6 +121,11 @@ class AsyncStream(_Lines[str]):
         return self._transcript.text
 
     @property
+    def offset(self) -> int | None:
+        """Of a job: how many characters of its text have come, for ``attach`` to go on from."""
+        return self._transcript.offset
+
+    @property
     def result(self) -> Completion | None:
         """None until the end, and after a failure."""
         return self._transcript.result
@@ -221,6 +226,9 @@ class AsyncClient:
     hello = _asks(calls.hello)
     help = _asks(calls.help)
     status = _asks(calls.status)
+    health = _asks(calls.health)
+    metrics = _asks(calls.metrics)
+    metrics_text = _asks(calls.metrics_text)
     cancel = _asks(calls.cancel)
     quit = _asks(calls.quit)
     reload = _asks(calls.reload)
@@ -247,6 +255,11 @@ class AsyncClient:
     stream = _streams(calls.stream)
     chat_stream = _streams(calls.chat_stream)
     events = _tells(calls.events)
+    submit = _asks(calls.submit)
+    attach = _streams(calls.attach)
+    jobs = _asks(calls.jobs)
+    jobs_cancel = _asks(calls.jobs_cancel)
+    jobs_forget = _asks(calls.jobs_forget)
 
     async def aclose(self) -> None:
         """Closes the connection, and with it all that is still generated. The next call makes a new one."""

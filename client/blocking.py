@@ -112,6 +112,11 @@ class Stream(_Lines[str]):
         return self._transcript.text
 
     @property
+    def offset(self) -> int | None:
+        """Of a job: how many characters of its text have come, for ``attach`` to go on from."""
+        return self._transcript.offset
+
+    @property
     def result(self) -> Completion | None:
         """None until the end, and after a failure."""
         return self._transcript.result
@@ -212,6 +217,9 @@ class Client:
     hello = _asks(calls.hello)
     help = _asks(calls.help)
     status = _asks(calls.status)
+    health = _asks(calls.health)
+    metrics = _asks(calls.metrics)
+    metrics_text = _asks(calls.metrics_text)
     cancel = _asks(calls.cancel)
     quit = _asks(calls.quit)
     reload = _asks(calls.reload)
@@ -238,6 +246,11 @@ class Client:
     stream = _streams(calls.stream)
     chat_stream = _streams(calls.chat_stream)
     events = _tells(calls.events)
+    submit = _asks(calls.submit)
+    attach = _streams(calls.attach)
+    jobs = _asks(calls.jobs)
+    jobs_cancel = _asks(calls.jobs_cancel)
+    jobs_forget = _asks(calls.jobs_forget)
 
     def close(self) -> None:
         """Closes the connection, and with it what is still generated. The next call makes a new one."""

@@ -14,6 +14,8 @@ usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT .
 
   ping                  answers pong
   status                which model is loaded
+  health                whether it is good for another request: ready, overloaded, loading, unavailable, draining
+  metrics               what was counted, in Prometheus' text format
   reload                has the daemon read its configuration anew
   models                the models and their states, as JSON
   load MODEL            loads a model: a file, a name, or what pull takes
@@ -27,6 +29,10 @@ usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT .
   stream [PROMPT]       the same, printed as it is generated
   chat [MESSAGE]        answers a message, printed as it is generated
   embed [TEXT]          the vector of a text
+  submit [PROMPT]       completes a prompt as a job, which goes on by itself; prints its name
+  attach JOB            a job's text, as it is generated; -p offset=N leaves out what one has already
+  jobs                  one's jobs, as JSON
+  jobs cancel JOB       ends one; forget deletes one
   raw LINE ...          sends the lines as they are, prints the answers as they are
 
   -s PATH               the daemon's Unix socket
@@ -69,7 +75,9 @@ default_socket() { # the same choice as protocol/address.py
 connect() { # standard input to the daemon, its answer to standard output; $1 is the tool
     case $1 in
         socat) # -t: after the half-close wait for the answer however long it takes, not half a second
-            case $tcp in tls:*) exec socat -t 86400 - "OPENSSL:${tcp#tls:},nodelay${LLAMA_BRIDGE_CA:+,cafile=$LLAMA_BRIDGE_CA}" ;; esac
+            case $tcp in
+                tls:*) exec socat -t 86400 - "OPENSSL:${tcp#tls:}${LLAMA_BRIDGE_CA:+,cafile=$LLAMA_BRIDGE_CA},nodelay" ;;
+            esac
             if [ -n "$tcp" ]; then
                 exec socat -t 86400 - "TCP:$tcp,nodelay"
             fi
@@ -369,7 +377,7 @@ request() { # VERB [KEY TEXT]: sends it with the parameters, prints the answer
     [ $# -lt 2 ] || fields="$fields${fields:+,}\"$2\":$(quote "$3")"
     [ -z "$fields" ] || line="$line {$fields}"
     case $1 in
-        *_STREAM) streams=1 ;;
+        *_STREAM | ATTACH) streams=1 ;;
         *) streams= ;;
     esac
     with=$(tool)
@@ -399,6 +407,32 @@ adapters() { # [list | load | unload | check] [ADAPTER]
             request LORA adapter "$2"
             ;;
         *) wrong 'lora takes list, load, unload or check' ;;
+    esac
+}
+
+submitted() { # [PROMPT ...]
+    words=$(text "$@")
+    fields=$parameters
+    [ -z "$stops" ] || fields="$fields${fields:+,}\"stop\":[$stops]"
+    [ -z "$loras" ] || fields="$fields${fields:+,}\"lora\":[$loras]"
+    fields="$fields${fields:+,}\"prompt\":$(quote "${words%x}")"
+    parameters='' stops='' loras=''
+    request SUBMIT request "INFER {$fields}"
+}
+
+jobs() { # [list | cancel | forget] [JOB]
+    action=${1:-list}
+    case $action in
+        list)
+            [ $# -le 1 ] || wrong 'jobs list takes no job'
+            request JOBS
+            ;;
+        cancel | forget)
+            [ $# -eq 2 ] || wrong "jobs $action takes one job"
+            parameters="\"action\":\"$action\""
+            request JOBS job "$2"
+            ;;
+        *) wrong 'jobs takes list, cancel or forget' ;;
     esac
 }
 
@@ -437,11 +471,13 @@ main() {
 
     case $command in
         help) usage ;;
-        ping | status | models | reload)
+        ping | status | health | metrics | models | reload)
             [ $# -eq 0 ] || wrong "$command takes no arguments"
             case $command in
                 ping) request PING ;;
                 status) request STATUS ;;
+                health) request HEALTH ;;
+                metrics) request METRICS format prometheus ;;
                 models) request MODELS ;;
                 reload) request RELOAD ;;
             esac
@@ -459,6 +495,12 @@ main() {
             request PULL source "$1"
             ;;
         lora) adapters "$@" ;;
+        submit) submitted "$@" ;;
+        attach)
+            [ $# -eq 1 ] || wrong 'attach takes one job'
+            request ATTACH job "$1"
+            ;;
+        jobs) jobs "$@" ;;
         free)
             [ $# -le 1 ] || wrong 'free takes one model'
             if [ $# -eq 1 ]; then request FREE model "$1"; else request FREE; fi

@@ -21,8 +21,11 @@ from client.results import (
     Completion,
     Embeddings,
     Freed,
+    Health,
     Hello,
+    Job,
     Loaded,
+    Metrics,
     ModelInfo,
     ModelState,
     Plan,
@@ -31,11 +34,13 @@ from client.results import (
     Reloaded,
     Removed,
     Status,
+    Submitted,
     You,
     read_as,
 )
 from protocol import commands
-from protocol.commands import Command, Message
+from protocol.commands import Command, Message, Request
+from protocol.connection import encode_request
 from protocol.errors import RemoteProtocolError
 from protocol.replies import Ok, Progress
 
@@ -84,6 +89,21 @@ def help(verb: str | None = None) -> Call[list[str] | dict[str, str]]:
 def status() -> Call[Status]:
     """What is loaded and how busy it is."""
     return Call(commands.Status(), lambda ok: read_as(Status, {**ok.extra, "message": ok.message}), repeatable=True)
+
+
+def health() -> Call[Health]:
+    """Whether the daemon is good for another request. Wakes no model."""
+    return Call(commands.Health(), lambda ok: read_as(Health, ok.data), repeatable=True)
+
+
+def metrics() -> Call[Metrics]:
+    """What was counted since the daemon's start, if this peer may know."""
+    return Call(commands.Metrics(), lambda ok: read_as(Metrics, ok.data), repeatable=True)
+
+
+def metrics_text() -> Call[str]:
+    """The same in Prometheus' text format."""
+    return Call(commands.Metrics(format="prometheus"), lambda ok: read_as(str, ok.data), repeatable=True)
 
 
 def cancel(id: str | None = None) -> Call[None]:
@@ -234,6 +254,41 @@ def stream(prompt: str, **parameters: Any) -> Command:
 def chat_stream(messages: Messages, **parameters: Any) -> Command:
     """Answers a conversation, piece by piece: to be iterated over. ``parameters`` are those of ``chat``."""
     return _build(commands.ChatStream, messages=_messages(messages), **parameters)
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------
+
+
+def submit(request: Command | str, *, ttl_s: int | None = None) -> Call[Submitted]:
+    """Begins a request as a job, which goes on without this connection: ``submit(Infer(prompt="Once"))``, or its line.
+
+    Its answer is kept on the daemon's disk until somebody has fetched it by ``attach``, or for ``ttl_s`` seconds.
+    """
+    line = request if isinstance(request, str) else encode_request(Request(request)).decode().removesuffix("\n")
+    return Call(commands.Submit(request=line, ttl_s=ttl_s), lambda ok: read_as(Submitted, {**ok.extra, "job": ok.data}))
+
+
+def attach(job: str, *, offset: int = 0) -> Command:
+    """A job's text, from that character on, as it comes: to be iterated over. To leave early ends nothing but that.
+
+    After a connection that broke go on from the stream's ``offset``.
+    """
+    return commands.Attach(job=job, offset=offset)
+
+
+def jobs(*, all: bool = False) -> Call[list[Job]]:
+    """One's jobs; with ``all`` those of everybody, if this peer may."""
+    return Call(commands.Jobs(all=all), lambda ok: read_as(list[Job], ok.data), repeatable=True)
+
+
+def jobs_cancel(job: str) -> Call[Job]:
+    """Ends a job, which keeps what it has."""
+    return Call(commands.Jobs(action="cancel", job=job), lambda ok: read_as(Job, ok.data))
+
+
+def jobs_forget(job: str) -> Call[None]:
+    """Ends and deletes a job."""
+    return Call(commands.Jobs(action="forget", job=job), lambda ok: None)
 
 
 # -- vectors and tokens ----------------------------------------------------------------------------------------

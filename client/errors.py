@@ -42,6 +42,10 @@ class ContextExceeded(ClientFault):
     """The prompt does not fit in the model's context. Nothing was computed; ``details`` has both counts."""
 
 
+class BadGrammar(ClientFault):
+    """The grammar cannot be read, or no token of the model fits it, or it takes too long."""
+
+
 class TemplateError(ClientFault):
     """The chat template failed, or refused these messages."""
 
@@ -88,6 +92,10 @@ class ModelCrashed(TryAgain):
     """The model's process died with this request in it. It is being started again."""
 
 
+class PeerLost(TryAgain):
+    """Another machine, which computes layers of the model, is not there."""
+
+
 class ModelResting(TryAgain):
     """The model crashed too often, and is not started again before somebody LOADs it."""
 
@@ -98,6 +106,10 @@ class DeadlineExceeded(TryAgain):
 
 class RateLimited(TryAgain):
     """This user, token or certificate has used up what it may."""
+
+
+class Interrupted(TryAgain):
+    """The daemon ended in the middle of this job. What there was of its text came before."""
 
 
 class Overloaded(TryAgain):
@@ -139,6 +151,7 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.FORBIDDEN: Forbidden,
     ErrorCode.CONTEXT_EXCEEDED: ContextExceeded,
     ErrorCode.TEMPLATE_ERROR: TemplateError,
+    ErrorCode.BAD_GRAMMAR: BadGrammar,
     ErrorCode.CANCELLED: Cancelled,
     ErrorCode.NO_MODEL: NoModel,
     ErrorCode.LOAD_FAILED: LoadFailed,
@@ -148,8 +161,10 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.BUSY: Busy,
     ErrorCode.MODEL_CRASHED: ModelCrashed,
     ErrorCode.MODEL_RESTING: ModelResting,
+    ErrorCode.PEER_LOST: PeerLost,
     ErrorCode.DEADLINE: DeadlineExceeded,
     ErrorCode.RATE_LIMITED: RateLimited,
+    ErrorCode.INTERRUPTED: Interrupted,
     ErrorCode.OVERLOADED: Overloaded,
     ErrorCode.TOO_MANY_CLIENTS: TooManyClients,
     ErrorCode.DRAINING: Draining,

@@ -23,7 +23,11 @@ class Logprob(Struct, frozen=True):
 
 
 class Completion(Struct, frozen=True, kw_only=True):
-    """A generated text. ``finish_reason`` is ``stop``, ``length``, ``cancelled`` or ``deadline``."""
+    """A generated text. ``finish_reason`` is ``stop``, ``length``, ``cancelled`` or ``deadline``.
+
+    ``retried``: the model's process died before the first token, and it was asked again. ``reply`` is the answer of a
+    job that comes whole, such as an embedding, with its ``data``.
+    """
 
     text: str
     finish_reason: str = "stop"
@@ -31,6 +35,8 @@ class Completion(Struct, frozen=True, kw_only=True):
     usage: Usage = Usage()
     timings: Timings = Timings()
     logprobs: list[Logprob] | None = None
+    retried: bool = False
+    reply: dict[str, Any] | None = None
 
 
 class Embeddings(Struct, frozen=True, kw_only=True):
@@ -187,6 +193,86 @@ class Hello(Struct, frozen=True, kw_only=True):
     limits: dict[str, Any] = {}
 
 
+class Health(Struct, frozen=True, kw_only=True):
+    """``state``: ready, overloaded, loading, unavailable or draining. ``load`` is requests a slot, ``weight`` percent
+    of what an idle daemon could be given.
+    """
+
+    state: str
+    load: float = 0.0
+    weight: int = 100
+    running: int = 0
+    queued: int = 0
+    slots: int = 0
+
+
+class Distribution(Struct, frozen=True):
+    """Seconds. ``counts`` are of values up to each bound and above the one before; the last is of those above all."""
+
+    bounds: list[float] = []
+    counts: list[int] = []
+    sum: float = 0.0
+
+
+class RequestCount(Struct, frozen=True, kw_only=True):
+    """``outcome``: ok, an error's code, cancelled, deadline, or disconnected. Without a ``model`` they were of none."""
+
+    verb: str
+    outcome: str
+    count: int
+    model: str | None = None
+
+
+class ModelMetrics(Struct, frozen=True, kw_only=True):
+    """Of one model, since the daemon's start; what a model is doing only of one that is loaded."""
+
+    name: str
+    loaded: bool = False
+    running: int = 0
+    queued: int = 0
+    waiting: int = 0  # requests, for it to be loaded
+    slots: int = 0
+    memory: int = 0
+    planned_memory: int = 0
+    planned_gpu_memory: int = 0
+    cells_running: int = 0  # of the KV cache
+    cells_kept: int = 0
+    cells: int = 0
+    loads: int = 0
+    load_failures: int = 0
+    restarts: int = 0
+    evictions: int = 0
+    expiries: int = 0
+    decodes: int = 0
+    busy_slots: int = 0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    token_seconds: float = 0.0
+    cache_queries: int = 0
+    cache_hits: int = 0
+    longest: int = 0
+    first_token: Distribution = Distribution()
+    between_tokens: Distribution = Distribution()
+    end_to_end: Distribution = Distribution()
+
+
+class Metrics(Struct, frozen=True, kw_only=True):
+    """What was counted since the daemon's start."""
+
+    version: str = ""
+    uptime_s: float = 0.0
+    memory: int = 0
+    clients: int = 0
+    connections: int = 0
+    refused: dict[str, int] = {}
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    requests: list[RequestCount] = []
+    request_seconds: dict[str, Distribution] = {}
+    models: list[ModelMetrics] = []
+
+
 class Loaded(Struct, frozen=True, kw_only=True):
     """``model`` is the name the model goes by from now on."""
 
@@ -256,6 +342,33 @@ class Adapter(Struct, frozen=True, kw_only=True):
     size: int = 0
     scale: float | None = None
     requests: int = 0
+
+
+class Submitted(Struct, frozen=True, kw_only=True):
+    """``job`` is what ``attach`` takes; ``ttl_s`` how many seconds its answer is kept for somebody to fetch it."""
+
+    job: str
+    ttl_s: float = 0.0
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """A job as the daemon sees it. ``state``: queued, running, done, failed, cancelled, interrupted.
+
+    ``length`` is of its text so far, in characters, ``size`` what it takes of the disk, in bytes.
+    """
+
+    job: str
+    state: str = ""
+    owner: str = ""
+    verb: str = ""
+    model: str | None = None
+    age_s: float = 0.0
+    ran_s: float | None = None
+    length: int = 0
+    size: int = 0
+    ttl_s: float = 0.0
+    fetched: bool = False
+    followers: int = 0
 
 
 class Freed(Struct, frozen=True, kw_only=True):

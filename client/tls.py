@@ -14,8 +14,8 @@ class TlsSocket(ssl.SSLSocket):
     """An ssl.SSLSocket that can take a plain socket's place, also a non-blocking one.
 
     Where that would block, so does this: BlockingIOError. When ``recv`` has returned, no byte is left inside that a
-    poll of the file descriptor would not tell of. After ``send`` of a part only, what follows is to begin with the
-    rest: that is how OpenSSL wants it.
+    poll of the file descriptor would not tell of; so it may return more than was asked for. After ``send`` of a part
+    only, what follows is to begin with the rest: that is how OpenSSL wants it.
     """
 
     _ahead: bytes | None = None

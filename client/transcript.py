@@ -14,11 +14,13 @@ from protocol.replies import Event, Failed, Final, Ok, Queued, Reply, Started, T
 class Transcript:
     """Gathers the replies of one stream. ``result`` is None until its last line has come, and after a failure.
 
-    ``on_place`` is told the place in the queue, and the ms it will likely take, where ``queue_events`` asked for them.
+    ``offset`` is where the text of a job stands, in characters. ``on_place`` is told the place in the queue, and the ms
+    it will likely take, where ``queue_events`` asked for them.
     """
 
     def __init__(self) -> None:
         self.result: Completion | None = None
+        self.offset: int | None = None
         self.on_place: Callable[[int, float], object] | None = None
         self._pieces: list[str] = []
         self._logprobs: list[Any] = []
@@ -54,6 +56,7 @@ class Transcript:
     def _take(self, text: str, extra: dict[str, Any]) -> None:
         if text:
             self._pieces.append(text)
+        self.offset = extra.get("offset", self.offset)
         if isinstance(logprobs := extra.get("logprobs"), list):
             self._logprobs += logprobs
 

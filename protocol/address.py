@@ -44,10 +44,11 @@ def parse_address(text: str) -> Address:
         return Unix(text.removeprefix("unix:"))
     if "/" in text and not text.startswith(("tcp:", "tls:")):
         return Unix(text)
-    host, colon, port = text.removeprefix("tcp:").removeprefix("tls:").rpartition(":")
-    if not colon or not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"bad address {text!r}: allowed are a path with a slash, HOST:PORT and tls:HOST:PORT")
     kind = Tls if text.startswith("tls:") else Tcp
+    host, colon, port = (text[4:] if text.startswith(("tcp:", "tls:")) else text).rpartition(":")
+    twice = host.startswith(("tcp:", "tls:", "unix:"))
+    if not colon or not host or twice or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"bad address {text!r}: allowed are a path with a slash, HOST:PORT and tls:HOST:PORT")
     return kind(host.removeprefix("[").removesuffix("]"), int(port))
 
 

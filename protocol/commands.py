@@ -17,6 +17,7 @@ from protocol.command import KeepAlive as KeepAlive
 from protocol.command import Name as Name
 from protocol.command import Reference as Reference
 from protocol.command import Request as Request
+from protocol.operations import Attach as Attach
 from protocol.operations import Auth as Auth
 from protocol.operations import Cancel as Cancel
 from protocol.operations import EventKind as EventKind
@@ -24,11 +25,13 @@ from protocol.operations import Events as Events
 from protocol.operations import Health as Health
 from protocol.operations import Hello as Hello
 from protocol.operations import Help as Help
+from protocol.operations import Jobs as Jobs
 from protocol.operations import Metrics as Metrics
 from protocol.operations import Ping as Ping
 from protocol.operations import Quit as Quit
 from protocol.operations import Reload as Reload
 from protocol.operations import Status as Status
+from protocol.operations import Submit as Submit
 from protocol.options import LoadOptions
 
 Sha256 = Annotated[str, Meta(min_length=64, max_length=64, pattern=HEXADECIMAL)]
@@ -304,6 +307,7 @@ COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (
         Ping, Hello, Auth, Help, Status, Health, Metrics, Events, Load, Plan, Free, Models, Show, Queue, Pull, Remove,
-        Lora, Infer, InferStream, InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Cancel, Reload, Quit,
+        Lora, Infer, InferStream, InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Submit, Attach, Jobs,
+        Cancel, Reload, Quit,
     )
 }  # fmt: skip

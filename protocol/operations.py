@@ -11,9 +11,10 @@ from protocol.command import Command, Id
 EventKind = Literal[
     "listening", "loading", "loaded", "load_failed", "waiting", "evicted", "idle", "unloaded", "crashed", "resting",
     "warning", "adapter_loaded", "adapter_unloaded", "pulling", "pulled", "pull_failed", "converting", "converted",
-    "convert_failed", "reloaded", "reload_failed", "client_cut", "refused", "slow", "failed", "draining",
+    "convert_failed", "reloaded", "reload_failed", "client_cut", "refused", "auth_failed", "slow", "failed", "unwell", "draining",
 ]  # fmt: skip
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
+Job = Annotated[str, Meta(max_length=64)]
 
 
 class Ping(Command, frozen=True):
@@ -97,3 +98,44 @@ class Cancel(Command, frozen=True):
     DOC = "CANCEL [id] - cancels the request with that id, or without one what is being answered in order"
 
     id: Id | None = None
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------
+
+
+class Submit(Command, frozen=True):
+    """``request`` is the line of the request that is to outlive this connection; ``ttl_s`` how long its answer is kept
+    for somebody to fetch it.
+    """
+
+    VERB = "SUBMIT"
+    TEXT = "request"
+    DOC = "SUBMIT [ttl_s=...] VERB ... - begins a request as a job, whose answer ATTACH gives, from any connection"
+
+    request: str = ""
+    ttl_s: Annotated[int, Meta(ge=1, le=31_536_000)] | None = None
+
+
+class Attach(Command, frozen=True):
+    """``offset`` is how many characters of the answer the client has already."""
+
+    VERB = "ATTACH"
+    TEXT = "job"
+    STREAMS = True
+    DOC = "ATTACH [offset=...] job - a job's answer, a line a token, from that character on"
+
+    job: Job = ""
+    offset: Annotated[int, Meta(ge=0, le=2**53)] = 0
+
+
+class Jobs(Command, frozen=True):
+    """``all`` lists those of all owners."""
+
+    VERB = "JOBS"
+    WORD = "action"
+    TEXT = "job"
+    DOC = "JOBS [all=true] [list] [job] | cancel job | forget job - one's jobs; ends one; deletes one"
+
+    action: Literal["list", "cancel", "forget"] = "list"
+    job: Job = ""
+    all: bool = False

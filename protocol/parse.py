@@ -25,6 +25,7 @@ _NO_TEXT = {
     "source": ("No source provided", "No source after parameters"),
     "messages": ("No message provided", "No message after parameters"),
     "text": ("No text provided", "No text after parameters"),
+    "request": ("No request provided", "No request after parameters"),
     "tokens": ("No tokens provided", "No tokens after parameters"),
     "token": ("No token provided", "No token after parameters"),
 }
@@ -189,7 +190,7 @@ def _text_value(field: str, text: str) -> Any:
             return [{"role": "user", "content": text}]
         case "tokens" | "kinds":
             return text.split()
-        case "id" | "model" | "verb" | "path" | "source" | "adapter" | "token":
+        case "id" | "model" | "verb" | "path" | "source" | "adapter" | "token" | "job":
             return text.strip()
         case _:
             return text

@@ -22,7 +22,7 @@ import orjson
 import trio
 
 from bridge import loading
-from bridge.config import Config, Limits, Model, Store
+from bridge.config import Config, Jobs, Limits, Model, Store
 from bridge.server import Server
 from protocol.address import Tcp
 from protocol.options import LoadOptions
@@ -187,7 +187,8 @@ class Inside(Place):
 async def daemon(
     *models: str, limits: Limits | None = None, load: LoadOptions | None = None, wait: bool = True, **config: Any
 ) -> AsyncIterator[Inside]:
-    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields.
+    """Serves these models of the fake, all ready, on a Unix socket and a TCP port. ``config`` are further fields,
+    ``jobs`` those of their section.
 
     Without ``wait`` they may still be loading.
     """
@@ -195,6 +196,7 @@ async def daemon(
         path = os.path.join(folder, "bridge.sock")
         fields = {"socket": path, "tcp": ["127.0.0.1:0"], "backend": "fake"}
         fields |= {"store": Store(dir=os.path.join(folder, "models"), discover=False)}
+        fields |= {"jobs": Jobs(**{"dir": os.path.join(folder, "jobs"), **config.pop("jobs", {})})}
         fields |= {"models": [Model(path=model) for model in models]} | config
         server = Server(Config(limits=limits or Limits(), load=load or LoadOptions(), **fields))
         async with trio.open_nursery() as nursery:
@@ -210,8 +212,9 @@ async def daemon(
 class Spawned(Place):
     """A daemon in a process of its own; ``stderr`` is what it has logged."""
 
-    def __init__(self, process: subprocess.Popen[bytes], path: str, stderr: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], path: str, stderr: Path, ports: int) -> None:
         self.process = process
+        self._expected = ports
         self.path = path
         self._stderr = stderr
 
@@ -238,9 +241,9 @@ class Spawned(Place):
     def _listens(self) -> bool:
         assert self.process.poll() is None, f"serve exited with {self.process.returncode}"
         addresses = [line["address"] for line in self.log if line["event"] == "listening"]
-        ports = [int(address.rpartition(":")[2]) for address in addresses if "/" not in address]
-        self.port = ports[0] if ports else 0
-        return len(ports) == 1
+        self.ports = [int(address.rpartition(":")[2]) for address in addresses if "/" not in address]
+        self.port = self.ports[0] if self.ports else 0
+        return len(self.ports) == self._expected
 
 
 @contextmanager
@@ -250,13 +253,17 @@ def spawned(
     path: str | None = None,
     environ: dict[str, str] | None = None,
     command: Sequence[str] = SERVE,
+    ports: int = 1,
 ) -> Iterator[Spawned]:
-    """Runs ``serve`` on a Unix socket and a TCP port of its own until the block ends, and kills it then."""
+    """Runs ``serve`` on a Unix socket and a TCP port of its own until the block ends, and kills it then.
+
+    ``ports`` counts that one and those of ``arguments``.
+    """
     with tempfile.TemporaryDirectory(prefix="lb-") as folder:
         path, stderr = path or os.path.join(folder, "bridge.sock"), Path(folder, "stderr")
         here = ("--socket", path, "--tcp", "127.0.0.1:0", "--backend", backend)
         with serve(*here, *arguments, stderr=stderr, environ=environ, command=command) as process:
-            place = Spawned(process, path, stderr)
+            place = Spawned(process, path, stderr, ports)
             try:
                 deadline = time.monotonic() + PATIENCE
                 while not place._listens():
@@ -275,6 +282,7 @@ def serve(
     """The bare process of ``serve`` with these arguments; killed at the end of the block."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_BRIDGE_")}
     nothing = {"LLAMA_BRIDGE_STORE_DIR": str(stderr.parent / "models"), "LLAMA_BRIDGE_STORE_DISCOVER": "false"}
+    nothing["LLAMA_BRIDGE_JOBS_DIR"] = str(stderr.parent / "jobs")
     with stderr.open("ab") as log:
         process = subprocess.Popen(
             [*command, *arguments],

@@ -48,8 +48,11 @@ class MadeUp:
     load_ms = 0.0
     pid = 0
     running = queued = 0
+    cells = (0, 0, 0)
 
-    def __init__(self, name: str, backend: str, load: ipc.Load, limits: Limits, totals: object) -> None:
+    def __init__(
+        self, name: str, backend: str, load: ipc.Load, limits: Limits, totals: object, metrics: Metrics
+    ) -> None:
         self.name = name
         self.limits = limits
         self.adapters: set[str] = set()

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ import trio.testing
 from helpers import Inside, Wire, daemon, eventually
 
 from bridge import gate as gate_module
-from bridge.access import Role
+from bridge.access import Identity, Role
 from bridge.config import Access, Config, ConfigError, Limits
 from bridge.config_access import Allowance, Allowances, UserAllowance
 from bridge.gate import Gate, tokens_file
 from bridge.guard import Guard
+from bridge.peer import Peer
 from bridge.server import Server
-from bridge.tokens import issue, revoke
+from bridge.tokens import Token, Tokens, issue, revoke
 
 OTHER = 65534
 STRANGERS = Access(loopback="none")  # TCP then is as it would be from another machine
@@ -219,6 +222,15 @@ async def test_fault_26_ten_thousand_wrong_tokens(tokens: str, monkeypatch: pyte
     """From many connections, many at a time on each: all are refused, nothing stays of them, the right one gets in."""
     secret = issue(tokens, "ci", "user")
     monkeypatch.setattr("bridge.guard.FIRST", 0.0)  # the delay, which has a test of its own, would take hours
+    looked_at: list[str] = []
+    find = Tokens.find
+
+    def look_at(self: Tokens, given: str) -> Token | None:
+        if given != secret:
+            looked_at.append(given)
+        return find(self, given)
+
+    monkeypatch.setattr(Tokens, "find", look_at)
     async with daemon("echo", access=access(tokens)) as place:
         refused = 0
 
@@ -237,7 +249,8 @@ async def test_fault_26_ten_thousand_wrong_tokens(tokens: str, monkeypatch: pyte
             for _ in range(20):
                 async with await authenticated(place, secret) as wire:
                     assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
-        assert refused >= 50 * gate_module.MOST_FAILURES
+        assert refused >= 50
+        assert len(looked_at) <= 50 * gate_module.MOST_FAILURES, "of one connection no more are looked at"
         gate = place.server._gate
         assert len(gate.guard) == 1
 
@@ -295,15 +308,34 @@ async def test_another_user_of_this_machine(settings: dict[str, Any], role: str)
 
 @root
 async def test_another_user_by_name_and_by_group() -> None:
-    import grp
-    import pwd
-
     user = pwd.getpwuid(OTHER)
     group = grp.getgrgid(OTHER).gr_name
     for settings in ({"operators": [user.pw_name]}, {"operators": [f"@{group}"]}):
         async with daemon(socket_mode="0666", access=Access(**settings)) as place:  # type: ignore[arg-type]
             about = (await foreign(place, "STATUS"))["you"]
             assert (about["name"], about["role"]) == (user.pw_name, "operator")
+
+
+async def test_whom_we_are_getting_to_know_takes_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not let in when the drain began meanwhile."""
+    known = trio.Event()
+    identify = Gate.identify
+
+    async def slowly(self: Gate, peer: Peer) -> Identity:
+        await known.wait()
+        return await identify(self, peer)
+
+    async with daemon("echo?step_ms=5", limits=Limits(clients=3)) as place, await place.unix() as busy:
+        await busy.start("INFER_STREAM max_tokens=100000 a")
+        monkeypatch.setattr(Gate, "identify", slowly)
+        async with await place.unix() as one, await place.tcp() as two, await place.tcp() as three:
+            assert (await three.line())["code"] == "too_many_clients"
+            place.server.stop()
+            await trio.testing.wait_all_tasks_blocked()
+            known.set()
+            assert (await one.line())["code"] == (await two.line())["code"] == "draining"
+            await busy.send("CANCEL")
+            await busy.final()
 
 
 # -- limits ----------------------------------------------------------------------------------------------------
@@ -383,6 +415,15 @@ async def test_models_and_priority() -> None:
             await wire.start("INFER_STREAM max_tokens=100000 priority=high a")
             [request] = (await admin.ask("QUEUE echo"))["data"]
             assert request["priority"] == "low"
+
+
+async def test_an_operator_of_some_models(tokens: str) -> None:
+    secret = issue(tokens, "ci", "operator", ["models=echo,/some/file.gguf"])
+    async with daemon("echo", access=access(tokens)) as place, await authenticated(place, secret) as wire:
+        assert (await wire.ask("LOAD /some/file.gguf"))["status"] == "ok"
+        assert (await wire.ask("INFER model=file max_tokens=1 a"))["status"] == "ok"
+        for line in ("LOAD other", "LOAD name=echo2 /other.gguf", "INFER model=other a", "FREE all"):
+            assert await wire.code(line) == "forbidden", line
 
 
 async def test_a_token_has_its_own_limits(tokens: str) -> None:

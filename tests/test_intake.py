@@ -42,7 +42,6 @@ async def until_held(place: Inside, size: int) -> None:
     await eventually(look, lambda: f"{held(place)} bytes are held, not {size}")
 
 
-@pytest.mark.faults
 @KINDS
 async def test_fault_09_half_lines_of_a_crowd(kind: str) -> None:
     """Whose line no longer fits is told at once, and may send it again; the others' lines are answered."""
@@ -74,7 +73,6 @@ async def test_what_a_client_held_goes_with_it() -> None:
             await until_held(place, 0)
 
 
-@pytest.mark.faults
 async def test_fault_09_long_requests_that_wait_leave_room_for_short_ones() -> None:
     """Those that run go on; their clients may cancel them."""
     limits = Limits(input=MIB, json_line=MIB)
@@ -94,7 +92,6 @@ async def test_fault_09_long_requests_that_wait_leave_room_for_short_ones() -> N
         assert held(place) == 0
 
 
-@pytest.mark.faults
 async def test_fault_09_what_a_connection_sends_ahead_is_bounded_by_its_bytes() -> None:
     """The rest stays in the socket until something is answered; nothing of it is refused."""
     limits, load = Limits(pipeline_bytes=MIB), LoadOptions(n_ctx=1 << 20)

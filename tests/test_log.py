@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import orjson
 import pytest
-import structlog
+from helpers import PATIENCE
 
 from bridge import log
 from bridge.config import Log
@@ -16,9 +16,8 @@ SECRET = "what a client said"
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    before = structlog.get_config()
     yield
-    structlog.configure(**before)
+    log.configure(Log(format="json"))  # as conftest has it
 
 
 def fail(prompt: str) -> None:
@@ -34,7 +33,7 @@ def logged(settings: Log, capfd: pytest.CaptureFixture[str]) -> str:
         fail(SECRET)
     except ZeroDivisionError:
         log.get().exception("a handler failed", verb="INFER")
-    log.flush()
+    log.flush(PATIENCE)
     captured = capfd.readouterr()
     assert captured.out == ""
     return captured.err

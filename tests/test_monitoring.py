@@ -12,6 +12,7 @@ from helpers import Inside, Line, daemon, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.config import Limits, Model, Pool
+from bridge.config_access import Access
 from protocol.options import LoadOptions
 
 LONG = "INFER_STREAM max_tokens=100000 ignore_eos=true"
@@ -207,8 +208,8 @@ async def test_without_the_library_prometheus_is_unsupported(monkeypatch: pytest
         assert (await wire.ask("METRICS"))["status"] == "ok"
 
 
-async def test_over_tcp_metrics_are_not_for_everybody() -> None:
-    async with daemon("echo") as place, await place.tcp() as wire:
+async def test_metrics_are_not_for_everybody() -> None:
+    async with daemon("echo", access=Access(loopback="user")) as place, await place.tcp() as wire:
         assert await wire.code("METRICS") == "forbidden"
         assert (await wire.ask("HEALTH"))["message"] == "ready"
 

@@ -3,6 +3,7 @@
 # ruff: noqa: SIM117  a test may look at a file, and say first who is there and then what he does
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
@@ -18,8 +19,8 @@ import trustme
 from helpers import PATIENCE, Inside, Wire, daemon, eventually
 
 from bridge import tls
-from bridge.config import Access, Config, ConfigError, Limits
-from bridge.config_access import Tls
+from bridge.config import Access, ConfigError, Limits, Tls, read_config
+from bridge.tokens import issue
 from client import AsyncClient, Client, ConnectionLost, Unauthorized, Unreachable
 from client.tls import TlsSocket
 from protocol.address import Tls as TlsAddress
@@ -109,14 +110,9 @@ async def test_versions(authority: Authority, version: ssl.TLSVersion) -> None:
         assert (await wire.ask("PING"))["data"] == "pong"
 
 
-def test_old_versions_are_refused() -> None:
-    assert tls.server_context(Tls(certificate=_any_certificate())).minimum_version == ssl.TLSVersion.TLSv1_2
-
-
-def _any_certificate() -> str:
-    import tempfile
-
-    return Authority(Path(tempfile.mkdtemp(prefix="lb-"))).certificate("localhost")
+def test_old_versions_are_refused(authority: Authority) -> None:
+    settings = Tls(certificate=authority.certificate("localhost"))
+    assert tls.server_context(settings).minimum_version == ssl.TLSVersion.TLSv1_2
 
 
 async def test_both_clients(authority: Authority) -> None:
@@ -291,8 +287,6 @@ async def test_the_end_of_the_daemon_is_a_proper_one(authority: Authority) -> No
 
 
 async def test_nothing_is_left_of_clients_that_went(authority: Authority) -> None:
-    import os
-
     async with secured(authority) as place:
 
         def open_files() -> int:
@@ -360,8 +354,6 @@ async def test_without_a_required_certificate(authority: Authority, tmp_path: Pa
 
 
 async def test_a_token_over_tls(authority: Authority, tmp_path: Path) -> None:
-    from bridge.tokens import issue
-
     tokens = str(tmp_path / "tokens")
     secret = issue(tokens, "ci", "operator")
     async with secured(authority, access=Access(loopback="none", tokens=tokens)) as place:
@@ -389,6 +381,32 @@ async def test_certificates_are_read_anew(authority: Authority, tmp_path: Path) 
             await place.server.reload()
             async with await place.tls(other.context()) as wire:
                 assert (await wire.ask("PING"))["data"] == (await old.ask("PING"))["data"] == "pong"
+
+
+async def test_without_a_certificate_the_old_one_stays_as_the_port_does(authority: Authority) -> None:
+    async with secured(authority) as place:
+        config = place.server._daemon.config
+        new = msgspec.structs.replace(config, tls=Tls(), tcp=["127.0.0.1:0"])
+        place.server._configured._read = lambda: new
+        assert (await place.server.reload())["needs_restart"] == ["tcp"]
+        async with await place.tls(authority.context()) as wire:
+            assert (await wire.ask("PING"))["data"] == "pong"
+
+
+async def test_a_bug_in_letting_one_in_does_no_harm(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with secured(authority) as place, await place.unix() as wire:
+        with monkeypatch.context() as patch:
+            patch.setattr(tls, "shake_hands", fail)
+            stream = await trio.open_tcp_stream("127.0.0.1", place.tls_port)
+            with trio.fail_after(PATIENCE):
+                assert await stream.receive_some() == b""
+            await stream.aclose()
+        assert (await wire.ask("PING"))["data"] == "pong"
+        async with await place.tls(authority.context()) as other:
+            assert (await other.ask("PING"))["data"] == "pong"
 
 
 @pytest.mark.parametrize(
@@ -453,10 +471,7 @@ def test_a_tls_socket_is_as_a_plain_one(authority: Authority) -> None:
 
 
 def test_a_port_with_tls_needs_a_certificate() -> None:
-    from bridge.config import read_config
-
     with pytest.raises(ConfigError, match=r"tls:127\.0\.0\.1:1 needs a certificate"):
         read_config(None, {}, {"tcp": ["tls:127.0.0.1:1"]})
     with pytest.raises(ConfigError, match="client_ca"):
         read_config(None, {}, {"tls": {"client": "required"}})
-    assert isinstance(Config(socket="/s"), Config)

@@ -44,14 +44,14 @@ class Asking:
 
 
 class Crashed(BridgeError):
-    """model_crashed: the provider ended with the request in it.
+    """model_crashed, or peer_lost: the provider ended with the request in it.
 
     ``harmless`` is whether nothing is lost by asking another one: no token of the answer had been computed, and the
     provider did not end because it was told to.
     """
 
-    def __init__(self, message: str, *, harmless: bool) -> None:
-        super().__init__(ErrorCode.MODEL_CRASHED, message, retried=False)
+    def __init__(self, message: str, *, harmless: bool, code: ErrorCode = ErrorCode.MODEL_CRASHED) -> None:
+        super().__init__(code, message, retried=False)
         self.harmless = harmless
 
 

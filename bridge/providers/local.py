@@ -27,9 +27,11 @@ from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.admission import Admission
 from bridge.providers.base import Answer, Ask, Asking, Bill, Crashed, Progress
+from bridge.providers.chatter import Chatter
 from bridge.providers.liveness import Liveness
+from bridge.providers.peers import absent
 from bridge.receipts import Totals
-from protocol.errors import BridgeError
+from protocol.errors import BridgeError, ErrorCode
 
 _REAP_SECONDS = 2.0
 _NO_FRAME = (ValueError, msgspec.DecodeError)  # from a worker of another version, if we were upgraded under our feet
@@ -64,6 +66,7 @@ class LocalProvider:
         self._bills: dict[int, Bill] = {}  # of all that the worker will answer, also what nobody waits for any more
         self._last_rid = 0
         self._killed: str | None = None  # by us, and why
+        self._peer_lost = False
         self._frames = FrameBuffer()
         self._told_to_end = False
         self._log = log.get().bind(model=name)
@@ -90,6 +93,8 @@ class LocalProvider:
     # -- life --------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
+        if lost := await self._lost_peers():
+            raise self._failed(lost, ErrorCode.PEER_LOST)
         try:
             self._spawn()
         except OSError as error:  # no process, no memory or no file descriptor left
@@ -115,18 +120,26 @@ class LocalProvider:
             self.cells = (0, 0, self.info.n_ctx * self.info.n_parallel)
             return
         death = await self._bury()
-        raise self._failed(answer.reason if isinstance(answer, ipc.LoadFailed) else f"its worker {death}")
+        if isinstance(answer, ipc.LoadFailed):
+            raise self._failed(answer.reason, ErrorCode(answer.code))
+        if lost := await self._lost_peers():
+            raise self._failed(lost, ErrorCode.PEER_LOST)
+        raise self._failed(f"its worker {death}")
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as on_failure, theirs:
+        with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as handed, theirs:
             on_failure.callback(ours.close)
+            self._chatter = Chatter(self._log)
+            on_failure.callback(self._chatter.close)
+            handed.callback(self._chatter.close_theirs)
             ours.setblocking(False)
             # Popen and not trio's: that spawns from a thread of its own, and Linux ties a process to its parent thread.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bridge.worker", self._backend],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
+                stderr=self._chatter.theirs,
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a backtrace takes a debugger seconds
                 start_new_session=True,
             )
@@ -135,8 +148,14 @@ class LocalProvider:
         with contextlib.suppress(OSError):  # it is gone already
             Path(f"/proc/{self._process.pid}/oom_score_adj").write_text(_OOM_SCORE)
 
-    def _failed(self, reason: str) -> BridgeError:
-        return load_failed(self._load.path, reason)
+    def _failed(self, reason: str, code: ErrorCode = ErrorCode.LOAD_FAILED) -> BridgeError:
+        return load_failed(self._load.path, reason, code=code)
+
+    async def _lost_peers(self) -> str | None:
+        """Which of those that compute layers of it are not there, in words."""
+        rpc = self._load.options.rpc
+        missing = await absent(rpc) if rpc else []
+        return f"no RPC server is at {', '.join(missing)}" if missing else None
 
     async def _first_frame(self) -> ipc.Loaded | ipc.LoadFailed | None:
         while data := await self._receive():
@@ -152,7 +171,10 @@ class LocalProvider:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._outbox.run)
                 nursery.start_soon(self._watch)
+                nursery.start_soon(self._chatter.listen)
                 reason = await self._read()
+                if lost := None if self._told_to_end else await self._lost_peers():
+                    self._peer_lost, reason = True, f"ended: {lost}"
                 nursery.cancel_scope.cancel()
         finally:
             death = await self._bury()
@@ -206,6 +228,7 @@ class LocalProvider:
         self._home.close()
         with trio.CancelScope(shield=True):
             await self._end()
+        self._chatter.close()
         code = self._process.wait()
         if code >= 0:
             return f"exited with status {code}"
@@ -260,7 +283,7 @@ class LocalProvider:
                 self._metrics.of(self._name).computed(event)
                 self.cells = (event.cells_running, event.cells_kept, event.cells)
                 continue
-            if not isinstance(event, Progress):
+            if not isinstance(event, Progress | ipc.Begun):
                 bill = self._bills.pop(event.rid, None)
                 if bill and isinstance(event, ipc.Done | ipc.Embedded):
                     bill(event, time.monotonic())
@@ -292,4 +315,7 @@ class LocalProvider:
                 pending.answer(self._crashed(reason, begun=pending.begun))
 
     def _crashed(self, reason: str, *, begun: bool) -> Crashed:
-        return Crashed(f"The worker of {self._name} {reason}", harmless=not begun and not self._told_to_end)
+        message = f"The worker of {self._name} {reason}"
+        if self._peer_lost:  # without which it cannot start again: there is no use in asking it once more
+            return Crashed(message, harmless=False, code=ErrorCode.PEER_LOST)
+        return Crashed(message, harmless=not begun and not self._told_to_end)

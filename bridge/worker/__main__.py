@@ -47,7 +47,7 @@ def _serve() -> None:
         backend = _load(sys.argv[1], load)
         engine = Engine(backend, store=_store(load, backend), lora=load.lora)
     except LoadError as error:
-        home.sendall(encode(ipc.LoadFailed(str(error))))
+        home.sendall(encode(ipc.LoadFailed(str(error), error.code)))
         return
     gc.freeze()  # what is there now stays, and need not be gone through between two steps
     engines.append(engine)
