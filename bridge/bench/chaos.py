@@ -84,7 +84,9 @@ def chaos(plan: Plan, progress: Callable[[str], None]) -> Chaos:
 def _cast(model: str | None) -> Cast:
     if model is None:
         return _FAKE
-    return Cast(model, [(model, "side")], echoes=False, max_tokens=16, slots=4, n_ctx=512, patience=600.0, longest=30)
+    return Cast(
+        model, [(model, "side")], echoes=False, max_tokens=16, slots=4, n_ctx=512, calm=5.0, patience=600.0, longest=30
+    )
 
 
 def _configs(cast: Cast) -> list[str]:
@@ -109,7 +111,7 @@ async def _run(
     async def one(name: str, seconds: float, clients: int) -> Level:
         progress(f"{name}: {clients} clients, {seconds:g} s, seed {plan.seed}")
         tally = result.tally = Tally()
-        faults = Faults(daemon, configs, f"{plan.seed} {name}", tally.blame)
+        faults = Faults(daemon, configs, f"{plan.seed} {name}", tally.blame, cast.calm)
         result.faults = faults.told
         try:
             await _rage(cast, daemon, tally, faults, seconds, f"{plan.seed} {name}", clients)

@@ -149,6 +149,7 @@ class Client:
     def __init__(self, number: int, cast: Cast, addresses: list[Address], tally: Tally, seed: str) -> None:
         self._dice = random.Random(f"{seed} client {number}")
         self._patience = cast.patience
+        self._weights = [8, 4, 4, 4, 2, 0.3 if cast.echoes else 0]  # nothing real is as fast as to be stalled
         self._requests = Requests(cast, self._dice, f"c{number}")
         self._addresses = addresses
         self._tally = tally
@@ -157,7 +158,7 @@ class Client:
     async def run(self, over: Callable[[], bool]) -> None:
         manners = [self._polite, self._half_closes, self._leaves, self._cancels, self._dawdles, self._stalls]
         while not over():
-            [manner] = self._dice.choices(manners, weights=[8, 4, 4, 4, 2, 0.3])
+            [manner] = self._dice.choices(manners, weights=self._weights)
             talk = Talk(self._dice.choice(self._addresses), self._tally)
             try:
                 with trio.move_on_after(self._patience) as patience:

@@ -21,14 +21,17 @@ _BAD = ("[limits\n", "[limits]\nqueues = 1\n", "[limits]\nqueue = -1\n", 'backen
 
 class Faults:
     """``told`` counts what was done, ``blame`` is told what came of it that may not. ``config`` are good ones, of
-    which the first is the one to end with.
+    which the first is the one to end with. ``calm`` is how much rarer it all is than usual.
     """
 
-    def __init__(self, daemon: OwnDaemon, config: list[str], seed: str, blame: Callable[[str], None]) -> None:
+    def __init__(
+        self, daemon: OwnDaemon, config: list[str], seed: str, blame: Callable[[str], None], calm: float = 1.0
+    ) -> None:
         self.told: Counter[str] = Counter()
         self._daemon = daemon
         self._good = config
         self._blame = blame
+        self._calm = calm
         self._dice = random.Random(f"{seed} faults")
 
     async def run(self) -> None:
@@ -40,7 +43,7 @@ class Faults:
 
     async def _every(self, seconds: float, befall: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await trio.sleep(self._dice.expovariate(1 / seconds))
+            await trio.sleep(self._dice.expovariate(1 / (seconds * self._calm)))
             await befall()
 
     def _worker(self) -> psutil.Process | None:

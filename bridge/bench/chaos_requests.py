@@ -51,6 +51,7 @@ class Cast:
     max_tokens: int = 60
     slots: int = 8
     n_ctx: int = 1024
+    calm: float = 1.0  # how much rarer faults are: a model must be loaded in between
     patience: float = 60.0  # seconds for all that a connection asks, and for coming to rest: more than that may take
     longest: int = 200  # prompt, about, in words that may be several tokens each
 

@@ -58,6 +58,7 @@ class OwnDaemon:
         """``config`` is TOML: a [limits] and so on; where to listen and what must not be touched stands before it."""
         there = f'socket = "{self.unix.path}"\ntcp = ["{self.tcp.host}:{self.tcp.port}"]\n'
         store = f'\n[store]\ndir = "{self._folder / "models"}"\ndiscover = false\npull = false\n'
+        store += f'[jobs]\ndir = "{self._folder / "jobs"}"\n'
         whole = self._folder / "config.new"
         whole.write_text(there + config + store)
         whole.replace(self._config)
