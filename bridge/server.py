@@ -67,7 +67,7 @@ class Server:
                 self._daemon = Daemon(self._config, library, adapters, pool, self._jobs, self.stop, self.reload)
                 self._configured = Configured(self._daemon, self._read, workers)
                 await self._configured.begin()
-                workers.start_soon(self._jobs.run)
+                workers.start_soon(self._run_jobs)
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
                         clients.start_soon(accept_forever, listener, self._serve_client)
@@ -109,6 +109,13 @@ class Server:
             self._daemon.clients = len(self._sessions)
             if not self._sessions:
                 self._all_gone.set()
+
+    async def _run_jobs(self) -> None:
+        try:
+            await self._jobs.run()
+        except Exception:
+            # A bug must not take the clients with it.
+            self._log.exception("jobs have failed, and are not run any more")
 
     async def _answer_job(self, job: Job, asking: Asking, say: Callable[[Reply], None]) -> Ok | Final:
         """As it would be had its owner a connection."""

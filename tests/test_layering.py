@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -119,10 +120,19 @@ def test_only_handlers_translate_between_wire_and_worker() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["bridge.registry", "bridge.entry", "bridge.room", "bridge.models.fit", "bridge.worker.scheduler"]
+    "module",
+    ["bridge.registry", "bridge.entry", "bridge.room", "bridge.job", "bridge.models.fit", "bridge.worker.scheduler"],
 )
 def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}
+
+
+def test_the_database_is_behind_one_door() -> None:
+    """And is not opened for who has no jobs: it takes memory."""
+    assert who_imports("sqlite3") == {"bridge.job_store"}
+    assert who_imports("bridge.job_store") == {"bridge.job_disk"}
+    code = "import sys, bridge.server; assert 'bridge.job_disk' in sys.modules; assert 'sqlite3' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:
