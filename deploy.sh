@@ -3,9 +3,16 @@
 #
 #   run [MODEL]     set up, fetch the default model, start the daemon, stream one answer, say how to talk to it
 #   test [ARGS]     set up, then ruff, mypy and pytest; ARGS are pytest's
+#   deb [FOLDER]    set up, and build a Debian package of what install puts in place, in FOLDER or dist/
 #   stop            stop the daemon; running answers may end first
 #   status          what the daemon does (exit status 3: it does not run)
 #   logs [ARGS]     the end of the daemon's log; ARGS are tail's, as in: logs -f
+#   install [--user] [--network] [--no-model] [--from-venv DIR]
+#                   set up, and have systemd run the daemon when somebody connects: as root for all, or --user for you;
+#                   again after an update. --network: it may PULL, and listen on ports that its configuration names;
+#                   --no-model: without the default one; --from-venv: with the packages that lie in DIR, compiling nothing
+#   uninstall [--user] [--purge]
+#                   take that away; --purge: with its models, configuration, cache and user
 #   check           what this machine has and what it lacks; changes nothing
 #   help            this
 #
@@ -226,12 +233,25 @@ status() {
     bridge status
 }
 
+# -- packaging ----------------------------------------------------------------------------------------------------
+
+deb() { # [FOLDER]
+    local folder=$ROOT/dist
+    [ -z "${1:-}" ] || folder=$(cd -- "$CALLED_FROM" && realpath -m -- "$1")
+    has dpkg-deb || die "dpkg-deb is not here: this is for Debian and its kin"
+    set_up
+    "$PY" deb/package.py "$folder" 9<&-
+    say "to install it, as root: apt-get install /path/to/the.deb"
+}
+
 # -- tests, and what this machine has -----------------------------------------------------------------------------
 
 lacking_tools() { # as Debian packages; the nc of netcat-traditional speaks no Unix sockets
     [[ $(nc -h 2>&1) == *-U* ]] || echo netcat-openbsd
     has socat || echo socat
     has shellcheck || echo shellcheck
+    has haproxy || echo haproxy
+    has systemd-nspawn || echo systemd-container
 }
 
 tests() {
@@ -274,7 +294,13 @@ test) tests "$@" ;;
 stop | stop-bridge) stop ;;
 status) status ;;
 logs) exec tail "${@:--n100}" -- "$BRIDGE_LOG" ;;
+install | uninstall)
+    # shellcheck source=systemd/install.sh
+    . "$ROOT/systemd/install.sh"
+    "${verb}_service" "$@"
+    ;;
 check) check ;;
+deb) deb "$@" ;;
 help | -h | --help) usage ;;
 build-bridge) set_up ;;
 start-bridge) start "$@" ;;

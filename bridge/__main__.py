@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 
 OURS = ("protocol", "client", "bridge")
@@ -11,7 +13,10 @@ def main() -> None:
     """Runs the command line. Exits with 1 and what to do about it when the daemon's dependencies are missing."""
     try:
         from bridge.cli import cli
+        from bridge.lazy import COMPLETION
 
+        if COMPLETION in os.environ:
+            importlib.import_module("bridge.cli_completion")  # which knows bash better than click does
         cli(prog_name="llama-bridge")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

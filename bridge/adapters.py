@@ -12,7 +12,7 @@ from functools import partial
 
 import msgspec
 
-from bridge import ipc
+from bridge import ipc, log
 from bridge.entry import Entry, Lora
 from bridge.library import Library
 from bridge.models.files import read_model_files
@@ -81,14 +81,15 @@ class Adapters:
         wanted = []
         for path, scale in await self.resolve(names, entry):
             checked = await self.check(entry.spec.path, path)
-            await self.load(provider, checked)
+            await self.load(entry, provider, checked)
             wanted.append((checked.key, scale))
         return msgspec.structs.replace(request, lora=wanted)
 
-    async def load(self, provider: Provider, checked: Checked) -> None:
+    async def load(self, entry: Entry, provider: Provider, checked: Checked) -> None:
         if checked.key not in provider.adapters:
             await provider.ask(ipc.LoadAdapter(0, checked.key, checked.path), Asking(lambda: None))
             provider.adapters.add(checked.key)
+            log.get().info("adapter loaded", model=entry.name, path=checked.path)
 
     async def of_load(self, model: str, lora: Lora) -> list[ipc.Adapter]:
         """Those that come with a model. Raises BridgeError."""

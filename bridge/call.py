@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from bridge.access import Role, check_role
 from bridge.daemon import Daemon, Peer
+from bridge.models.reference import LocalPath, parse
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
-from protocol.errors import BridgeError, ErrorCode
+from protocol.errors import BridgeError
 from protocol.replies import Reply
 
 
@@ -21,11 +23,16 @@ class Caller:
     peer: Peer
     totals: Totals
 
-    def check_operator(self, verb: str) -> None:
-        """Raises BridgeError (forbidden)."""
-        if self.peer.uid not in (0, os.getuid()):
-            message = f"{verb} is for the daemon's own user and root, over the Unix socket"
-            raise BridgeError(ErrorCode.FORBIDDEN, message)
+    def check_role(self, needed: Role, verb: str) -> None:
+        """For what of a verb needs more than the verb does. Raises BridgeError: unauthorized, forbidden."""
+        check_role(self.daemon.gate.identity(self.peer), needed, verb)
+
+    def without_paths(self, about: dict[str, Any]) -> dict[str, Any]:
+        """What users are told of a model: where its files lie is the operators' to know."""
+        if self.daemon.gate.identity(self.peer).role >= Role.OPERATOR:
+            return about
+        names = {"names": [name for name in about["names"] if not _is_path(name)]} if "names" in about else {}
+        return {key: value for key, value in about.items() if key != "path"} | names
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +43,10 @@ class Call(Caller):
     received: float
     asking: Asking
     say: Callable[[Reply], None]
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return isinstance(parse(name), LocalPath)
+    except BridgeError:  # no reference of any kind
+        return False

@@ -13,10 +13,12 @@ import click
 import msgspec
 
 from bridge import __version__
+from bridge.cli_connect import connection_options
 from bridge.cli_tables import print_models, print_table
 from bridge.lazy import LazyGroup
 from client import BridgeError, Client, RemoteProtocolError
-from protocol.address import Address, Unix, parse_address
+from client.results import Limits
+from protocol.address import Unix
 from protocol.commands import Command
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,28 +33,17 @@ def cli() -> None:
 # -- what the client commands share ----------------------------------------------------------------------------
 
 
-def _tcp(text: str) -> Address:
-    try:
-        return parse_address(f"tcp:{text}")
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not HOST:PORT") from None
-
-
 def talks(command: F) -> F:
-    """Gives a command the options that say which bridge, and a client as its first argument.
+    """Gives a command the options that say which bridge and who asks, and a client as its first argument.
 
     An error answer goes to the standard error, with exit status 1.
     """
 
-    @click.option("--socket", type=Unix, metavar="PATH", help="The daemon's Unix socket.")
-    @click.option("--tcp", type=_tcp, metavar="HOST:PORT", help="The daemon's TCP port, instead.")
-    @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for an answer.")
+    @connection_options
     @functools.wraps(command)
-    def wrapped(*args: Any, socket: Address | None, tcp: Address | None, timeout: float | None, **kwargs: Any) -> None:
-        if socket and tcp:
-            raise click.UsageError("--socket and --tcp exclude each other")
+    def wrapped(connect: Callable[[], Client], *args: Any, **kwargs: Any) -> None:
         try:
-            with Client(tcp or socket, timeout=timeout) as client:
+            with connect() as client:
                 command(client, *args, **kwargs)
         except BridgeError as error:
             _fail(str(error))
@@ -66,7 +57,7 @@ def talks(command: F) -> F:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 lora_option = click.option(
-    "--lora", multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."
+    "--lora", type=click.Path(), multiple=True, metavar="PATH[:SCALE]", help="An adapter; may be given several times."
 )
 
 
@@ -153,7 +144,22 @@ def status(client: Client, as_json: bool) -> None:
     click.echo(
         f"version {status.version}, pid {status.pid}, up {status.uptime_s:.0f} s, {status.clients} clients{draining}"
     )
+    click.echo(f"you are {status.you.name}, {status.you.role}{_limits(status.you.limits)}")
     print_models(status.models)
+
+
+def _limits(limits: Limits) -> str:
+    """What is limited, and what of it is left."""
+    said = [
+        f", {key.replace('_', ' ')}: {quota.left} of {quota.limit} left"
+        for key, quota in (
+            ("requests_per_minute", limits.requests_per_minute),
+            ("tokens_per_minute", limits.tokens_per_minute),
+            ("running", limits.running),
+        )
+        if quota
+    ]
+    return "".join(said)
 
 
 @cli.command()

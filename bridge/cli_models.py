@@ -12,7 +12,7 @@ import msgspec
 from bridge.cli import here, json_option, lora_option, parameters_of, print_json, talks
 from bridge.cli_bar import progress_bar
 from bridge.cli_tables import in_bytes, print_models, print_table
-from bridge.cli_types import NumberOrAuto
+from bridge.cli_types import ModelName, NumberOrAuto
 from bridge.models.store import CONVERTED
 from client import Client
 from client.results import ModelState
@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.command()
-@click.argument("part", required=False)
+@click.argument("part", type=ModelName(), required=False)
 @click.option("--loaded/--not-loaded", default=None, help="Only those that are loaded, or only the others.")
 @click.option("-a", "--all", "all_of_them", is_flag=True, help="However many, and what the daemon converted, too.")
 @json_option
@@ -48,7 +48,7 @@ def _is_listed(model: ModelState, part: str | None, all_of_them: bool) -> bool:
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", type=ModelName(loaded=True), required=False)
 @json_option
 @talks
 def queue(client: Client, model: str | None, as_json: bool) -> None:
@@ -69,7 +69,7 @@ def queue(client: Client, model: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", type=ModelName(), required=False)
 @json_option
 @talks
 def show(client: Client, model: str | None, as_json: bool) -> None:
@@ -117,7 +117,7 @@ def _options(client: Client, command: type[Command], pairs: tuple[str, ...], nam
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=ModelName(loaded=False, files=True))
 @click.option("--name", help="The name it goes by; otherwise its own.")
 @click.option("--keep-alive", type=float, help="Seconds that it stays when nobody uses it; -1 is for ever.")
 @click.option("--pin", is_flag=True, default=None, help="It stays, also when another needs the memory.")
@@ -134,7 +134,7 @@ def load(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **na
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=ModelName(files=True))
 @loads
 @talks
 def plan(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **named: Any) -> None:
@@ -165,7 +165,7 @@ def _print_sizes(plan: Planned) -> None:
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", type=ModelName(loaded=True), required=False)
 @click.option("--drain/--no-drain", default=True, help="Wait for what it is generating, or refuse if it is.")
 @json_option
 @talks
@@ -199,7 +199,7 @@ def pull(client: Client, source: str, name: str | None, sha256: str | None, as_j
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=ModelName(source="store"))
 @json_option
 @talks
 def remove(client: Client, model: str, as_json: bool) -> None:
@@ -215,8 +215,8 @@ def remove(client: Client, model: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("action", type=click.Choice(["list", "load", "unload", "check"]), default="list")
-@click.argument("adapter", required=False)
-@click.option("-m", "--model", help="Which model; otherwise the default one.")
+@click.argument("adapter", type=click.Path(), required=False)
+@click.option("-m", "--model", type=ModelName(), help="Which model; otherwise the default one.")
 @json_option
 @talks
 def lora(client: Client, action: str, adapter: str | None, model: str | None, as_json: bool) -> None:

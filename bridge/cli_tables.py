@@ -57,7 +57,7 @@ def _print_loaded(models: list[ModelState]) -> None:
             in_bytes(model.memory + model.gpu_memory),
             model.running,
             model.queued + model.waiting,
-            _leaves(model),
+            leaves(model),
         ]
         for model in models
     ]
@@ -71,7 +71,8 @@ def _not_loaded(model: ModelState) -> tuple[str, str, str]:
     return model.name + " *" * model.default, in_bytes(model.size), model.source or model.path
 
 
-def _leaves(model: ModelState) -> str | None:
+def leaves(model: ModelState) -> str | None:
+    """When an idle one is to be unloaded; None of one that is in use."""
     if model.pinned or model.keep_alive < 0:
         return "stays"
     if model.state != "ready" or model.running or model.queued:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from bridge.cli import here, json_option, lora_option, parameters_of, print_json, talks
+from bridge.cli_types import ModelName
 from client import Client, Stream
 from client.results import Completion
 from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferStream
@@ -32,7 +33,7 @@ _streamed = click.option(
 def generates(command: F) -> F:
     """The options of INFER and CHAT. The rarer ones are given with -p."""
     options = (
-        click.option("-m", "--model", help="Which model; otherwise the default one."),
+        click.option("-m", "--model", type=ModelName(), help="Which model; otherwise the default one."),
         click.option("-n", "--max-tokens", type=int, help="Longest answer, in tokens."),
         click.option("--temperature", type=float, help="0 is greedy."),
         click.option("--top-k", type=int),
@@ -127,7 +128,7 @@ def _explain(completion: Completion | None) -> None:
 
 @click.command()
 @click.argument("text", nargs=-1)
-@click.option("-m", "--model", help="Which model; otherwise the default one.")
+@click.option("-m", "--model", type=ModelName(), help="Which model; otherwise the default one.")
 @click.option("--dimensions", type=int, help="Only the first so many components, of length 1 again.")
 @lora_option
 @_keep_alive
@@ -141,7 +142,7 @@ def embed(client: Client, text: tuple[str, ...], as_json: bool, **named: Any) ->
 
 @click.command()
 @click.argument("text", nargs=-1)
-@click.option("-m", "--model", help="Which model; otherwise the default one.")
+@click.option("-m", "--model", type=ModelName(), help="Which model; otherwise the default one.")
 @click.option("--special", is_flag=True, help="Add what the model puts around a text, such as BOS.")
 @json_option
 @talks

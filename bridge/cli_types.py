@@ -1,10 +1,18 @@
-"""Types of options that several commands take."""
+"""Types of arguments and options that several commands take."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from protocol.address import Unix
+
+if TYPE_CHECKING:
+    from client.results import ModelState
+
+_PATIENCE = 1.0  # seconds for a daemon to say what may come next, while a user waits at the prompt
 
 
 class NumberOrAuto(click.ParamType[int | str]):
@@ -23,3 +31,46 @@ class NumberOrAuto(click.ParamType[int | str]):
             return int(value)
         except ValueError:
             self.fail(f"{value!r} is neither a whole number nor auto", param, ctx)
+
+
+class UnixPath(click.Path):
+    """The path of a Unix socket."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What comes in converted, such as a default, stays as it is."""
+        return value if isinstance(value, Unix) else Unix(value)
+
+
+class ModelName(click.ParamType[str]):
+    """A model by name, which a shell can complete: any, those that are (not) ``loaded``, or those of one ``source``.
+
+    With ``files`` it may as well be the path of one.
+    """
+
+    name = "model"
+
+    def __init__(self, *, loaded: bool | None = None, source: str = "", files: bool = False) -> None:
+        self._loaded = loaded
+        self._source = source
+        self._files = files
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """What a running daemon has, with its states. Wakes no model: MODELS never does."""
+        names = [
+            CompletionItem(name, help=model.state)
+            for model in self._ask(ctx)
+            if not self._source or model.source in ("", self._source)  # of loaded ones it is not told
+            for name in (model.names or [model.name])
+            if name.startswith(incomplete)
+        ]
+        return [CompletionItem(incomplete, type="file"), *names] if self._files else names
+
+    def _ask(self, ctx: click.Context) -> list[ModelState]:
+        """Of the daemon that the options before name; nothing where there is none, or none that answers in time."""
+        from client import BridgeError, Client, RemoteProtocolError  # not for `serve`, which has this module, too
+
+        try:
+            with Client(ctx.params.get("tcp") or ctx.params.get("socket"), timeout=_PATIENCE) as client:
+                return client.models(self._loaded)
+        except (BridgeError, RemoteProtocolError, OSError, ValueError):
+            return []

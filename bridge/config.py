@@ -1,11 +1,13 @@
 """The configuration: defaults < TOML file < environment < flags. Read once, validated once, then frozen.
 
-Every key of the file but ``models`` can be an environment variable: ``limits.clients`` is LLAMA_BRIDGE_LIMITS_CLIENTS,
-``socket`` is LLAMA_BRIDGE_SOCKET; a list is separated by commas. What is not known is refused by its name.
+Every key of the file but ``models`` and the tables in [access] can be an environment variable: ``limits.clients`` is
+LLAMA_BRIDGE_LIMITS_CLIENTS, ``socket`` is LLAMA_BRIDGE_SOCKET; a list is separated by commas. What is not known is
+refused by its name.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tomllib
 from collections.abc import Mapping
@@ -15,14 +17,21 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from protocol.address import Tcp, default_socket, parse_address
+from bridge.access import is_loopback
+from bridge.config_access import Access as Access
+from bridge.config_access import Tls as Tls
+from protocol import address as addresses
+from protocol.address import Unix, default_socket, parse_address
 from protocol.commands import KeepAlive, Load
 from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
 from protocol.options import LoadOptions
 
 ENVIRONMENT_PREFIX = "LLAMA_BRIDGE_"
-_SECTIONS = ("limits", "load", "pool", "store", "cache", "jobs", "log")
-_CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC",)  # client/bridge.sh's own, which its user may have exported
+_SECTIONS = ("limits", "load", "pool", "store", "cache", "jobs", "http", "agent", "log", "access", "tls")
+# The clients' own, which their user may have exported.
+_CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC", "LLAMA_BRIDGE_TOKEN", "LLAMA_BRIDGE_TOKEN_FILE", "LLAMA_BRIDGE_CA")
+_LISTS = ("directories", "allow", "admins", "operators", "users")
+HTTP_PACKAGES = ("hypercorn", "prometheus_client", "starlette")  # of the extra [http]
 Positive = Annotated[int, Meta(ge=1)]
 Bytes = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
@@ -39,12 +48,19 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     text_line: Positive = TEXT_LINE_LIMIT
     json_line: Positive = JSON_LINE_LIMIT
     pipeline: Positive = 256  # requests of one connection that wait or run; more are left in the socket
+    pipeline_bytes: Positive = 32 * 1024 * 1024  # of these
+    input: Positive = 256 * 1024 * 1024  # of these and of half lines, of all connections together
     queue: Positive = 512  # requests of one model that wait or run
     queue_bytes: Positive = 64 * 1024 * 1024  # of their prompts
+    queue_tokens: Positive = 1024 * 1024  # of the prompts that wait
     output: Positive = 1024 * 1024  # waiting for a slow reader
     stall: Seconds = 10.0  # a reader that takes nothing
+    strangers: Positive = 64  # of the clients, those who have yet to say who they are
+    auth: Seconds = 5.0  # for them to do so
+    grace: Seconds = 0.0  # from telling balancers that it will stop to refusing anybody
     drain: Seconds = 30.0  # for what runs when the daemon is told to stop
     load: Seconds = 600.0  # for a model to load
+    step: Annotated[float, Meta(ge=1, le=86_400)] = 300.0  # for one step of a model's worker
 
 
 class Pool(Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,9 +106,27 @@ class Jobs(Struct, frozen=True, forbid_unknown_fields=True):
     keep_s: Seconds = 60.0  # that one is kept which was fetched, for whom the connection broke at the very end
 
 
+class Http(Struct, frozen=True, forbid_unknown_fields=True):
+    """/metrics, /healthz and /readyz. ``listen`` is HOST:PORT, "" nowhere."""
+
+    listen: str = ""
+
+
+class Agent(Struct, frozen=True, forbid_unknown_fields=True):
+    """What HAProxy asks how busy we are. ``listen`` is HOST:PORT, "" nowhere."""
+
+    listen: str = ""
+
+
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
+    """``prompts`` writes down what clients send and get; HELLO tells them."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else JSON
+    # auto: to the journal where standard error goes there, console on a terminal, else JSON
+    format: Literal["auto", "console", "json", "journal"] = "auto"
+    slow_ms: Annotated[int, Meta(ge=0)] = 0  # a line for each request that takes as long; 0 is none
+    requests: bool = False  # a line for each, however fast
+    prompts: bool = False  # with its prompt and its answer
 
 
 class Model(Load, frozen=True):
@@ -108,6 +142,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0600"
     socket_group: str = ""
     tcp: list[str] = []
+    idle_exit: Seconds = 0.0  # under socket activation: end when nobody needs the daemon for so long; 0 is never
     backend: Literal["llama", "fake"] = "llama"
     limits: Limits = Limits()
     load: LoadOptions = LoadOptions()
@@ -116,7 +151,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     store: Store = Store()
     cache: Cache = Cache()
     jobs: Jobs = Jobs()
+    http: Http = Http()
+    agent: Agent = Agent()
     log: Log = Log()
+    access: Access = Access()
+    tls: Tls = Tls()
 
 
 def read_config(
@@ -157,9 +196,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if key == "tcp":
             values["tcp"] = _split(text)
         elif section in _SECTIONS and rest:
-            many = rest in ("directories", "allow")
-            values.setdefault(section, {})[rest] = _split(text) if many else text
-        elif key in ("socket", "socket_mode", "socket_group", "backend"):
+            values.setdefault(section, {})[rest] = _split(text) if rest in _LISTS else text
+        elif key in ("socket", "socket_mode", "socket_group", "backend", "idle_exit"):
             values[key] = text
         else:
             raise ConfigError(f"environment: unknown variable {variable}")
@@ -197,12 +235,48 @@ def _convert(values: Mapping[str, Any], source: str) -> Config:
 def _check(config: Config) -> None:
     for address in config.tcp:
         try:
-            if not isinstance(parse_address(address), Tcp):
-                raise ValueError(f"bad address {address!r}: allowed is HOST:PORT")
+            parsed = parse_address(address)
         except ValueError as error:
             raise ConfigError(f"tcp: {error}") from None
+        if isinstance(parsed, Unix):
+            raise ConfigError(f"tcp: bad address {address!r}: allowed are HOST:PORT and tls:HOST:PORT")
+        check_open(config, parsed)
     if not config.socket and not config.tcp:
         raise ConfigError("socket and tcp are both empty: nothing to listen on")
+    limits = config.limits
+    if limits.input < limits.json_line:
+        raise ConfigError(f"limits.input: {limits.input} is less than one line may have, limits.json_line")
+    _check_watched(config)
     for number, model in enumerate(config.models):
         if not model.path:
             raise ConfigError(f"models[{number}]: path is missing")
+    if config.tls.client != "none" and not config.tls.client_ca:
+        raise ConfigError(f"tls.client is {config.tls.client}, and tls.client_ca does not say whose certificates count")
+
+
+def check_open(config: Config, address: addresses.Tcp | addresses.Tls) -> None:
+    """Nobody is to listen to the world by mistake. Raises ConfigError."""
+    if isinstance(address, addresses.Tls) and not config.tls.certificate:
+        raise ConfigError(f"tcp: {address} needs a certificate: tls.certificate")
+    by_certificate = isinstance(address, addresses.Tls) and config.tls.client != "none"
+    by_token = config.access.tokens or os.environ.get("CREDENTIALS_DIRECTORY")
+    if not (is_loopback(address.host) or by_certificate or by_token or config.access.insecure):
+        message = "can be reached from other machines, and there is nothing by which to know who may: say access.tokens"
+        raise ConfigError(f"tcp: {address} {message}, tls.client, or --insecure, which lets in everybody as a user")
+
+
+def _check_watched(config: Config) -> None:
+    """Nobody has to say who they are at these ports, so they are for this machine alone."""
+    for key, text in (("http.listen", config.http.listen), ("agent.listen", config.agent.listen)):
+        if not text:
+            continue
+        try:
+            address = parse_address(text)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        if not isinstance(address, addresses.Tcp) or not is_loopback(address.host):
+            raise ConfigError(f"{key}: {text!r} is not of this machine alone; allowed is 127.0.0.1:PORT or [::1]:PORT")
+    lacking = [name for name in HTTP_PACKAGES if importlib.util.find_spec(name) is None] if config.http.listen else []
+    if lacking:
+        needed = ", ".join(lacking)
+        raise ConfigError(f"http.listen: needs {needed}; install what is missing: pip install 'llama-bridge[http]'")

@@ -15,7 +15,10 @@ from bridge.entry import Terms
 from bridge.registry import CONFIGURATION
 from protocol.errors import BridgeError, ErrorCode
 
-NEEDS_RESTART = ("socket", "socket_mode", "socket_group", "tcp", "backend", "jobs.dir", "log.level", "log.format")
+NEEDS_RESTART = (
+    "socket", "socket_mode", "socket_group", "tcp", "backend", "jobs.dir", "http.listen", "agent.listen", "log.level",
+    "log.format",
+)  # fmt: skip
 
 
 class Configured:
@@ -46,11 +49,12 @@ class Configured:
         async with self._one:
             old = self._daemon.config
             try:
-                new = self._read()
+                read = self._read()
+                changed, new = sorted(_differences(old, read)), _keep(old, read)
+                await self._daemon.gate.reconfigure(new)
             except ConfigError as error:
+                self._log.error("reload failed", reason=str(error))
                 raise BridgeError(ErrorCode.BAD_CONFIG, f"The configuration stays as it is: {error}") from None
-            changed = sorted(_differences(old, new))
-            new = _keep(old, new)
             self._daemon.config = new
             self._daemon.library.reconfigure(new)
             self._daemon.pool.reconfigure(new)
@@ -136,6 +140,12 @@ def _differences(old: Config, new: Config) -> Iterable[str]:
 
 def _keep(old: Config, new: Config) -> Config:
     """The new one, but for what needs a restart."""
-    kept = {key: getattr(old, key) for key in NEEDS_RESTART if "." not in key}
-    jobs = msgspec.structs.replace(new.jobs, dir=old.jobs.dir)
-    return msgspec.structs.replace(new, **kept, jobs=jobs, log=old.log)
+    kept: dict[str, Any] = {}
+    for key in NEEDS_RESTART:
+        section, _, inner = key.partition(".")
+        was = getattr(old, section)
+        if inner:
+            now = kept.get(section, getattr(new, section))
+            was = msgspec.structs.replace(now, **{inner: getattr(was, inner)})
+        kept[section] = was
+    return msgspec.structs.replace(new, **kept)

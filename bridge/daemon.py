@@ -9,9 +9,14 @@ from typing import Any
 
 from bridge.adapters import Adapters
 from bridge.config import Config
+from bridge.gate import Gate
+from bridge.intake import Intake
 from bridge.job_desk import JobDesk
 from bridge.library import Library
+from bridge.metrics import Metrics
+from bridge.peer import Peer as Peer
 from bridge.pool import ModelPool
+from bridge.refusals import Refusals
 
 
 @dataclass
@@ -22,29 +27,14 @@ class Daemon:
     library: Library
     adapters: Adapters
     pool: ModelPool
+    gate: Gate
     jobs: JobDesk
     stop: Callable[[], None]  # begins the drain; returns at once
     reload: Callable[[], Awaitable[dict[str, Any]]]  # raises BridgeError, and then nothing has changed
+    metrics: Metrics
+    refusals: Refusals = field(default_factory=Refusals)
+    intake: Intake = field(default_factory=Intake)
     started: float = field(default_factory=time.monotonic)
     clients: int = 0
+    leaving: bool = False  # balancers are told to send nobody more; who comes all the same is served
     draining: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end. ``number`` is a connection's own, never used again; over TCP there is no ``uid``."""
-
-    number: int
-    uid: int | None = None
-    tcp: bool = False
-
-    @property
-    def owner(self) -> str:
-        """Whom what outlives the connection belongs to."""
-        return "tcp" if self.uid is None else f"uid:{self.uid}"
-
-    @classmethod
-    def of_owner(cls, owner: str) -> Peer:
-        """For what belongs to an owner whose connection is gone. It has no number of its own."""
-        kind, _, name = owner.partition(":")
-        return cls(0, int(name) if kind == "uid" else None, kind == "tcp")

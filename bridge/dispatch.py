@@ -16,8 +16,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+import trio
 
-from bridge import __version__, generation, ipc, loading, lora, submit
+from bridge import __version__, auth, generation, ipc, loading, lora, monitoring, submit, subscribing
 from bridge.call import Call, Caller
 from bridge.entry import State
 from bridge.providers.base import Answer, Ask
@@ -42,7 +43,9 @@ def _hello(caller: Caller, _command: commands.Hello) -> Ok:
     limits |= {"jobs": config.jobs.max, "jobs_per_owner": config.jobs.per_owner, "jobs_bytes": config.jobs.bytes}
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
-    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "jobs"]
+    features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events", "health", "metrics"]
+    features += ["auth", "jobs"]
+    features += ["logs_prompts"] if caller.daemon.config.log.prompts else []
     about = {"name": "llama-bridge", "version": __version__, "protocol": PROTOCOL_VERSION}
     return Ok("llama-bridge", about | {"features": features, "commands": list(commands.COMMANDS), "limits": limits})
 
@@ -58,29 +61,29 @@ def _help(_caller: Caller, command: commands.Help) -> Ok:
 
 def _status(caller: Caller, _command: commands.Status) -> Ok:
     daemon = caller.daemon
-    models = loading.describe(daemon.pool)
+    models = [caller.without_paths(model) for model in loading.describe(daemon.pool)]
     extra: dict[str, Any] = {
         "version": __version__,
         "uptime_s": round(time.monotonic() - daemon.started, 1),
         "pid": os.getpid(),
         "clients": daemon.clients,
+        "tasks": trio.lowlevel.current_statistics().tasks_living,
         "draining": daemon.draining,
     }
     if models:
         extra["default"] = models[0]["name"]
     loaded = [model for model in models if model["state"] in (State.READY, State.RESTARTING)]
-    message = f"Model loaded: {loaded[0]['path']}" if loaded else "No model loaded"
-    return Ok(message, None, extra | {"models": models, "usage": msgspec.structs.asdict(caller.totals)})
+    message = f"Model loaded: {loaded[0].get('path', loaded[0]['name'])}" if loaded else "No model loaded"
+    extra |= {"models": models, "usage": msgspec.structs.asdict(caller.totals)}
+    return Ok(message, None, extra | {"you": daemon.gate.describe(caller.peer)})
 
 
 def _quit(caller: Caller, _command: commands.Quit) -> Ok:
-    caller.check_operator("QUIT")
     caller.daemon.stop()
     return Ok("Goodbye")
 
 
 async def _reload(call: Call, _command: commands.Reload) -> Ok:
-    call.check_operator("RELOAD")
     return Ok("Configuration reloaded", await call.daemon.reload())
 
 
@@ -173,10 +176,14 @@ INSTANT: dict[type[commands.Command], Callable[[Caller, Any], Ok]] = {
     commands.Hello: _hello,
     commands.Help: _help,
     commands.Status: _status,
+    commands.Health: monitoring.health,
     commands.Quit: _quit,
 }
 LASTING: dict[type[commands.Command], Callable[[Call, Any], Awaitable[Ok | Final]]] = {
+    commands.Auth: auth.auth,
     commands.Reload: _reload,
+    commands.Events: subscribing.events,
+    commands.Metrics: monitoring.metrics,
     commands.Load: loading.load,
     commands.Plan: loading.plan,
     commands.Free: loading.free,

@@ -120,7 +120,7 @@ async def _ask_all(
     dones: dict[int, ipc.Done] = {}
     errors: list[BridgeError] = []
     async with trio.open_nursery() as nursery:
-        askings = [Asking(nursery.cancel_scope.cancel) for _ in requests]
+        askings = [Asking(nursery.cancel_scope.cancel, call.asking.bill) for _ in requests]
 
         def cancel() -> None:
             for asking in askings:

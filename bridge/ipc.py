@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from msgspec import Struct
+from msgspec import Struct, field
+
+from bridge.histogram import BetweenTokens, EndToEnd, FirstToken
 
 # -- to the worker ---------------------------------------------------------------------------------------------
 
@@ -31,6 +33,7 @@ class Options(Struct, frozen=True, array_like=True):
     kv_unified: bool | None = None
     repack: bool | None = None
     backend_sampling: bool | None = None
+    rpc: str | None = None
 
 
 class Sampling(Struct, frozen=True, array_like=True):
@@ -208,7 +211,10 @@ class Loaded(Struct, frozen=True, array_like=True, tag="loaded"):
 
 
 class LoadFailed(Struct, frozen=True, array_like=True, tag="load_failed"):
+    """``code`` is one of the wire's error codes."""
+
     reason: str
+    code: str = "load_failed"
 
 
 class Accepted(Struct, frozen=True, array_like=True, tag="accepted"):
@@ -352,6 +358,30 @@ class Warning(Struct, frozen=True, array_like=True, tag="warning"):
     message: str
 
 
+class Stats(Struct, array_like=True, tag="stats"):
+    """What was computed since the last one, tokens and seconds, and what the KV cache holds now.
+
+    It comes once a second while there is something to tell, and with the end of the last request that runs.
+    """
+
+    rid: int = 0
+    decodes: int = 0  # calls of llama_decode
+    busy_slots: int = 0  # slots that ran, summed over these
+    prompt_tokens: int = 0  # that were computed, counted when the prompt's first token is there
+    prompt_seconds: float = 0.0  # from their first batch to that
+    tokens: int = 0  # of answers
+    token_seconds: float = 0.0  # from the first to the last of each
+    cache_queries: int = 0  # tokens of prompts that were looked for in the KV cache
+    cache_hits: int = 0  # that were found
+    longest: int = 0  # tokens of the longest prompt with its answer
+    first_token: FirstToken = field(default_factory=FirstToken)
+    between_tokens: BetweenTokens = field(default_factory=BetweenTokens)
+    end_to_end: EndToEnd = field(default_factory=EndToEnd)
+    cells_running: int = 0  # of the requests that run
+    cells_kept: int = 0  # that are left for others to start from
+    cells: int = 0  # in all
+
+
 class Refused(Struct, frozen=True, array_like=True, tag="refused"):
     """The request failed. ``code`` is one of the wire's error codes, ``details`` its further keys."""
 
@@ -363,11 +393,13 @@ class Refused(Struct, frozen=True, array_like=True, tag="refused"):
 
 Event = (
     Accepted | Place | Begun | Text | Done | Embedded | Tokens | Detokenized | QueueListed | Parked
-    | AdapterLoaded | AdapterUnloaded | AdaptersListed | Warning | Refused
+    | AdapterLoaded | AdapterUnloaded | AdaptersListed | Warning | Stats | Refused
 )  # fmt: skip
 
 
 class Step(Struct, frozen=True, array_like=True, tag="step"):
+    """Without events it says that the worker goes on."""
+
     events: list[Event]
 
 

@@ -57,6 +57,11 @@ class JobDesk:
         self._news: dict[Job, trio.Event] = {}  # of jobs that somebody follows
         self._log = log.get()
 
+    @property
+    def busy(self) -> bool:
+        """Whether any waits or runs."""
+        return any(not job.state.over for job in self.book.jobs.values())
+
     def reconfigure(self, settings: Settings) -> None:
         """From now on; what is there stays."""
         self.book.limits = settings

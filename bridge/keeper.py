@@ -15,6 +15,7 @@ from bridge import ipc, log
 from bridge.adapters import Adapters
 from bridge.config import Config
 from bridge.entry import Entry, State
+from bridge.metrics import Metrics
 from bridge.planner import Planned, Planner
 from bridge.providers.base import Provider
 from bridge.providers.local import LocalProvider
@@ -45,7 +46,13 @@ class Keeper:
     """
 
     def __init__(
-        self, nursery: trio.Nursery, config: Config, registry: Registry, planner: Planner, adapters: Adapters
+        self,
+        nursery: trio.Nursery,
+        config: Config,
+        registry: Registry,
+        planner: Planner,
+        adapters: Adapters,
+        metrics: Metrics,
     ) -> None:
         self.config = config
         self.providers: dict[Entry, Provider] = {}
@@ -53,6 +60,7 @@ class Keeper:
         self._registry = registry
         self._planner = planner
         self._adapters = adapters
+        self._metrics = metrics
         self._starting: dict[Entry, _Starting] = {}
         self._queues: defaultdict[str, deque[Entry]] = defaultdict(deque)  # of each device: the first one loads
         self._changed = trio.Event()
@@ -73,6 +81,8 @@ class Keeper:
                     queue = self._queues[self._planner.device(entry.spec)]
                     queue.append(entry)
                     self._starting[entry] = _Starting(trio.CancelScope(), queue)
+                    if entry.state is State.RESTARTING:
+                        self._metrics.of(entry.name).restarts += 1
                     self._nursery.start_soon(self._keep, entry)
                 case Stop():
                     self._nursery.start_soon(self._stop, entry)
@@ -84,6 +94,11 @@ class Keeper:
 
     async def change(self) -> None:
         await self._changed.wait()
+
+    @property
+    def changed(self) -> trio.Event:
+        """Set at the next change."""
+        return self._changed
 
     def is_there(self, entry: Entry) -> bool:
         """Another one may have its name by now."""
@@ -105,17 +120,20 @@ class Keeper:
         """One life of a provider, from its start to what its end leads to."""
         logger = self._log.bind(model=entry.name, path=entry.spec.path)
         provider = None
+        logger.info("loading model")
         try:
             with self._starting[entry].scope:
                 provider = await self._start(entry, self._starting[entry].queue)
         except Exception as error:
             failure = _failure(error, logger)
+            self._metrics.of(entry.name).load_failures += 1
             del self._starting[entry]
             self.act(self._registry.load_failed(entry.name, failure, time.monotonic()))
+            _tell_rest(entry, logger)
             return
         del self._starting[entry]
         if provider is None:  # it was told to stop
-            self.act(self._registry.ended(entry.name, "was stopped", time.monotonic()))
+            self._end(entry, "was stopped", logger)
             return
         self.providers[entry] = provider
         self._registry.loaded(entry.name, time.monotonic())
@@ -123,11 +141,21 @@ class Keeper:
             provider.stop()
         self.notify()
         self.rearm(entry)
-        logger.info("model loaded", load_ms=provider.load_ms, pid=provider.pid)
+        logger.info("model loaded", load_ms=provider.load_ms, pid=provider.pid, restarts=entry.restarts)
+        self._metrics.of(entry.name).loads += 1
+        log.of_nobody()
         reason = await provider.run()
         del self.providers[entry]
-        logger.info("worker ended", reason=reason)
-        self.act(self._registry.ended(entry.name, reason, time.monotonic()))
+        self._end(entry, reason, logger)
+
+    def _end(self, entry: Entry, reason: str, logger: log.Logger) -> None:
+        effects = self._registry.ended(entry.name, reason, time.monotonic())
+        if entry.state in (State.RESTARTING, State.RESTING):
+            logger.warning("worker crashed", reason=reason, restarts=entry.restarts)
+            _tell_rest(entry, logger)
+        else:
+            logger.info("model unloaded")
+        self.act(effects)
 
     async def _start(self, entry: Entry, queue: deque[Entry]) -> Provider:
         """Raises BridgeError (load_failed)."""
@@ -136,7 +164,7 @@ class Keeper:
             async with self._turn(entry, queue):
                 proposal = await self.plan(entry)
                 while proposal.room.leave:
-                    await self._clear(proposal.room.leave)
+                    await self._clear(proposal.room.leave, entry)
                     proposal = await self.plan(entry)
                 if proposal.room.fits:
                     entry.memory, entry.chosen = proposal.planned.memory, proposal.planned.why
@@ -202,10 +230,11 @@ class Keeper:
             min(there.gpu, pool.gpu_memory - used.gpu) if pool.gpu_memory else there.gpu,
         )
 
-    async def _clear(self, names: tuple[str, ...]) -> None:
+    async def _clear(self, names: tuple[str, ...], room_for: Entry) -> None:
         leaving = [self._registry.entries[name] for name in names]
         for entry in leaving:
-            self._log.info("unloading to make room", model=entry.name)
+            self._log.info("unloading to make room", model=entry.name, room_for=room_for.name)
+            self._metrics.of(entry.name).evictions += 1
             self.act(self._registry.unload(entry))
         while any(map(self._leaves, leaving)):
             await self.change()
@@ -214,7 +243,7 @@ class Keeper:
         cache, spec = self.config.cache, entry.spec
         lora = await self._adapters.of_load(spec.path, spec.lora)
         load = ipc.Load(spec.path, planned.options, cache.folder, cache.bytes, lora)
-        return LocalProvider(entry.name, self.config.backend, load, self.config.limits, entry.totals)
+        return LocalProvider(entry.name, self.config.backend, load, self.config.limits, entry.totals, self._metrics)
 
     # -- ends --------------------------------------------------------------------------------------------------
 
@@ -246,6 +275,7 @@ class Keeper:
             effects = self._registry.expire(time.monotonic())
             for effect in effects:
                 self._log.info("unloading what nobody uses", model=effect.name)
+                self._metrics.of(effect.name).expiries += 1
             if effects:
                 self.act(effects)
             self._expiry = trio.Event()
@@ -259,10 +289,16 @@ class Keeper:
             self._expiry.set()
 
 
+def _tell_rest(entry: Entry, logger: log.Logger) -> None:
+    if entry.state is State.RESTING:
+        assert entry.why
+        logger.error("model rests", reason=entry.why.message)
+
+
 def _failure(error: Exception, logger: log.Logger) -> BridgeError:
     """A bug in one model's load, which a strange file may bring to light, must not take the others with it."""
     if isinstance(error, BridgeError):
         logger.error("load failed", reason=error.message)
         return error
-    logger.exception("a load failed")
+    logger.exception("load failed", reason="internal error")
     return BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged")

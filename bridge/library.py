@@ -7,7 +7,7 @@ want the same share.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
+from bridge import log
 from bridge.config import Config
 from bridge.entry import DEFAULTS, Lora, Spec
 from bridge.models.about import describe
@@ -106,6 +107,11 @@ class Library:
             message = f"{name} cannot be removed: {error.filename or self._store}: {error.strerror}"
             raise BridgeError(ErrorCode.FORBIDDEN, message) from None
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being fetched or converted."""
+        return len(self._programs) > 0
+
     def stop(self) -> None:
         """Ends what is being fetched and converted, which the next one who wants it goes on with or begins anew."""
         self._programs.stop()
@@ -178,7 +184,19 @@ class Library:
     async def _run(self, program: str, what: str, options: Mapping[str, str | None], tell: Tell) -> dict[str, Any]:
         given = [f"--{key}={value}" for key, value in options.items() if value]  # a value may begin with a dash
         command = (f"bridge.models.{program}", "--store", str(self._store), *given, "--", what)
-        return await self._programs.join(command, partial(run_program, command), tell)
+        return await self._programs.join(command, partial(_run_logged, program, what, command), tell)
+
+
+async def _run_logged(program: str, what: str, command: Sequence[str], tell: Tell) -> dict[str, Any]:
+    logger = log.get().bind(source=what.partition("?")[0])  # a URL's query may hold a token
+    logger.info(f"{program} begun")
+    try:
+        result = await run_program(command, tell)
+    except BridgeError as error:
+        logger.warning(f"{program} failed", reason=error.message)
+        raise
+    logger.info(f"{program} ended", path=result["path"])
+    return result
 
 
 def _is_elsewhere(reference: str, error: BridgeError) -> bool:

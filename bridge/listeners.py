@@ -1,4 +1,4 @@
-"""Where clients come in: Unix sockets and TCP, one code for both."""
+"""Where clients come in: Unix sockets and TCP, opened here or by the service manager, one code for all."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from bridge import log
-from bridge.config import Config
-from protocol.address import Tcp, Unix, parse_address
+from bridge.access import Origin
+from bridge.config import Config, ConfigError, check_open
+from bridge.systemd import Inherited
+from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
 _BACKLOG = 1024
 _PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+_ANY = ("0.0.0.0", "::")
 _LINGER = 1.0  # seconds for a peer to take last words
 
 
@@ -31,19 +36,21 @@ class ListenError(Exception):
 class Listener:
     """A listening socket. Resource handling: ``close`` also removes a Unix socket's file, if it still is this one's.
 
-    It may be called again; by then another daemon may listen there.
+    It may be called again; by then another daemon may listen there. One that was ``inherited`` goes on listening in
+    the service manager, whose the file is.
     """
 
-    def __init__(self, sock: socket.socket, address: Unix | Tcp) -> None:
+    def __init__(self, sock: socket.socket, address: Address, *, inherited: bool = False) -> None:
         self.socket = sock
         self.address = address
+        self.inherited = inherited
         self.socket.setblocking(False)
-        self._inode = os.stat(address.path).st_ino if isinstance(address, Unix) else None
+        self._inode = os.stat(address.path).st_ino if isinstance(address, Unix) and not inherited else None
 
     def close(self) -> None:
         if self.socket.fileno() < 0:
             return
-        if isinstance(self.address, Unix):  # before the socket is closed, for then its inode may be another's
+        if isinstance(self.address, Unix) and self._inode:  # before it is closed, for then its inode may be another's
             with contextlib.suppress(OSError):
                 if os.stat(self.address.path).st_ino == self._inode:
                     os.unlink(self.address.path)
@@ -51,18 +58,69 @@ class Listener:
         self.socket.close()
 
 
-def open_listeners(config: Config) -> list[Listener]:
-    """All that the configuration asks for, or none. Raises ListenError."""
+def open_listeners(config: Config, inherited: Iterable[Inherited] = ()) -> list[Listener]:
+    """All that the configuration asks for, or none. Raises ListenError, and ConfigError for an inherited socket that
+    other machines can reach, with nothing by which to know who may.
+
+    With an inherited Unix socket ``socket`` is not opened, nor a ``tcp`` address that an inherited one is bound to.
+    """
     with contextlib.ExitStack() as stack:
         listeners = []
-        if config.socket:
+        for one in inherited:
+            listeners.append(_take_over(one, config))
+            stack.callback(listeners[-1].close)
+        there = [listener.address for listener in listeners]
+        if config.socket and not any(isinstance(address, Unix) for address in there):
             listeners.append(_listen_unix(config.socket, int(config.socket_mode, 8), config.socket_group))
             stack.callback(listeners[-1].close)
         for text in config.tcp:
-            listeners.append(_listen_tcp(text))
-            stack.callback(listeners[-1].close)
+            if not any(_covers(address, text) for address in there):
+                listeners.append(listen_tcp(text))
+                stack.callback(listeners[-1].close)
         stack.pop_all()
         return listeners
+
+
+def _take_over(one: Inherited, config: Config) -> Listener:
+    """What the service manager hands over is not always what a daemon can use: a .socket unit says what it is."""
+    what = f"the service manager's file descriptor {one.number} ({one.name})"
+    try:
+        sock = socket.socket(fileno=one.number)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {what}: {error.strerror}") from None
+    listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if sock.family not in _FAMILIES or sock.type != socket.SOCK_STREAM or not listens:
+        sock.detach()
+        raise ListenError(f"cannot listen on {what}: its unit needs ListenStream=, an address or path, and Accept=no")
+    sock.set_inheritable(False)
+    address = _address(sock, config)
+    try:
+        if not isinstance(address, Unix):
+            check_open(config, address)
+    except ConfigError:
+        sock.detach()
+        raise
+    return Listener(sock, address, inherited=True)
+
+
+def _address(sock: socket.socket, config: Config) -> Address:
+    """A TCP socket speaks TLS where the configuration has its address as ``tls:HOST:PORT``."""
+    name = sock.getsockname()
+    if sock.family != socket.AF_UNIX:
+        plain = Tcp(*name[:2])
+        tls = any(isinstance(parse_address(text), Tls) and _covers(plain, text) for text in config.tcp)
+        return Tls(*name[:2]) if tls else plain
+    return Unix(name if isinstance(name, str) else "@" + os.fsdecode(name[1:]))  # an abstract one begins with a NUL
+
+
+def _covers(address: Address, text: str) -> bool:
+    """Whether a socket with this address has the configured one, too."""
+    asked = parse_address(text)
+    if isinstance(address, Unix) or isinstance(asked, Unix) or asked.port != address.port:
+        return False
+    with contextlib.suppress(OSError):  # which _listen_tcp comes to, and tells
+        return address.host in _ANY or address.host == _resolve(asked)[4][0]
+    return False
 
 
 def _listen_unix(path: str, mode: int, group: str) -> Listener:
@@ -121,20 +179,26 @@ def _remove_stale(path: str) -> None:
     raise ListenError(f"cannot listen on {path}: another daemon is listening there")
 
 
-def _listen_tcp(text: str) -> Listener:
+def listen_tcp(text: str) -> Listener:
+    """On HOST:PORT. Raises ListenError."""
     address = parse_address(text)
-    assert isinstance(address, Tcp)
+    assert isinstance(address, Tcp | Tls)
     try:
-        family, _, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, place = _resolve(address)
         sock = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ListenError(f"cannot listen on {text}: {error.strerror or error}") from None
     host, port = sock.getsockname()[:2]
-    return Listener(sock, Tcp(host, port))
+    return Listener(sock, type(address)(host, port))
 
 
-async def accept_forever(listener: Listener, serve: Callable[[socket.socket, int | None], Awaitable[None]]) -> None:
-    """Hands every client to ``serve``, in a task of its own, with the user id of its process where that is known.
+def _resolve(address: Tcp | Tls) -> tuple[Any, ...]:
+    """As getaddrinfo has it: family, type, protocol, name, place. Raises OSError."""
+    return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+
+
+async def accept_forever(listener: Listener, serve: Callable[[socket.socket, Origin], Awaitable[None]]) -> None:
+    """Hands every client to ``serve``, in a task of its own, with where it comes from.
 
     When the listener is closed, it ends with the last of its clients. Error handling: what goes wrong with one client
     is not the listener's concern; with no file descriptors left it pauses.
@@ -143,7 +207,8 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, int
         while listener.socket.fileno() >= 0:
             try:
                 await trio.lowlevel.wait_readable(listener.socket)
-                client, _ = listener.socket.accept()
+                client, address = listener.socket.accept()
+                origin = _origin(client, address, tls=isinstance(listener.address, Tls))
             except trio.ClosedResourceError:
                 break
             except BlockingIOError:
@@ -154,17 +219,17 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, int
                     await trio.sleep(_PAUSE)
                 continue
             client.setblocking(False)
-            if isinstance(listener.address, Tcp):
+            if not isinstance(listener.address, Unix):
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            nursery.start_soon(serve, client, _peer_uid(client))
+            nursery.start_soon(serve, client, origin)
 
 
-def _peer_uid(client: socket.socket) -> int | None:
+def _origin(client: socket.socket, address: Any, *, tls: bool) -> Origin:
     if client.family != socket.AF_UNIX:
-        return None
+        return Origin(host=address[0], tls=tls)
     credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid: int = struct.unpack("3i", credentials)[1]
-    return uid
+    _, uid, gid = struct.unpack("3i", credentials)
+    return Origin(uid, gid)
 
 
 async def say_goodbye(client: socket.socket, words: bytes = b"") -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -83,7 +83,7 @@ async def plan(call: Call, command: commands.Plan) -> Ok:
     spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
     message = "It fits" if proposal.room.comes else "It does not fit"
-    return Ok(message, _proposal(proposal) | {"path": found.path})
+    return Ok(message, call.without_paths(_proposal(proposal) | {"path": found.path}))
 
 
 def _proposal(proposal: Proposal) -> dict[str, Any]:
@@ -121,7 +121,7 @@ async def models(call: Call, command: commands.Models) -> Ok:
             for one in await call.daemon.library.known()
             if one.identity not in there
         ]
-    return Ok(f"{len(described)} models", described)
+    return Ok(f"{len(described)} models", [call.without_paths(one) for one in described])
 
 
 def describe(pool: ModelPool) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
         "n_ctx": provider.info.n_ctx if provider else None,
         "n_parallel": provider.info.n_parallel if provider else None,
         "size": size_of(entry.spec.stamp),
-        "memory": _resident(provider.pid) if provider else 0,
+        "memory": resident(provider.pid) if provider else 0,
         "gpu_memory": entry.memory.gpu,
         "keep_alive": entry.idle_limit,
         "idle_s": 0.0 if entry.busy else round(now - entry.last_used, 1),
@@ -156,7 +156,7 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
     }
 
 
-def _resident(pid: int) -> int:
+def resident(pid: int | Literal["self"]) -> int:
     """Bytes of RAM that a process has, the pages of its mapped files among them."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -180,11 +180,13 @@ async def show(call: Call, command: commands.Show) -> Ok:
     info = msgspec.structs.asdict(provider.info)
     about = {"name": entry.name, "path": entry.spec.path, "state": entry.state} | info
     about["options"] = given(info["options"])
+    about = call.without_paths(about)
     return Ok(entry.name, about | {"why": entry.chosen, "pid": provider.pid, "load_ms": provider.load_ms})
 
 
 async def _show_file(call: Call, name: str, path: str, state: str) -> Ok:
-    return Ok(name, {"name": name, "path": path, "state": state} | await call.daemon.library.describe(path))
+    about = {"name": name, "path": path, "state": state} | await call.daemon.library.describe(path)
+    return Ok(name, call.without_paths(about))
 
 
 # -- the store -------------------------------------------------------------------------------------------------
@@ -197,7 +199,6 @@ async def pull(call: Call, command: commands.Pull) -> Ok:
 
 
 async def remove(call: Call, command: commands.Remove) -> Ok:
-    call.check_operator("REMOVE")
     if not command.model:
         raise BridgeError(ErrorCode.BAD_ARGUMENT, "No model provided")
     removed = await call.daemon.library.remove(command.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from bridge import ipc
+from bridge import ipc, log
 from bridge.adapters import Checked
 from bridge.call import Call
 from bridge.entry import Entry
@@ -49,7 +49,7 @@ async def _load(call: Call, command: commands.Lora) -> Ok:
         checked = await _checked(call, entry, command)
         name = name_of(checked.path)
         _check_name(entry, name, checked.path)
-        await adapters.load(provider, checked)
+        await adapters.load(entry, provider, checked)
         _check_name(entry, name, checked.path)  # another may have come first
         entry.adapters[name] = checked.path
         return Ok("Adapter loaded", _about(checked), {"model": entry.name})
@@ -78,6 +78,7 @@ async def _unload(call: Call, command: commands.Lora) -> Ok:
             if one.path == path and one.default is None:
                 await provider.ask(ipc.UnloadAdapter(0, one.key), call.asking)
                 provider.adapters.discard(one.key)
+                log.get().info("adapter unloaded", model=entry.name, path=path)
     entry.adapters.pop(name, None)
     return Ok("Adapter unloaded", name, {"model": entry.name})
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import trio
 
+from bridge.metrics import Traffic
+
 
 class Outbox:
     """Sends at once what the kernel takes and keeps the rest for ``run``.
@@ -15,18 +17,25 @@ class Outbox:
     usual case it is one ``send``, no task switch. When more than ``limit`` bytes wait before a ``put``, when the reader
     takes nothing for ``stall`` seconds, or when it is gone, ``on_broken`` is called once with the reason and all that
     comes later is dropped. A single line may be longer than ``limit``; while it waits, so much more may wait with it,
-    for the lines of other requests come between and their reader is not slow.
+    for the lines of other requests come between and their reader is not slow. What is sent is counted in ``traffic``.
 
     Resource handling: the socket stays the caller's, who closes it.
     """
 
     def __init__(
-        self, sock: socket.socket, *, limit: int, stall: float, on_broken: Callable[[str], None] = lambda reason: None
+        self,
+        sock: socket.socket,
+        *,
+        limit: int,
+        stall: float,
+        on_broken: Callable[[str], None] = lambda reason: None,
+        traffic: Traffic | None = None,
     ) -> None:
         self._sock = sock
         self._limit = limit
         self._stall = stall
         self._on_broken = on_broken
+        self._traffic = traffic or Traffic()
         self._waiting = bytearray()
         self._wake = trio.Event()
         self._drained = trio.Event()
@@ -96,12 +105,14 @@ class Outbox:
         if self.broken:
             return 0
         try:
-            return self._sock.send(data)
+            sent = self._sock.send(data)
         except BlockingIOError:
             return 0
         except OSError as error:
             self._break(f"the reader is gone: {error.strerror}")
             return 0
+        self._traffic.sent += sent
+        return sent
 
     def _break(self, reason: str) -> None:
         self.broken = reason

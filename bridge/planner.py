@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -15,10 +15,12 @@ from bridge.library import Library
 from bridge.models import fit
 from bridge.models.files import load_failed, read_model_files
 from bridge.models.gguf import GgufError
-from bridge.models.hardware import accelerator_nodes, detect
+from bridge.models.hardware import Gpu, Hardware, accelerator_nodes, detect
 from bridge.room import Memory
 from protocol.errors import BridgeError
 from protocol.options import LoadOptions
+
+ENDLESS = 1 << 60  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +81,25 @@ def _plan(asked: LoadOptions, path: str, free: Memory) -> Planned:
     model = read_model_files(path)
     try:
         hardware = detect(build=fit.repacking_matters(model))
+        if asked.rpc:
+            hardware, free = with_peers(hardware), Memory(free.host, ENDLESS)
         plan = fit.plan(model, asked, hardware, room=fit.Room(free.host, (free.gpu,)))
     except GgufError as error:  # well formed, but no model
         raise load_failed(path, str(error)) from None
     parts = {part: getattr(plan.need, part) for part in ("weights", "kv", "compute", "process", "loaded", "total")}
     return Planned(
         options=ipc.Options(**msgspec.structs.asdict(plan.options)),
-        memory=Memory(plan.need.host, plan.need.gpu),
+        memory=Memory(plan.need.host, 0 if asked.rpc else plan.need.gpu),
         elastic=asked.n_ctx == "auto" or (bool(hardware.gpus) and not isinstance(asked.n_gpu_layers, int)),
         need={part: {"host": size.host, "gpu": size.gpu} for part, size in parts.items()},
         n_ctx_max=plan.n_ctx_max,
         why=plan.why,
     )
+
+
+def with_peers(hardware: Hardware) -> Hardware:
+    """The RPC servers as a GPU. How much memory they have only they know, and it is not ours to keep account of."""
+    return replace(hardware, gpus=(Gpu("RPC", ENDLESS, ENDLESS),))
 
 
 def _plan_fake(asked: LoadOptions, path: str) -> Planned:

@@ -14,6 +14,7 @@ from bridge.config import Config
 from bridge.entry import Entry, Spec, State, Terms
 from bridge.keeper import Keeper, Proposal
 from bridge.library import Library
+from bridge.metrics import Metrics
 from bridge.planner import Planner
 from bridge.providers.base import Provider
 from bridge.registry import Registry
@@ -27,11 +28,13 @@ class ModelPool:
     Resource handling: cancelling ``nursery`` ends every provider at once.
     """
 
-    def __init__(self, nursery: trio.Nursery, config: Config, library: Library, adapters: Adapters) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, config: Config, library: Library, adapters: Adapters, metrics: Metrics
+    ) -> None:
         self._library = library
         self._adapters = adapters
         self._registry = Registry(config.pool.keep_alive)
-        self._keeper = Keeper(nursery, config, self._registry, Planner(config, library), adapters)
+        self._keeper = Keeper(nursery, config, self._registry, Planner(config, library), adapters, metrics)
 
     @property
     def entries(self) -> list[Entry]:
@@ -40,6 +43,16 @@ class ModelPool:
 
     def provider(self, entry: Entry) -> Provider | None:
         return self._keeper.providers.get(entry)
+
+    @property
+    def changed(self) -> trio.Event:
+        """Set at the next change of any model."""
+        return self._keeper.changed
+
+    def ailing(self) -> list[str]:
+        """The models that are there but do not go on, and why: ``NAME: REASON``."""
+        found = ((entry.name, provider.check()) for entry, provider in self._keeper.providers.items())
+        return [f"{name}: its worker {why}" for name, why in found if why]
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -100,6 +113,9 @@ class ModelPool:
         """
         gives_up = trio.current_time() + within
         entry = await self._wanted(name)
+        if entry.state is not State.READY and entry.waiting >= self._keeper.config.limits.queue:
+            message = f"{entry.waiting} requests wait for {entry.name} to be loaded, all it may"
+            raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000)
         provider = await self.load(entry, gives_up - trio.current_time())
         entry.users += 1
         try:
@@ -150,6 +166,13 @@ class ModelPool:
     def pick(self, name: str | None) -> Entry:
         """Of those that are loaded or known by name. Wakes nobody. Raises BridgeError (no_model, not_found)."""
         return self._registry.pick(name)
+
+    def name_of(self, name: str | None) -> str | None:
+        """What the model that a request means is called, if there is one."""
+        try:
+            return self._registry.pick(name).name
+        except BridgeError:
+            return None
 
     # -- the daemon's life -------------------------------------------------------------------------------------
 

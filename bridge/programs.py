@@ -198,6 +198,9 @@ class Shared:
         self._nursery = nursery
         self._shared: dict[Hashable, _Run[Any]] = {}
 
+    def __len__(self) -> int:
+        return len(self._shared)
+
     def stop(self) -> None:
         """Ends all that run; who waits for one is told that the daemon is about to stop."""
         for run in self._shared.values():

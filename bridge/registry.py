@@ -291,7 +291,8 @@ class Registry:
         entry = self.entries[name]
         entry.memory = NONE
         if entry.state is State.RESTARTING:
-            return self.ended(name, f"did not start: {error.message}", now)
+            rests = ErrorCode.PEER_LOST if error.code == ErrorCode.PEER_LOST else ErrorCode.MODEL_RESTING
+            return self.ended(name, f"did not start: {error.message}", now, rests)
         entry.failures += 1
         entry.why = error
         if entry.lasts:
@@ -300,8 +301,10 @@ class Registry:
             self._forget(entry)
         return []
 
-    def ended(self, name: str, why: str, now: float) -> list[Effect]:
-        """Its worker is no more: because it was told to stop, or else it crashed."""
+    def ended(self, name: str, why: str, now: float, rests: ErrorCode = ErrorCode.MODEL_RESTING) -> list[Effect]:
+        """Its worker is no more: because it was told to stop, or else it crashed. ``rests`` is what is told when it is
+        not started again.
+        """
         entry = self.entries[name]
         entry.memory = NONE
         if entry.state is State.UNLOADING:
@@ -311,7 +314,7 @@ class Registry:
         if len(entry.crashes) == CRASHES_BEFORE_REST and now - entry.crashes[0] <= CRASH_WINDOW:
             entry.state = State.RESTING
             times = f"it crashed {CRASHES_BEFORE_REST} times within {CRASH_WINDOW:g} s, the last time it {why}"
-            entry.why = BridgeError(ErrorCode.MODEL_RESTING, f"{name} rests: {times}. LOAD starts it again")
+            entry.why = BridgeError(rests, f"{name} rests: {times}. LOAD starts it again")
             return []
         entry.state = State.RESTARTING
         entry.restarts += 1

@@ -7,41 +7,60 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import trio
 
 from bridge import log
+from bridge.access import Identity, Origin
 from bridge.adapters import Adapters
 from bridge.call import Call
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon, Peer
 from bridge.dispatch import LASTING
+from bridge.gate import Gate
 from bridge.job import Job
 from bridge.job_desk import JobDesk
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
+from bridge.metrics import Metrics
 from bridge.pool import ModelPool
+from bridge.ports import Ports
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
 from bridge.registry import CONFIGURATION
 from bridge.session import Session
+from bridge.standing import Standing
+from bridge.systemd import Manager
+from bridge.watchdog import feed
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, encode_reply
 
 LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts off
+_BURIAL = 15.0  # seconds, more than it takes until all workers are gone
 
 
 class Server:
     """Owns the listeners, the sessions and, through the pool, the workers. ``serve`` returns when all are gone.
 
-    It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError.
+    It listens as soon as it is made, so that whoever makes it learns at once that it cannot: raises ListenError, and
+    ConfigError where tokens or certificates cannot be read.
     """
 
-    def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
+    def __init__(
+        self, config: Config, read: Callable[[], Config] | None = None, manager: Manager | None = None
+    ) -> None:
         """``read`` gives the configuration anew and raises ConfigError; without it it stays as it is."""
-        self._listeners = open_listeners(config)
+        self._gate = Gate(config)
+        self._manager = manager or Manager({})
+        self._ports = Ports(config)
+        try:
+            self._listeners = open_listeners(config, self._manager.sockets)
+        except BaseException:
+            self._ports.close()
+            raise
         self._config = config
         self._read = read or (lambda: config)
         self._log = log.get()
@@ -63,19 +82,32 @@ class Server:
             async with trio.open_nursery() as workers:
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
-                pool = ModelPool(workers, self._config, library, adapters)
-                self._daemon = Daemon(self._config, library, adapters, pool, self._jobs, self.stop, self.reload)
+                metrics = Metrics()
+                pool = ModelPool(workers, self._config, library, adapters, metrics)
+                self._daemon = Daemon(
+                    self._config, library, adapters, pool, self._gate, self._jobs, self.stop, self.reload, metrics
+                )
+                self._ports.serve(workers, self._daemon)
                 self._configured = Configured(self._daemon, self._read, workers)
+                workers.start_soon(self._daemon.refusals.run)
+                self._standing = Standing(self._daemon, self._manager)
                 await self._configured.begin()
                 workers.start_soon(self._run_jobs)
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
                         clients.start_soon(accept_forever, listener, self._serve_client)
-                        self._log.info("listening", address=str(listener.address))
+                        self._log.info("listening", address=str(listener.address), inherited=listener.inherited)
+                    # Not only when models are loaded: who asks for one waits for it, and nobody else should.
+                    self._manager.notify(READY=1)
+                    workers.start_soon(self._standing.run)
+                    if self._manager.watchdog:
+                        workers.start_soon(feed, self._manager, pool)
                     task_status.started(listeners)
                     await self._stopping.wait()
+                    await self._say_so()
                     for listener in listeners:
                         listener.close()
+                    await trio.lowlevel.checkpoint()  # those accepted just before become sessions
                     await self._drain()
                     clients.cancel_scope.cancel()
                 await self._jobs.close()  # first: the models may take their time
@@ -85,20 +117,50 @@ class Server:
             for listener in listeners:
                 listener.close()
             await self._jobs.close()  # also when it was stopped at once
+            self._ports.close()
         self._log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:
         """Reads the configuration anew. Raises BridgeError (bad_config)."""
-        return await self._configured.reload()
+        self._manager.reloading()
+        try:
+            return await self._configured.reload()
+        finally:
+            self._manager.notify(READY=1)
+            self._standing.changed()
 
-    async def _serve_client(self, client: socket.socket, uid: int | None) -> None:
-        peer = Peer(next(self._numbers), uid, client.family != socket.AF_UNIX)
-        if error := self._unwelcome():
+    async def _serve_client(self, client: socket.socket, origin: Origin) -> None:
+        peer = Peer(next(self._numbers), origin)
+        try:
+            self._check_welcome()
+            client = await self._gate.secure(client, peer)
+            await self._gate.recognise(peer)
+            self._check_stays()
+        except BridgeError as error:
+            self._gate.peers.discard(peer)  # whoever comes while we take leave does not find the place taken
+            self._daemon.refusals.add(error.code)
+            self._daemon.metrics.turned_away(error.code)
             await say_goodbye(client, encode_reply(Failed.of(error)))
-            return
+        except (OSError, trio.TooSlowError) as error:
+            self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error))
+            client.close()
+        except Exception:
+            # A bug must not take the other clients with it.
+            self._log.exception("a client could not be let in", client=peer.number)
+            client.close()
+        except BaseException:
+            client.close()
+            raise
+        else:
+            await self._have_session(client, peer)
+        finally:
+            self._gate.peers.discard(peer)
+
+    async def _have_session(self, client: socket.socket, peer: Peer) -> None:
         session = Session(client, peer, self._daemon)
         self._sessions.add(session)
-        self._daemon.clients = len(self._sessions)
+        self._daemon.metrics.connections += 1
+        self._count_clients()
         try:
             await session.run()
         except Exception:
@@ -106,7 +168,7 @@ class Server:
             self._log.exception("a session failed", client=peer.number)
         finally:
             self._sessions.discard(session)
-            self._daemon.clients = len(self._sessions)
+            self._count_clients()
             if not self._sessions:
                 self._all_gone.set()
 
@@ -117,18 +179,35 @@ class Server:
             # A bug must not take the clients with it.
             self._log.exception("jobs have failed, and are not run any more")
 
+    def _count_clients(self) -> None:
+        self._daemon.clients = len(self._sessions)
+        self._standing.changed()
+
     async def _answer_job(self, job: Job, asking: Asking, say: Callable[[Reply], None]) -> Ok | Final:
         """As it would be had its owner a connection."""
-        call = Call(self._daemon, Peer.of_owner(job.owner), Totals(), None, job.received, asking, say)
+        asking.bill = partial(self._gate.charge, job.owner)
+        peer = Peer(0, identity=Identity(job.owner))
+        call = Call(self._daemon, peer, Totals(), None, job.received, asking, say)
         return await LASTING[type(job.command)](call, job.command)  # type: ignore[index]
 
-    def _unwelcome(self) -> BridgeError | None:
+    def _check_welcome(self) -> None:
+        """Raises BridgeError. Those whom we are still getting to know count, too."""
+        self._check_stays()
+        if len(self._gate.peers) >= self._daemon.config.limits.clients:
+            message = f"{len(self._gate.peers)} clients are connected, all that limits.clients allows"
+            raise BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
+
+    def _check_stays(self) -> None:
+        """Raises BridgeError."""
         if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
-            return BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
-        if len(self._sessions) >= self._daemon.config.limits.clients:
-            message = f"{len(self._sessions)} clients are connected, all that limits.clients allows"
-            return BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
-        return None
+            raise BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
+
+    async def _say_so(self) -> None:
+        """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere."""
+        self._daemon.leaving = True
+        if grace := self._daemon.config.limits.grace:
+            self._log.info("leaving", seconds=grace)
+            await trio.sleep(grace)
 
     async def _drain(self) -> None:
         """Lets what was begun come to its end, as far as ``limits.drain`` allows. The order, from when it is told:
@@ -144,12 +223,15 @@ class Server:
         After it the sessions are gone; ``serve`` has the jobs stored and the models save what they keep, and ends
         their workers.
         """
+        limits = self._daemon.config.limits
         self._daemon.draining = True
-        self._log.info("draining", clients=len(self._sessions), seconds=self._daemon.config.limits.drain)
+        self._manager.stopping(within=2 * limits.drain + _BURIAL)  # for what runs, and as much for what is saved
+        self._standing.changed()
+        self._log.info("draining", clients=len(self._sessions), seconds=limits.drain)
         started = time.monotonic()
         self._daemon.library.stop()
         self._jobs.drain()
-        with trio.move_on_after(self._daemon.config.limits.drain) as budget:
+        with trio.move_on_after(limits.drain) as budget:
             for session in list(self._sessions):
                 session.finish()
             await self._until_all_gone()
@@ -171,9 +253,9 @@ class Server:
             await self._all_gone.wait()
 
 
-async def run(config: Config, read: Callable[[], Config]) -> int:
+async def run(config: Config, read: Callable[[], Config], manager: Manager) -> int:
     """Serves until a signal; returns the exit status: 0, or 1 when clients were cut off."""
-    server = Server(config, read)
+    server = Server(config, read, manager)
     async with trio.open_nursery() as nursery:
         await nursery.start(_obey_signals, server, nursery)
         await server.serve()
@@ -204,8 +286,8 @@ async def _obey_signals(
 async def _reload(server: Server) -> None:
     try:
         await server.reload()
-    except BridgeError as error:
-        log.get().error("reload failed", reason=error.message)
+    except BridgeError:
+        pass  # it is logged
     except Exception:
         # A bug must not end the daemon.
         log.get().exception("reload failed")

@@ -6,6 +6,8 @@ a task of its nursery, so when the peer is gone all of it ends, in the queue, in
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import select
 import socket
 import time
@@ -15,21 +17,29 @@ from functools import partial
 
 import trio
 
-from bridge import log
+from bridge import access, log
+from bridge.admission import admit
 from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
 from bridge.dispatch import INSTANT, LASTING
+from bridge.gate import MOST_FAILURES
 from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
+from bridge.quota import Grant
 from bridge.receipts import Totals
+from bridge.request_log import Record
 from protocol import commands
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role, State
 from protocol.errors import BridgeError, ErrorCode
-from protocol.replies import Failed, Final, Ok, Reply
+from protocol.replies import Failed, Final, Ok, Reply, encode_reply
 
 _READ = 64 * 1024
-_WHILE_DRAINING = (commands.Ping, commands.Hello, commands.Help, commands.Status, commands.Models, commands.Quit)
+_ABOUT = (
+    commands.Ping, commands.Hello, commands.Auth, commands.Help, commands.Status, commands.Health, commands.Metrics,
+    commands.Models,
+)  # fmt: skip
+_WHILE_DRAINING = (*_ABOUT, commands.Quit)
 _CUT = BridgeError(ErrorCode.DRAINING, "The daemon stops, and waits no longer for this answer")
 
 
@@ -46,12 +56,20 @@ class Session:
         self._peer = peer
         self._daemon = daemon
         self._caller = Caller(daemon, peer, Totals())
-        self._connection = Connection(Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line)
+        self._connection = Connection(
+            Role.SERVER, text_line_limit=limits.text_line, json_line_limit=limits.json_line, room=self._room
+        )
         self._scope = trio.CancelScope()
-        self._outbox = Outbox(sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken)
+        self._reading = trio.CancelScope()
+        self._said_all = False
+        peer.end = self._end_with
+        self._outbox = Outbox(
+            sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken, traffic=daemon.metrics.traffic
+        )
         self._in_order: deque[Callable[[], None]] = deque()
         self._answering: Exchange | None = None  # of the requests without an id, the one that runs
         self._asking: dict[Exchange, Asking] = {}
+        self._numbers = itertools.count(1)  # of its requests
         self._changed = trio.Event()
         self._cut = False
         self._log = log.get().bind(client=peer.number)
@@ -61,20 +79,27 @@ class Session:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self._outbox.run)
-                    await self._read()
+                    self._nursery.start_soon(self._expect_to_know)
+                    with self._reading:
+                        await self._read()
                     await self._outbox.drain()
-                    await say_goodbye(self._sock)
                     self._nursery.cancel_scope.cancel()
+                await say_goodbye(self._sock)
         finally:
             self._daemon.pool.gone(self._peer.number)
+            self._daemon.intake.hold(self, 0)
             self._sock.close()
 
     def finish(self) -> None:
-        """The daemon drains: end as soon as nothing is owed and nothing waits to be sent."""
+        """The daemon drains: end as soon as nothing is owed and nothing waits to be sent.
+
+        What has come before and was not read yet is still answered, if only by ``draining``.
+        """
         if self._connection.open_exchanges or self._scope.cancel_called:
             return
         if self._outbox.idle:
-            self._scope.cancel()
+            with contextlib.suppress(OSError):  # the peer is gone
+                self._sock.shutdown(socket.SHUT_RD)  # `_read` comes to the end of what there is
         else:
             self._nursery.start_soon(self._finish_when_sent)
 
@@ -88,10 +113,31 @@ class Session:
         self._log.info("client cut", reason=reason)
         self._scope.cancel()
 
+    def _end_with(self, error: BridgeError) -> None:
+        """Last words, and the end. What is being answered is given up."""
+        self._outbox.put(encode_reply(Failed.of(error)))
+        self._said_all = True
+        self._reading.cancel()
+
+    async def _expect_to_know(self) -> None:
+        """Who has not said in time who he is has to leave."""
+        if self._peer.identity.role is access.Role.NONE:
+            await trio.sleep(self._daemon.config.limits.auth)
+            if self._peer.identity.role is access.Role.NONE:
+                self._end_with(BridgeError(ErrorCode.UNAUTHORIZED, "Nobody said in time who is asking: AUTH"))
+
     # -- reading -----------------------------------------------------------------------------------------------
 
+    def _room(self) -> int:
+        """Bytes that a line may have now."""
+        return self._daemon.config.limits.input - self._daemon.intake.others(self) - self._connection.asked
+
+    def _is_full(self) -> bool:
+        """So much was asked that no more is read until some of it is answered."""
+        limits, connection = self._daemon.config.limits, self._connection
+        return connection.open_exchanges >= limits.pipeline or connection.asked >= limits.pipeline_bytes
+
     async def _read(self) -> None:
-        pipeline = self._daemon.config.limits.pipeline
         while True:
             data = await self._receive()
             received = time.monotonic()
@@ -100,37 +146,44 @@ class Session:
                     case Requested():
                         self._on_request(event, received)
                     case Refused(exchange, error, fatal):
+                        self._daemon.metrics.misread(error.code)
                         self._in_turn(exchange, partial(self._reply, exchange, error))
                         if fatal:
-                            await self._until_open_exchanges(0)
+                            await self._while(self._owes)
                             return
                     case Closed():
                         self._probe()
-                        await self._until_open_exchanges(0)
+                        await self._while(self._owes)
                         return
                 if self._outbox.crowded:  # who asks faster than it reads has to wait
                     await self._outbox.drain()
-            if self._connection.open_exchanges >= pipeline:
-                await self._until_open_exchanges(pipeline - 1)
+            self._daemon.intake.hold(self, self._connection.held)
+            await self._while(self._is_full)
+
+    def _owes(self) -> bool:
+        return self._connection.open_exchanges > 0
 
     async def _receive(self) -> bytes:
         while True:
             await trio.lowlevel.wait_readable(self._sock)
             try:
-                return self._sock.recv(_READ)
+                data = self._sock.recv(_READ)
             except BlockingIOError:
                 continue
             except OSError:  # reset: there is nobody to answer
                 self._scope.cancel()
                 await trio.lowlevel.checkpoint()
+            else:
+                self._daemon.metrics.traffic.received += len(data)
+                return data
 
-    async def _until_open_exchanges(self, most: int) -> None:
-        """Waits, without reading, until only so many answers are owed; ends the session when the peer is gone."""
-        if self._connection.open_exchanges <= most:
+    async def _while(self, waits: Callable[[], bool]) -> None:
+        """Reads nothing while that is so, which answers change; ends the session when the peer is gone."""
+        if not waits():
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_for_hangup)
-            while self._connection.open_exchanges > most:
+            while waits():
                 self._changed = trio.Event()
                 await self._changed.wait()
             nursery.cancel_scope.cancel()
@@ -161,6 +214,7 @@ class Session:
         exchange, command = request.exchange, request.command
         if isinstance(command, commands.Cancel):
             reply = self._cancel(command)  # at once, though its reply has to wait for its turn
+            self._record(command, received).end(reply)
             self._in_turn(exchange, partial(self._reply, exchange, reply))
         else:
             self._in_turn(exchange, partial(self._start, exchange, command, received))
@@ -177,42 +231,66 @@ class Session:
 
     def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
         """Answers at once where that can be done, else in a task."""
+        record = self._record(command, received)
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
-            self._reply(exchange, Failed.of(BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")))
-        elif handler := INSTANT.get(type(command)):
-            try:
-                self._reply(exchange, handler(self._caller, command))
-            except BridgeError as error:
-                self._reply(exchange, Failed.of(error))
-        else:
-            scope = trio.CancelScope()
-            asking = self._asking[exchange] = Asking(scope.cancel)
-            say = partial(self._reply, exchange)
-            call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
-            if exchange.id is None:
-                self._answering = exchange
-            self._nursery.start_soon(self._answer, exchange, command, call, scope)
+            error = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
+            self._end(exchange, record, Failed.of(error))
+            return
+        try:
+            command, grant = admit(self._caller, command)
+            if handler := INSTANT.get(type(command)):
+                self._end(exchange, record, handler(self._caller, command))
+                return
+        except BridgeError as error:
+            self._end(exchange, record, Failed.of(error))
+            return
+        scope = trio.CancelScope()
+        asking = self._asking[exchange] = Asking(scope.cancel, grant.charge)
+        say = record.hearing(partial(self._reply, exchange))
+        call = Call(self._daemon, self._peer, self._caller.totals, exchange.id, received, asking, say)
+        if exchange.id is None:
+            self._answering = exchange
+        self._nursery.start_soon(self._answer, exchange, command, call, scope, record, grant)
 
-    async def _answer(self, exchange: Exchange, command: commands.Command, call: Call, scope: trio.CancelScope) -> None:
+    async def _answer(
+        self,
+        exchange: Exchange,
+        command: commands.Command,
+        call: Call,
+        scope: trio.CancelScope,
+        record: Record,
+        grant: Grant,
+    ) -> None:
         reply: Reply
+        log.of_request(record.id, exchange.id)
         try:
             with scope:
                 reply = await LASTING[type(command)](call, command)
             if scope.cancelled_caught:
-                reply = self._failure(exchange, _CUT if self._cut else BridgeError(ErrorCode.CANCELLED, "Cancelled"))
+                error = _CUT if self._cut else BridgeError(ErrorCode.CANCELLED, "Cancelled")
+                reply = self._failure(exchange, error, record)
         except BridgeError as error:
-            reply = self._failure(exchange, error)
+            reply = self._failure(exchange, error, record)
         except Exception:
             self._log.exception("a handler failed", verb=command.VERB)
-            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"))
+            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
+        except trio.Cancelled:
+            record.end(None)
+            raise
+        finally:
+            grant.end(time.monotonic())
         del self._asking[exchange]
-        self._reply(exchange, reply)
+        self._end(exchange, record, reply)
         if self._answering is exchange:
             self._answering = None
             self._next_in_turn()
+        if self._peer.failures >= MOST_FAILURES:
+            self._reading.cancel()
 
-    def _failure(self, exchange: Exchange, error: BridgeError) -> Reply:
-        """A stream that began ends with a final line all the same."""
+    def _failure(self, exchange: Exchange, error: BridgeError, record: Record) -> Reply:
+        """A stream that began ends with a final line all the same. Who has met a bug is told where the log has it."""
+        if error.code == ErrorCode.INTERNAL:
+            error = BridgeError(error.code, error.message, **error.details, request=record.id)
         if exchange.state is not State.STREAMING:
             return Failed.of(error)
         code = ErrorCode(error.code)
@@ -226,9 +304,20 @@ class Session:
         self._asking[exchange].cancel()
         return Ok("Cancelled", command.id)
 
+    def _record(self, command: commands.Command, received: float) -> Record:
+        return Record(self._daemon, self._peer, next(self._numbers), command, received)
+
+    def _end(self, exchange: Exchange, record: Record, reply: Reply) -> None:
+        """Sends the last line of an answer; whoever reads it finds it counted."""
+        record.end(reply)
+        self._reply(exchange, reply)
+
     def _reply(self, exchange: Exchange, reply: Reply) -> None:
+        if self._said_all:
+            return
         self._outbox.put(self._connection.reply(exchange, reply))
         if exchange.state is State.DONE:
+            self._daemon.intake.hold(self, self._connection.held)
             self._changed.set()
             if self._daemon.draining:
                 self._nursery.start_soon(self._finish_when_sent)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from bridge.access import Role, check_role
+from bridge.admission import permitted
 from bridge.call import Call
 from bridge.job import Job, read_request
 from protocol import commands
+from protocol.command import Request
+from protocol.connection import encode_request
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Final, Ok, Started
 
 
 async def submit(call: Call, command: commands.Submit) -> Ok:
-    request = read_request(command.request)
-    job = await call.daemon.jobs.submit(call.peer.owner, command.request, request, command.ttl_s, call.received)
+    request, line = read_request(command.request), command.request
+    allowed = permitted(call, request)
+    if allowed != request:  # so that after a restart, too, it is no more than that
+        request, line = allowed, encode_request(Request(allowed)).decode().rstrip("\n")
+    job = await call.daemon.jobs.submit(call.peer.owner, line, request, command.ttl_s, call.received)
     return Ok("Submitted", job.id, {"ttl_s": job.ttl_s})
 
 
@@ -28,7 +35,7 @@ async def jobs(call: Call, command: commands.Jobs) -> Ok:
     desk = call.daemon.jobs
     if command.action == "list" and not command.job:
         if command.all:
-            call.check_operator("JOBS all=true")
+            check_role(call.daemon.gate.identity(call.peer), Role.OPERATOR, "JOBS all=true")
         listed = await desk.of(None if command.all else call.peer.owner)
         return Ok(f"{len(listed)} jobs", [_about(job) for job in listed])
     job = await desk.find(_named(command.job), call.peer.owner)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from client.blocking import Client, Stream
+from client.blocking import Client, Events, Stream
 from client.errors import (
     Ambiguous,
     BadAdapter,
     BadArgument,
+    BadGrammar,
     BadModel,
     BridgeBug,
     Busy,
@@ -26,24 +27,29 @@ from client.errors import (
     NoModel,
     NotFound,
     Overloaded,
+    PeerLost,
     PullFailed,
+    RateLimited,
     TemplateError,
     TooManyClients,
     TryAgain,
+    Unauthorized,
     Unreachable,
 )
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Progress
+from protocol.replies import Event, Progress
 
 if TYPE_CHECKING:
-    from client.aio import AsyncClient, AsyncStream
+    from client.aio import AsyncClient, AsyncEvents, AsyncStream
 
 __all__ = [
     "Ambiguous",
     "AsyncClient",
+    "AsyncEvents",
     "AsyncStream",
     "BadAdapter",
     "BadArgument",
+    "BadGrammar",
     "BadModel",
     "BridgeBug",
     "BridgeError",
@@ -55,6 +61,8 @@ __all__ = [
     "ContextExceeded",
     "DeadlineExceeded",
     "Draining",
+    "Event",
+    "Events",
     "Forbidden",
     "Interrupted",
     "LoadFailed",
@@ -63,20 +71,23 @@ __all__ = [
     "NoModel",
     "NotFound",
     "Overloaded",
+    "PeerLost",
     "Progress",
     "PullFailed",
+    "RateLimited",
     "RemoteProtocolError",
     "Stream",
     "TemplateError",
     "TooManyClients",
     "TryAgain",
+    "Unauthorized",
     "Unreachable",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """The trio client on first use, so that trio need not be there for the other."""
-    if name in ("AsyncClient", "AsyncStream"):
+    if name in ("AsyncClient", "AsyncEvents", "AsyncStream"):
         from client import aio
 
         return getattr(aio, name)

@@ -1,4 +1,4 @@
-"""The client for trio. The only module of this package that imports it."""
+"""The client for trio, which of this package only this module and its sockets import."""
 
 from __future__ import annotations
 
@@ -6,39 +6,37 @@ import contextlib
 import math
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import trio
 
 from client import calls
+from client.aio_sockets import AsyncTlsSocket, connect
 from client.calls import Call
+from client.credentials import resolve_credentials
 from client.desk import Desk, Waiting
 from client.errors import ConnectionLost, error_of
 from client.results import Completion
-from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
-from client.transcript import Transcript
-from protocol.address import Address, Unix
-from protocol.commands import Cancel, Command
+from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve
+from client.transcript import Chronicle, Transcript
+from protocol.address import Address
+from protocol.commands import Cancel, Command, Events
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Failed, Ok, Progress, Reply
+from protocol.replies import Event, Failed, Ok, Progress, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class AsyncStream:
-    """The pieces of a text as they come, for ``async for``; also an async context manager.
+class _Lines(Generic[T]):
+    """An answer of many lines: what AsyncStream and AsyncEvents have in common.
 
-    Leaving the ``async with`` early, also by cancellation, cancels the request at the daemon and waits for its last
-    line, shielded but bounded; ``result`` then holds what was generated, as it does after the end. Without
-    ``async with`` iterate to the end, or call ``aclose``. Iterating raises what ``AsyncClient`` raises, and the
-    BridgeError that the stream ended with.
+    ``_add`` makes of a line what is iterated over.
     """
 
     def __init__(self, client: AsyncClient, command: Command) -> None:
         self._client = client
         self._command = command
-        self._transcript = Transcript()
         self._link: _Link | None = None
         self._waiting: Waiting | None = None
         self._over = False
@@ -48,31 +46,17 @@ class AsyncStream:
         """What CANCEL takes; None until the request was sent."""
         return self._waiting.id if self._waiting else None
 
-    @property
-    def text(self) -> str:
-        """All pieces so far."""
-        return self._transcript.text
+    def _add(self, reply: Reply) -> T | None:
+        raise NotImplementedError
 
-    @property
-    def offset(self) -> int | None:
-        """Of a job: how many characters of its text have come, for ``attach`` to go on from."""
-        return self._transcript.offset
+    def _timeout(self) -> float | None:
+        return self._client.timeout
 
-    @property
-    def result(self) -> Completion | None:
-        """None until the end, and after a failure."""
-        return self._transcript.result
-
-    def on_place(self, tell: Callable[[int, float], object]) -> AsyncStream:
-        """Has ``tell`` told the place in the queue and the ms it will likely take. For ``queue_events=True``."""
-        self._transcript.on_place = tell
+    def __aiter__(self) -> Self:
         return self
 
-    def __aiter__(self) -> AsyncStream:
-        return self
-
-    async def __anext__(self) -> str:
-        with _within(self._client.timeout):
+    async def __anext__(self) -> T:
+        with _within(self._timeout()):
             while not self._over:
                 if piece := await self._read():
                     return piece
@@ -102,20 +86,87 @@ class AsyncStream:
             await self._link.flush()
         return self._link, self._waiting
 
-    async def _read(self) -> str:
+    async def _read(self) -> T | None:
         link, waiting = await self._start()
         try:
-            return self._transcript.add(await link.wait(waiting))
+            return self._add(await link.wait(waiting))
         finally:
             self._over = waiting.over
 
-    async def __aenter__(self) -> AsyncStream:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+class AsyncStream(_Lines[str]):
+    """The pieces of a text as they come, for ``async for``; also an async context manager.
+
+    Leaving the ``async with`` early, also by cancellation, cancels the request at the daemon and waits for its last
+    line, shielded but bounded; ``result`` then holds what was generated, as it does after the end. Without
+    ``async with`` iterate to the end, or call ``aclose``. Iterating raises what ``AsyncClient`` raises, and the
+    BridgeError that the stream ended with.
+    """
+
+    def __init__(self, client: AsyncClient, command: Command) -> None:
+        super().__init__(client, command)
+        self._transcript = Transcript()
+
+    @property
+    def text(self) -> str:
+        """All pieces so far."""
+        return self._transcript.text
+
+    @property
+    def offset(self) -> int | None:
+        """Of a job: how many characters of its text have come, for ``attach`` to go on from."""
+        return self._transcript.offset
+
+    @property
+    def result(self) -> Completion | None:
+        """None until the end, and after a failure."""
+        return self._transcript.result
+
+    def on_place(self, tell: Callable[[int, float], object]) -> Self:
+        """Has ``tell`` told the place in the queue and the ms it will likely take. For ``queue_events=True``."""
+        self._transcript.on_place = tell
+        return self
+
+    def _add(self, reply: Reply) -> str:
+        return self._transcript.add(reply)
+
+
+class AsyncEvents(_Lines[Event]):
+    """What happens, as it does, for ``async with`` and ``async for``; in the block the daemon has begun to tell.
+
+    The client's ``timeout`` is for that alone, since nothing may happen for long. It ends when the daemon stops;
+    ``last`` is what ``since`` takes, to go on with another connection.
+    """
+
+    def __init__(self, client: AsyncClient, command: Events) -> None:
+        super().__init__(client, command)
+        self._follow = command.follow
+        self._chronicle = Chronicle()
+
+    @property
+    def last(self) -> int:
+        """The number of the last event so far."""
+        return self._chronicle.last
+
+    def _add(self, reply: Reply) -> Event | None:
+        return self._chronicle.add(reply)
+
+    def _timeout(self) -> None:
+        return None
+
+    async def __aenter__(self) -> Self:
+        with _within(self._client.timeout):
+            while self._follow and not (self._chronicle.subscribed or self._over):
+                await self._read()
+        return self
 
 
 def _asks(call: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
@@ -134,10 +185,18 @@ def _streams(call: Callable[P, Command]) -> Callable[Concatenate[AsyncClient, P]
     return method
 
 
+def _tells(call: Callable[P, Events]) -> Callable[Concatenate[AsyncClient, P], AsyncEvents]:
+    def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncEvents:
+        return AsyncEvents(self, call(*args, **kwargs))
+
+    calls.dress(method, call)
+    return method
+
+
 class AsyncClient:
     """Talks to one bridge over one connection, made with the first call. Any number of tasks may call at once.
 
-    ``address``: a path, HOST:PORT, or None for this user's own bridge. ``timeout``: seconds to wait for an answer,
+    ``address``, ``token``, ``ca`` and ``certificate`` are Client's. ``timeout``: seconds to wait for an answer,
     in a stream or with progress for its next line; then TimeoutError is raised. A call that is given up, for that or
     because its task was cancelled, is cancelled at the daemon; the connection stays.
 
@@ -148,9 +207,18 @@ class AsyncClient:
     busy elsewhere is kept for it, since to stop reading would stall the others.
     """
 
-    def __init__(self, address: str | Address | None = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str | Address | None = None,
+        *,
+        timeout: float | None = None,
+        token: str | None = None,
+        ca: str | None = None,
+        certificate: str | tuple[str, str] | None = None,
+    ) -> None:
         self.address = resolve(address)
         self.timeout = timeout
+        self._credentials = resolve_credentials(self.address, token, ca, certificate)
         self._link: _Link | None = None
         self._connecting = trio.Lock()
 
@@ -158,6 +226,9 @@ class AsyncClient:
     hello = _asks(calls.hello)
     help = _asks(calls.help)
     status = _asks(calls.status)
+    health = _asks(calls.health)
+    metrics = _asks(calls.metrics)
+    metrics_text = _asks(calls.metrics_text)
     cancel = _asks(calls.cancel)
     quit = _asks(calls.quit)
     reload = _asks(calls.reload)
@@ -183,6 +254,7 @@ class AsyncClient:
     detokenize = _asks(calls.detokenize)
     stream = _streams(calls.stream)
     chat_stream = _streams(calls.chat_stream)
+    events = _tells(calls.events)
     submit = _asks(calls.submit)
     attach = _streams(calls.attach)
     jobs = _asks(calls.jobs)
@@ -220,14 +292,25 @@ class AsyncClient:
             if self._link is None or not await self._link.alive():
                 if self._link is not None:
                     self._link.close()
-                self._link = _Link(await _connect(self.address))
+                link = _Link(await connect(self.address, self._credentials))
+                if self._credentials.token:
+                    await self._authenticate(link)
+                self._link = link
             return self._link
+
+    async def _authenticate(self, link: _Link) -> None:
+        try:
+            with _within(self.timeout) as limit:
+                await link.answer(calls.auth(self._credentials.token), limit)
+        except BaseException:
+            link.close()
+            raise
 
 
 class _Link:
     """One connection. Owns the socket; closed when the other end is."""
 
-    def __init__(self, connection: trio.socket.SocketType) -> None:
+    def __init__(self, connection: trio.socket.SocketType | AsyncTlsSocket) -> None:
         self.desk = Desk()
         self._socket = connection
         self._outbox = bytearray()
@@ -238,7 +321,7 @@ class _Link:
     async def alive(self) -> bool:
         """Reads what has come meanwhile, unless a task does so already; says whether the other end is there."""
         try:
-            while not self.desk.failed and not self._reading and readable(self._socket.fileno()):
+            while not self.desk.failed and not self._reading and readable(self._socket):
                 await self._receive()
             return not self.desk.failed
         finally:
@@ -355,20 +438,3 @@ class _within:
         if self._scope.cancelled_caught:
             raise TimeoutError("the daemon did not answer in time")
         return suppressed
-
-
-async def _connect(address: Address) -> trio.socket.SocketType:
-    try:
-        if isinstance(address, Unix):
-            connection = trio.socket.socket(trio.socket.AF_UNIX)
-            try:
-                await connection.connect(address.path)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-        connection = (await trio.open_tcp_stream(address.host, address.port)).socket
-        connection.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, 1)
-        return connection
-    except OSError as error:
-        raise unreachable(address, error) from None

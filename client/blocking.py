@@ -7,25 +7,94 @@ import socket
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from client import calls
 from client.calls import Call
+from client.credentials import Credentials, resolve_credentials
 from client.desk import Desk, Waiting
 from client.errors import ConnectionLost, error_of
 from client.results import Completion
 from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
-from client.transcript import Transcript
-from protocol.address import Address, Unix
+from client.transcript import Chronicle, Transcript
+from protocol import commands
+from protocol.address import Address, Tls, Unix
 from protocol.commands import Cancel, Command
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Failed, Ok, Progress, Reply
+from protocol.replies import Event, Failed, Ok, Progress, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Stream:
+class _Lines(Generic[T]):
+    """An answer of many lines: what Stream and Events have in common. ``_add`` makes of a line what is iterated over.
+
+    Leaving it early (``break``, an exception, ``close``) cancels the request at the daemon, and waits for its last
+    line, so that the connection is good for the next call.
+    """
+
+    def __init__(self, link: _Link, command: Command) -> None:
+        self._link = link
+        self._over = False
+        self._waiting = link.send(command, beside=True)
+
+    @property
+    def id(self) -> str | None:
+        """What CANCEL takes."""
+        return self._waiting.id
+
+    def _add(self, reply: Reply) -> T | None:
+        raise NotImplementedError
+
+    def _deadline(self) -> float | None:
+        return self._link.deadline()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        while not self._over:
+            if piece := self._read(self._deadline()):
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancels what is still generated. If the daemon does not say its last line in time, closes the connection."""
+        if self._over:
+            return
+        # How the stream ends is of no interest any more, nor that the connection did.
+        with contextlib.suppress(BridgeError, RemoteProtocolError, TimeoutError):
+            self._link.send(Cancel(id=self.id), beside=False)
+            deadline = time.monotonic() + CANCEL_WAIT
+            while not self._over:
+                self._read(deadline)
+        self._over = True
+
+    def _read(self, deadline: float | None) -> T | None:
+        try:
+            return self._add(self._link.wait(self._waiting, deadline))
+        finally:
+            self._over = self._waiting.over
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The way out for `for piece in client.stream(...): break`. It does not wait: the lines that still come
+        # are dropped by the next call.
+        if not getattr(self, "_over", True):
+            with contextlib.suppress(Exception):
+                self._waiting.drop()
+                self._link.send(Cancel(id=self.id), beside=False)
+
+
+class Stream(_Lines[str]):
     """The pieces of a text as they come; also a context manager.
 
     Leaving it early (``break``, an exception, ``close``) cancels the request at the daemon, and waits for its last
@@ -34,15 +103,8 @@ class Stream:
     """
 
     def __init__(self, link: _Link, command: Command) -> None:
-        self._link = link
         self._transcript = Transcript()
-        self._over = False
-        self._waiting = link.send(command, beside=True)
-
-    @property
-    def id(self) -> str | None:
-        """What CANCEL takes."""
-        return self._waiting.id
+        super().__init__(link, command)
 
     @property
     def text(self) -> str:
@@ -59,53 +121,38 @@ class Stream:
         """None until the end, and after a failure."""
         return self._transcript.result
 
-    def on_place(self, tell: Callable[[int, float], object]) -> Stream:
+    def on_place(self, tell: Callable[[int, float], object]) -> Self:
         """Has ``tell`` told the place in the queue and the ms it will likely take. For ``queue_events=True``."""
         self._transcript.on_place = tell
         return self
 
-    def __iter__(self) -> Stream:
-        return self
+    def _add(self, reply: Reply) -> str:
+        return self._transcript.add(reply)
 
-    def __next__(self) -> str:
-        while not self._over:
-            if piece := self._read(self._link.deadline()):
-                return piece
-        raise StopIteration
 
-    def close(self) -> None:
-        """Cancels what is still generated. If the daemon does not say its last line in time, closes the connection."""
-        if self._over:
-            return
-        # How the stream ends is of no interest any more, nor that the connection did.
-        with contextlib.suppress(BridgeError, RemoteProtocolError, TimeoutError):
-            self._link.send(Cancel(id=self.id), beside=False)
-            deadline = time.monotonic() + CANCEL_WAIT
-            while not self._over:
-                self._read(deadline)
-        self._over = True
+class Events(_Lines[Event]):
+    """What happens, as it does; also a context manager. It is made when the daemon has begun to tell.
 
-    def _read(self, deadline: float | None) -> str:
-        try:
-            return self._transcript.add(self._link.wait(self._waiting, deadline))
-        finally:
-            self._over = self._waiting.over
+    The client's ``timeout`` is for that alone, since nothing may happen for long. It ends when the daemon stops;
+    ``last`` is what ``since`` takes, to go on with another connection.
+    """
 
-    def __enter__(self) -> Stream:
-        return self
+    def __init__(self, link: _Link, command: commands.Events) -> None:
+        self._chronicle = Chronicle()
+        super().__init__(link, command)
+        while command.follow and not (self._chronicle.subscribed or self._over):
+            self._read(link.deadline())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @property
+    def last(self) -> int:
+        """The number of the last event so far."""
+        return self._chronicle.last
 
-    def __del__(self) -> None:
-        # The way out for `for piece in client.stream(...): break`. It does not wait: the lines that still come
-        # are dropped by the next call.
-        if not getattr(self, "_over", True):
-            with contextlib.suppress(Exception):
-                self._waiting.drop()
-                self._link.send(Cancel(id=self.id), beside=False)
+    def _add(self, reply: Reply) -> Event | None:
+        return self._chronicle.add(reply)
+
+    def _deadline(self) -> None:
+        return None
 
 
 def _asks(call: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
@@ -124,13 +171,23 @@ def _streams(call: Callable[P, Command]) -> Callable[Concatenate[Client, P], Str
     return method
 
 
+def _tells(call: Callable[P, commands.Events]) -> Callable[Concatenate[Client, P], Events]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Events:
+        return Events(self._connected(), call(*args, **kwargs))
+
+    calls.dress(method, call)
+    return method
+
+
 class Client:
     """Talks to one bridge over one connection, made with the first call. For one thread at a time.
 
-    ``address``: a path, HOST:PORT, or None for this user's own bridge. ``timeout``: seconds to wait for an answer,
-    in a stream or with progress for its next line; then TimeoutError is raised and the connection closed, for nobody
-    knows what it would say next. A call that is interrupted (Ctrl-C) closes it too, which stops the work at the
-    daemon.
+    ``address``: a path, HOST:PORT, tls:HOST:PORT, or None for this user's own bridge. ``token`` says who is asking;
+    without it $LLAMA_BRIDGE_TOKEN does, or the file that $LLAMA_BRIDGE_TOKEN_FILE names. For TLS, ``ca`` is a PEM file
+    of who may sign the daemon's certificate (else whom this machine trusts), ``certificate`` one of the client's own
+    with its key, or two files. ``timeout``: seconds to wait for an answer, in a stream or with
+    progress for its next line; then TimeoutError is raised and the connection closed, for nobody knows what it would
+    say next. A call that is interrupted (Ctrl-C) closes it too, which stops the work at the daemon.
 
     Raises BridgeError (see ``client.errors``), TimeoutError, and RemoteProtocolError if the other end is no bridge.
     After any of them the client is good for the next call.
@@ -142,15 +199,27 @@ class Client:
     without a name.
     """
 
-    def __init__(self, address: str | Address | None = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str | Address | None = None,
+        *,
+        timeout: float | None = None,
+        token: str | None = None,
+        ca: str | None = None,
+        certificate: str | tuple[str, str] | None = None,
+    ) -> None:
         self.address = resolve(address)
         self.timeout = timeout
+        self._credentials = resolve_credentials(self.address, token, ca, certificate)
         self._link: _Link | None = None
 
     ping = _asks(calls.ping)
     hello = _asks(calls.hello)
     help = _asks(calls.help)
     status = _asks(calls.status)
+    health = _asks(calls.health)
+    metrics = _asks(calls.metrics)
+    metrics_text = _asks(calls.metrics_text)
     cancel = _asks(calls.cancel)
     quit = _asks(calls.quit)
     reload = _asks(calls.reload)
@@ -176,6 +245,7 @@ class Client:
     detokenize = _asks(calls.detokenize)
     stream = _streams(calls.stream)
     chat_stream = _streams(calls.chat_stream)
+    events = _tells(calls.events)
     submit = _asks(calls.submit)
     attach = _streams(calls.attach)
     jobs = _asks(calls.jobs)
@@ -209,7 +279,7 @@ class Client:
     def _connected(self) -> _Link:
         if self._link is None or not self._link.alive():
             self.close()
-            self._link = _Link(self.address, self.timeout)
+            self._link = _Link(self.address, self.timeout, self._credentials)
         self._link.timeout = self.timeout
         return self._link
 
@@ -217,17 +287,23 @@ class Client:
 class _Link:
     """One connection. Owns the socket; closed when the other end is, or when nobody knows its state."""
 
-    def __init__(self, address: Address, timeout: float | None) -> None:
+    def __init__(self, address: Address, timeout: float | None, credentials: Credentials) -> None:
         self.desk = Desk()
         self.timeout = timeout
-        self._socket = _connect(address, timeout)
+        self._socket = _connect(address, timeout, credentials)
+        if credentials.token:
+            try:
+                self.answer(calls.auth(credentials.token))
+            except BaseException:
+                self.close()
+                raise
 
     def deadline(self) -> float | None:
         return None if self.timeout is None else time.monotonic() + self.timeout
 
     def alive(self) -> bool:
         """Reads what has come meanwhile, and so learns whether the other end is gone."""
-        while not self.desk.failed and readable(self._socket.fileno()):
+        while not self.desk.failed and readable(self._socket):
             self._receive()
         return not self.desk.failed
 
@@ -288,7 +364,7 @@ class _Link:
             self._socket.close()
 
 
-def _connect(address: Address, timeout: float | None) -> socket.socket:
+def _connect(address: Address, timeout: float | None, credentials: Credentials) -> socket.socket:
     try:
         if isinstance(address, Unix):
             connection = socket.socket(socket.AF_UNIX)
@@ -299,9 +375,15 @@ def _connect(address: Address, timeout: float | None) -> socket.socket:
                 connection.close()
                 raise
             return connection
-        connection = socket.create_connection(address, timeout)
+        connection = socket.create_connection((address.host, address.port), timeout)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
+        if not isinstance(address, Tls):
+            return connection
+        try:
+            return credentials.secure(connection, address, handshake=True)
+        except BaseException:
+            connection.close()
+            raise
     except TimeoutError:
         raise TimeoutError(f"no bridge answered at {address} in time") from None
     except OSError as error:

@@ -14,6 +14,8 @@ usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT .
 
   ping                  answers pong
   status                which model is loaded
+  health                whether it is good for another request: ready, overloaded, loading, unavailable, draining
+  metrics               what was counted, in Prometheus' text format
   reload                has the daemon read its configuration anew
   models                the models and their states, as JSON
   load MODEL            loads a model: a file, a name, or what pull takes
@@ -34,12 +36,14 @@ usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT .
   raw LINE ...          sends the lines as they are, prints the answers as they are
 
   -s PATH               the daemon's Unix socket
-  -t HOST:PORT          the daemon's TCP port
+  -t HOST:PORT          the daemon's TCP port; tls:HOST:PORT with TLS, which takes socat
   -p KEY=VALUE          a parameter, such as -p max_tokens=64 -p temperature=0; stop and lora may be given several times
 
 A prompt, message or text that is not given, or is -, is read from the standard input.
 Without -s and -t: $LLAMA_BRIDGE_SOCKET, else llama-bridge.sock in $XDG_RUNTIME_DIR, else the service's socket
 for root, else this user's own under $TMPDIR. LLAMA_BRIDGE_NC=socat or =nc chooses the tool.
+Who asks is said by the token in $LLAMA_BRIDGE_TOKEN, or in the file that $LLAMA_BRIDGE_TOKEN_FILE names. For TLS
+$LLAMA_BRIDGE_CA names the file of who signs the daemon's certificate.
 How far a pull is goes to the standard error, as it does for load -p progress=true.
 Exit status: 0, 1 after an error (its message is on the standard error), 2 for a wrong command line.
 END
@@ -71,6 +75,9 @@ default_socket() { # the same choice as protocol/address.py
 connect() { # standard input to the daemon, its answer to standard output; $1 is the tool
     case $1 in
         socat) # -t: after the half-close wait for the answer however long it takes, not half a second
+            case $tcp in
+                tls:*) exec socat -t 86400 - "OPENSSL:${tcp#tls:}${LLAMA_BRIDGE_CA:+,cafile=$LLAMA_BRIDGE_CA},nodelay" ;;
+            esac
             if [ -n "$tcp" ]; then
                 exec socat -t 86400 - "TCP:$tcp,nodelay"
             fi
@@ -83,6 +90,12 @@ connect() { # standard input to the daemon, its answer to standard output; $1 is
             if "$1" -h 2>&1 | grep -q 'N.*Shutdown the network socket'; then
                 flags=-N
             fi
+            case $tcp in
+                tls:*)
+                    printf 'bridge.sh: TLS takes socat\n' >&2
+                    exit 1
+                    ;;
+            esac
             if [ -n "$tcp" ]; then
                 host=${tcp%:*}
                 host=${host#"["}
@@ -264,6 +277,10 @@ function progress(    phase, done, total) {
 {
     sub(/\r$/, "")
     rest = $0
+    if (authenticates && take("{\"status\":\"ok\"")) { # it knows us; what was asked is answered next
+        authenticates = 0
+        next
+    }
     if (take("{\"type\":\"token\",\"token\":")) {
         string(1)
         fflush()
@@ -342,6 +359,14 @@ text() { # the arguments as one text, or standard input
     fi
 }
 
+authentication() { # the line that says who asks, if there is a token
+    token=${LLAMA_BRIDGE_TOKEN:-}
+    if [ -z "$token" ] && [ -n "${LLAMA_BRIDGE_TOKEN_FILE:-}" ]; then
+        read -r token <"$LLAMA_BRIDGE_TOKEN_FILE" || [ -n "$token" ]
+    fi
+    [ -z "$token" ] || printf 'AUTH {"token":%s}' "$(quote "$token")"
+}
+
 # -- requests ------------------------------------------------------------------------------------------------------
 
 request() { # VERB [KEY TEXT]: sends it with the parameters, prints the answer
@@ -356,7 +381,9 @@ request() { # VERB [KEY TEXT]: sends it with the parameters, prints the answer
         *) streams= ;;
     esac
     with=$(tool)
-    printf '%s\n' "$line" | (connect "$with") | awk_now -v streams="$streams" -v where="$tcp$path" "$print_program"
+    auth=$(authentication)
+    printf '%s\n' ${auth:+"$auth"} "$line" | (connect "$with") |
+        awk_now -v authenticates="${auth:+1}" -v streams="$streams" -v where="$tcp$path" "$print_program"
 }
 
 prompted() { # VERB KEY [TEXT ...]
@@ -444,11 +471,13 @@ main() {
 
     case $command in
         help) usage ;;
-        ping | status | models | reload)
+        ping | status | health | metrics | models | reload)
             [ $# -eq 0 ] || wrong "$command takes no arguments"
             case $command in
                 ping) request PING ;;
                 status) request STATUS ;;
+                health) request HEALTH ;;
+                metrics) request METRICS format prometheus ;;
                 models) request MODELS ;;
                 reload) request RELOAD ;;
             esac
@@ -487,7 +516,13 @@ main() {
         raw)
             [ $# -gt 0 ] || wrong 'raw takes one line or more'
             with=$(tool)
-            printf '%s\n' "$@" | connect "$with"
+            auth=$(authentication)
+            if [ -z "$auth" ]; then
+                printf '%s\n' "$@" | connect "$with"
+            else # whose answer is of interest only where it is an error
+                printf '%s\n' "$auth" "$@" | (connect "$with") |
+                    awk_now 'NR > 1 || !/^{"status":"ok"/ { print; fflush() }'
+            fi
             ;;
         *) wrong "unknown command $command" ;;
     esac

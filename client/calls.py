@@ -21,9 +21,11 @@ from client.results import (
     Completion,
     Embeddings,
     Freed,
+    Health,
     Hello,
     Job,
     Loaded,
+    Metrics,
     ModelInfo,
     ModelState,
     Plan,
@@ -33,6 +35,7 @@ from client.results import (
     Removed,
     Status,
     Submitted,
+    You,
     read_as,
 )
 from protocol import commands
@@ -72,6 +75,11 @@ def hello() -> Call[Hello]:
     return Call(commands.Hello(), lambda ok: read_as(Hello, ok.data), repeatable=True)
 
 
+def auth(token: str) -> Call[You]:
+    """Says who is asking, by a token, for all calls on this connection that follow. Raises Unauthorized."""
+    return Call(commands.Auth(token=token), lambda ok: read_as(You, ok.data))
+
+
 def help(verb: str | None = None) -> Call[list[str] | dict[str, str]]:
     """A line for each command; or, of one command, what each of its parameters may be."""
     kind: Any = list[str] if verb is None else dict[str, str]
@@ -83,6 +91,21 @@ def status() -> Call[Status]:
     return Call(commands.Status(), lambda ok: read_as(Status, {**ok.extra, "message": ok.message}), repeatable=True)
 
 
+def health() -> Call[Health]:
+    """Whether the daemon is good for another request. Wakes no model."""
+    return Call(commands.Health(), lambda ok: read_as(Health, ok.data), repeatable=True)
+
+
+def metrics() -> Call[Metrics]:
+    """What was counted since the daemon's start, if this peer may know."""
+    return Call(commands.Metrics(), lambda ok: read_as(Metrics, ok.data), repeatable=True)
+
+
+def metrics_text() -> Call[str]:
+    """The same in Prometheus' text format."""
+    return Call(commands.Metrics(format="prometheus"), lambda ok: read_as(str, ok.data), repeatable=True)
+
+
 def cancel(id: str | None = None) -> Call[None]:
     """Cancels the request with that id on this connection. Raises NotFound when none is running."""
     return Call(commands.Cancel(id=id), lambda ok: None)
@@ -91,6 +114,16 @@ def cancel(id: str | None = None) -> Call[None]:
 def reload() -> Call[Reloaded]:
     """Has the daemon read its configuration anew, if this peer may."""
     return Call(commands.Reload(), lambda ok: read_as(Reloaded, ok.data))
+
+
+def events(
+    kinds: Sequence[commands.EventKind] = (), *, since: int | None = None, follow: bool = True
+) -> commands.Events:
+    """What happens at the daemon: all, or of some ``kinds``; first what it remembers since the event of that number.
+
+    Without ``follow`` that is all. For those who may: Forbidden is raised for others.
+    """
+    return commands.Events(kinds=list(kinds), since=since, follow=follow)
 
 
 def quit() -> Call[None]:

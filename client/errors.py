@@ -30,12 +30,20 @@ class Ambiguous(ClientFault):
         return list(self.details.get("candidates", ()))
 
 
+class Unauthorized(ClientFault):
+    """The daemon does not know who is asking: it wants a token, or another one."""
+
+
 class Forbidden(ClientFault):
     """This peer may not do that."""
 
 
 class ContextExceeded(ClientFault):
     """The prompt does not fit in the model's context. Nothing was computed; ``details`` has both counts."""
+
+
+class BadGrammar(ClientFault):
+    """The grammar cannot be read, or no token of the model fits it, or it takes too long."""
 
 
 class TemplateError(ClientFault):
@@ -84,12 +92,20 @@ class ModelCrashed(TryAgain):
     """The model's process died with this request in it. It is being started again."""
 
 
+class PeerLost(TryAgain):
+    """Another machine, which computes layers of the model, is not there."""
+
+
 class ModelResting(TryAgain):
     """The model crashed too often, and is not started again before somebody LOADs it."""
 
 
 class DeadlineExceeded(TryAgain):
     """``deadline_ms`` passed before anything was generated."""
+
+
+class RateLimited(TryAgain):
+    """This user, token or certificate has used up what it may."""
 
 
 class Interrupted(TryAgain):
@@ -131,9 +147,11 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.BAD_ARGUMENT: BadArgument,
     ErrorCode.NOT_FOUND: NotFound,
     ErrorCode.AMBIGUOUS: Ambiguous,
+    ErrorCode.UNAUTHORIZED: Unauthorized,
     ErrorCode.FORBIDDEN: Forbidden,
     ErrorCode.CONTEXT_EXCEEDED: ContextExceeded,
     ErrorCode.TEMPLATE_ERROR: TemplateError,
+    ErrorCode.BAD_GRAMMAR: BadGrammar,
     ErrorCode.CANCELLED: Cancelled,
     ErrorCode.NO_MODEL: NoModel,
     ErrorCode.LOAD_FAILED: LoadFailed,
@@ -143,7 +161,9 @@ _BY_CODE: dict[str, type[BridgeError]] = {
     ErrorCode.BUSY: Busy,
     ErrorCode.MODEL_CRASHED: ModelCrashed,
     ErrorCode.MODEL_RESTING: ModelResting,
+    ErrorCode.PEER_LOST: PeerLost,
     ErrorCode.DEADLINE: DeadlineExceeded,
+    ErrorCode.RATE_LIMITED: RateLimited,
     ErrorCode.INTERRUPTED: Interrupted,
     ErrorCode.OVERLOADED: Overloaded,
     ErrorCode.TOO_MANY_CLIENTS: TooManyClients,

@@ -138,10 +138,36 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     load_ms: float = 0.0
 
 
+class Quota(Struct, frozen=True, kw_only=True):
+    """A limit, and what of it is left."""
+
+    limit: int = 0
+    left: int = 0
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What one may, over all of one's connections; None is no limit. ``running`` are answers that wait or run."""
+
+    requests_per_minute: Quota | None = None
+    tokens_per_minute: Quota | None = None
+    running: Quota | None = None
+    models: list[str] | None = None
+    priority: str = "high"
+
+
+class You(Struct, frozen=True, kw_only=True):
+    """Whom the daemon takes this client for. ``role`` is none, user, operator or admin."""
+
+    name: str = ""
+    role: str = ""
+    limits: Limits = Limits()
+
+
 class Status(Struct, frozen=True, kw_only=True):
     """``message`` is the line for people; ``default`` the model that answers when none is named.
 
-    ``usage`` has the sums of what this connection was answered.
+    ``tasks`` are the event loop's, a few for each connection and model: more and more of them would be a leak.
+    ``usage`` has the sums of what this connection was answered; ``you`` is who was.
     """
 
     message: str
@@ -149,10 +175,12 @@ class Status(Struct, frozen=True, kw_only=True):
     uptime_s: float = 0.0
     pid: int = 0
     clients: int = 0
+    tasks: int = 0
     draining: bool = False
     default: str | None = None
     models: list[ModelState] = []
     usage: Totals = Totals()
+    you: You = You()
 
 
 class Hello(Struct, frozen=True, kw_only=True):
@@ -163,6 +191,86 @@ class Hello(Struct, frozen=True, kw_only=True):
     protocol: int = 0
     features: list[str] = []
     limits: dict[str, Any] = {}
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """``state``: ready, overloaded, loading, unavailable or draining. ``load`` is requests a slot, ``weight`` percent
+    of what an idle daemon could be given.
+    """
+
+    state: str
+    load: float = 0.0
+    weight: int = 100
+    running: int = 0
+    queued: int = 0
+    slots: int = 0
+
+
+class Distribution(Struct, frozen=True):
+    """Seconds. ``counts`` are of values up to each bound and above the one before; the last is of those above all."""
+
+    bounds: list[float] = []
+    counts: list[int] = []
+    sum: float = 0.0
+
+
+class RequestCount(Struct, frozen=True, kw_only=True):
+    """``outcome``: ok, an error's code, cancelled, deadline, or disconnected. Without a ``model`` they were of none."""
+
+    verb: str
+    outcome: str
+    count: int
+    model: str | None = None
+
+
+class ModelMetrics(Struct, frozen=True, kw_only=True):
+    """Of one model, since the daemon's start; what a model is doing only of one that is loaded."""
+
+    name: str
+    loaded: bool = False
+    running: int = 0
+    queued: int = 0
+    waiting: int = 0  # requests, for it to be loaded
+    slots: int = 0
+    memory: int = 0
+    planned_memory: int = 0
+    planned_gpu_memory: int = 0
+    cells_running: int = 0  # of the KV cache
+    cells_kept: int = 0
+    cells: int = 0
+    loads: int = 0
+    load_failures: int = 0
+    restarts: int = 0
+    evictions: int = 0
+    expiries: int = 0
+    decodes: int = 0
+    busy_slots: int = 0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    token_seconds: float = 0.0
+    cache_queries: int = 0
+    cache_hits: int = 0
+    longest: int = 0
+    first_token: Distribution = Distribution()
+    between_tokens: Distribution = Distribution()
+    end_to_end: Distribution = Distribution()
+
+
+class Metrics(Struct, frozen=True, kw_only=True):
+    """What was counted since the daemon's start."""
+
+    version: str = ""
+    uptime_s: float = 0.0
+    memory: int = 0
+    clients: int = 0
+    connections: int = 0
+    refused: dict[str, int] = {}
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    requests: list[RequestCount] = []
+    request_seconds: dict[str, Distribution] = {}
+    models: list[ModelMetrics] = []
 
 
 class Loaded(Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from typing import Protocol
 
 from client.errors import Unreachable
 from protocol.address import Address, Unix, default_socket, parse_address
@@ -24,8 +25,14 @@ def unreachable(address: Address, error: OSError) -> Unreachable:
     return Unreachable(f"no bridge answers at {address}: {reason}")
 
 
-def readable(fileno: int) -> bool:
+class Connection(Protocol):
+    def fileno(self) -> int: ...
+
+
+def readable(connection: Connection) -> bool:
     """Whether a read would return at once: there are bytes, or the other end is gone."""
+    if ready := getattr(connection, "ready", None):  # TLS, where a byte that came may be none for the reader
+        return bool(ready())
     poll = select.poll()
-    poll.register(fileno, select.POLLIN)
+    poll.register(connection.fileno(), select.POLLIN)
     return bool(poll.poll(0))

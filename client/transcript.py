@@ -1,4 +1,4 @@
-"""What a stream has said so far."""
+"""What an answer of many lines has said so far."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from client.errors import error_of
 from client.results import Completion, read_as
 from protocol.errors import ErrorCode
-from protocol.replies import Failed, Final, Queued, Reply, Started, Token
+from protocol.replies import Event, Failed, Final, Ok, Queued, Reply, Started, Token
 
 
 class Transcript:
@@ -68,3 +68,29 @@ class Transcript:
         fields = {**final.extra, "text": self.text, "finish_reason": final.finish_reason}
         fields["logprobs"] = self._logprobs or None
         self.result = read_as(Completion, fields)
+
+
+class Chronicle:
+    """Gathers the replies of EVENTS. ``last`` is the number to go on from, as ``since``, with another connection."""
+
+    def __init__(self) -> None:
+        self.subscribed = False
+        self.last = 0
+
+    def add(self, reply: Reply) -> Event | None:
+        """The event on this line; None for the first and the last line, which are none. Raises BridgeError."""
+        match reply:
+            case Event(kind="subscribed"):
+                self.subscribed = True
+                self.last = reply.number
+                return None
+            case Event():
+                self.last = reply.number
+                return reply
+            case Ok():
+                self.last = read_as(int, reply.extra.get("last", self.last))
+                return None
+            case Failed():
+                raise error_of(reply)
+            case _:
+                raise AssertionError(f"EVENTS is not answered with {reply}")

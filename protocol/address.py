@@ -25,19 +25,31 @@ class Tcp(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-Address = Unix | Tcp
+class Tls(NamedTuple):
+    """TCP with TLS in it."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tls:{Tcp(self.host, self.port)}"
+
+
+Address = Unix | Tcp | Tls
 
 
 def parse_address(text: str) -> Address:
-    """``/path``, ``unix:/path``, ``HOST:PORT``, ``tcp:HOST:PORT`` or ``[IPV6]:PORT``. Raises ValueError."""
+    """``/path``, ``unix:/path``, ``HOST:PORT``, ``[IPV6]:PORT``, these with ``tcp:`` or ``tls:``. Raises ValueError."""
     if text.startswith("unix:"):
         return Unix(text.removeprefix("unix:"))
-    if "/" in text and not text.startswith("tcp:"):
+    if "/" in text and not text.startswith(("tcp:", "tls:")):
         return Unix(text)
-    host, colon, port = text.removeprefix("tcp:").rpartition(":")
-    if not colon or not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"bad address {text!r}: allowed are a path with a slash and HOST:PORT")
-    return Tcp(host.removeprefix("[").removesuffix("]"), int(port))
+    kind = Tls if text.startswith("tls:") else Tcp
+    host, colon, port = (text[4:] if text.startswith(("tcp:", "tls:")) else text).rpartition(":")
+    twice = host.startswith(("tcp:", "tls:", "unix:"))
+    if not colon or not host or twice or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"bad address {text!r}: allowed are a path with a slash, HOST:PORT and tls:HOST:PORT")
+    return kind(host.removeprefix("[").removesuffix("]"), int(port))
 
 
 def default_socket(environ: Mapping[str, str] = os.environ) -> str:

@@ -18,10 +18,15 @@ from protocol.command import Name as Name
 from protocol.command import Reference as Reference
 from protocol.command import Request as Request
 from protocol.operations import Attach as Attach
+from protocol.operations import Auth as Auth
 from protocol.operations import Cancel as Cancel
+from protocol.operations import EventKind as EventKind
+from protocol.operations import Events as Events
+from protocol.operations import Health as Health
 from protocol.operations import Hello as Hello
 from protocol.operations import Help as Help
 from protocol.operations import Jobs as Jobs
+from protocol.operations import Metrics as Metrics
 from protocol.operations import Ping as Ping
 from protocol.operations import Quit as Quit
 from protocol.operations import Reload as Reload
@@ -106,7 +111,7 @@ class Pull(Command, frozen=True):
 class Remove(Command, frozen=True):
     VERB = "REMOVE"
     TEXT = "model"
-    DOC = "REMOVE model - deletes a model from the daemon's store; over the Unix socket, for its own user or root"
+    DOC = "REMOVE model - deletes a model from the daemon's store; for admins"
 
     model: str = ""
 
@@ -301,7 +306,8 @@ class Detokenize(Command, frozen=True):
 COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (
-        Ping, Hello, Help, Status, Load, Plan, Free, Models, Show, Queue, Pull, Remove, Lora, Infer, InferStream,
-        InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Submit, Attach, Jobs, Cancel, Reload, Quit,
+        Ping, Hello, Auth, Help, Status, Health, Metrics, Events, Load, Plan, Free, Models, Show, Queue, Pull, Remove,
+        Lora, Infer, InferStream, InferMulti, Chat, ChatStream, Embed, Tokenize, Detokenize, Submit, Attach, Jobs,
+        Cancel, Reload, Quit,
     )
 }  # fmt: skip

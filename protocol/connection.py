@@ -10,8 +10,9 @@ Requests with an id are answered in any order, their lines mixed. Requests witho
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
@@ -21,8 +22,9 @@ import msgspec
 
 from protocol.commands import Cancel, Command, Request
 from protocol.errors import ErrorCode, LocalProtocolError, ProtocolError, RemoteProtocolError
-from protocol.lines import LineBuffer, LineTooLong
+from protocol.lines import LineBuffer, LineTooLong, NoRoom
 from protocol.parse import TLS_START, BadCommand, is_json_form, parse_request, wrong_protocol_tls
+from protocol.replies import Event as EventLine
 from protocol.replies import (
     Failed,
     Final,
@@ -39,6 +41,7 @@ from protocol.replies import (
 
 TEXT_LINE_LIMIT = 64 * 1024
 JSON_LINE_LIMIT = 16 * 1024 * 1024
+SMALL = 1024
 REPLY_LINE_LIMIT = 256 * 1024 * 1024
 
 
@@ -50,7 +53,7 @@ class Role(Enum):
 class State(Enum):
     """Of one exchange: a request and all that answers it."""
 
-    REQUESTED = auto()  # a command that is answered with one line, after those about its progress if it asked for them
+    REQUESTED = auto()  # a command that is answered with one line, after those about progress or events if it asked
     STREAM_REQUESTED = auto()  # a command that is answered with a stream, or one error line
     STREAMING = auto()
     DONE = auto()
@@ -58,6 +61,7 @@ class State(Enum):
 
 TRANSITIONS: dict[tuple[State, type[Reply]], State] = {
     (State.REQUESTED, Progress): State.REQUESTED,
+    (State.REQUESTED, EventLine): State.REQUESTED,
     (State.REQUESTED, Ok): State.DONE,
     (State.REQUESTED, Failed): State.DONE,
     (State.STREAM_REQUESTED, Failed): State.DONE,
@@ -69,12 +73,13 @@ TRANSITIONS: dict[tuple[State, type[Reply]], State] = {
 
 
 class Exchange:
-    """A request and where its answer stands."""
+    """A request and where its answer stands. To a server it came in a line of so many bytes, its ``size``."""
 
-    __slots__ = ("id", "state")
+    __slots__ = ("id", "size", "state")
 
-    def __init__(self, request_id: str | None, *, streams: bool) -> None:
+    def __init__(self, request_id: str | None, *, streams: bool, size: int = 0) -> None:
         self.id = request_id
+        self.size = size
         self.state = State.STREAM_REQUESTED if streams else State.REQUESTED
 
     def advance(self, reply: Reply, error: type[ProtocolError]) -> None:
@@ -118,13 +123,23 @@ Event = Requested | Refused | Answer | Closed
 
 
 class Connection:
+    """``room`` tells a server how long a line it may take in just now, in bytes. A longer one is refused (overloaded),
+    but never one of up to SMALL bytes: PING, CANCEL and their like always find room.
+    """
+
     def __init__(
-        self, role: Role, *, text_line_limit: int = TEXT_LINE_LIMIT, json_line_limit: int = JSON_LINE_LIMIT
+        self,
+        role: Role,
+        *,
+        text_line_limit: int = TEXT_LINE_LIMIT,
+        json_line_limit: int = JSON_LINE_LIMIT,
+        room: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self.role = role
         self._text_limit = text_line_limit
         self._json_limit = json_line_limit
-        self._lines = LineBuffer(self._limit_of)
+        self._lines = LineBuffer(self._limit_of, lambda: max(SMALL, room()))
+        self.asked = 0  # bytes of the lines that wait for their answer
         self._in_order: deque[Exchange] = deque()
         self._by_id: dict[str, Exchange] = {}
         self._eof = False
@@ -133,6 +148,11 @@ class Connection:
     @property
     def open_exchanges(self) -> int:
         return len(self._in_order) + len(self._by_id)
+
+    @property
+    def held(self) -> int:
+        """Bytes of what came and is not answered: half a line, and those that wait for their answer."""
+        return len(self._lines) + self.asked
 
     # -- receiving ---------------------------------------------------------------------------------------------
 
@@ -181,6 +201,9 @@ class Connection:
             except LineTooLong as error:
                 message = f"Line longer than {error.limit} bytes"
                 return self._refuse(BadCommand(ErrorCode.LINE_TOO_LONG, message, limit=error.limit))
+            except NoRoom:
+                message = "So much waits to be answered that there is no room for a long line now"
+                return self._refuse(BadCommand(ErrorCode.OVERLOADED, message, retry_after_ms=1000))
             except BadCommand as error:
                 return self._refuse(error, fatal=error.code == ErrorCode.WRONG_PROTOCOL)
             if request is None:
@@ -188,7 +211,7 @@ class Connection:
             if request.id in self._by_id:
                 message = f"The id {request.id} is in use by a request that is still running"
                 return self._refuse(BadCommand(ErrorCode.DUPLICATE_ID, message, duplicate_id=request.id))
-            return Requested(self._open(request.id, type(request.command)), request.command)
+            return Requested(self._open(request.id, type(request.command), len(line)), request.command)
 
     def _refuse(self, error: BadCommand, *, fatal: bool = False) -> Refused:
         self._closing = fatal
@@ -236,8 +259,9 @@ class Connection:
         """The exchange that is open under this id."""
         return self._by_id.get(request_id)
 
-    def _open(self, request_id: str | None, command: type[Command] | None) -> Exchange:
-        exchange = Exchange(request_id, streams=command is not None and command.STREAMS)
+    def _open(self, request_id: str | None, command: type[Command] | None, size: int = 0) -> Exchange:
+        exchange = Exchange(request_id, streams=command is not None and command.STREAMS, size=size)
+        self.asked += size
         if request_id is None:
             self._in_order.append(exchange)
         else:
@@ -251,6 +275,7 @@ class Connection:
 
     def _forget_if_done(self, exchange: Exchange) -> None:
         if exchange.state is State.DONE:
+            self.asked -= exchange.size
             if exchange.id is None:
                 self._in_order.popleft()
             else:

@@ -30,9 +30,11 @@ class ErrorCode(StrEnum):
     DUPLICATE_ID = "duplicate_id"
     NOT_FOUND = "not_found"
     AMBIGUOUS = "ambiguous"
+    UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
     UNSUPPORTED = "unsupported"
     TEMPLATE_ERROR = "template_error"
+    BAD_GRAMMAR = "bad_grammar"
     CONTEXT_EXCEEDED = "context_exceeded"
     # the models
     NO_MODEL = "no_model"
@@ -45,12 +47,14 @@ class ErrorCode(StrEnum):
     BUSY = "busy"
     MODEL_CRASHED = "model_crashed"
     MODEL_RESTING = "model_resting"
+    PEER_LOST = "peer_lost"
     # the request
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     INTERRUPTED = "interrupted"
     # the daemon
     BAD_CONFIG = "bad_config"
+    RATE_LIMITED = "rate_limited"
     OVERLOADED = "overloaded"
     TOO_MANY_CLIENTS = "too_many_clients"
     DRAINING = "draining"
@@ -66,7 +70,9 @@ _BLAME = {
     ErrorCode.BUSY: Blame.RETRY,
     ErrorCode.MODEL_CRASHED: Blame.RETRY,
     ErrorCode.MODEL_RESTING: Blame.RETRY,
+    ErrorCode.PEER_LOST: Blame.RETRY,
     ErrorCode.DEADLINE: Blame.RETRY,
+    ErrorCode.RATE_LIMITED: Blame.RETRY,
     ErrorCode.INTERRUPTED: Blame.RETRY,
     ErrorCode.OVERLOADED: Blame.RETRY,
     ErrorCode.TOO_MANY_CLIENTS: Blame.RETRY,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 
@@ -17,19 +18,27 @@ class LineTooLong(Exception):
         self.start = start
 
 
+class NoRoom(Exception):
+    """There is no room for a line now, though there may be another time. Its bytes are gone, as for LineTooLong."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(f"no room for a line of {length} bytes or more")
+
+
 class LineBuffer:
     """Splits a byte stream at ``\\n``; a ``\\r`` before it is dropped.
 
     ``limit_of`` says how many bytes a line may have (its end not counted), judging by how it begins: the text
     form and the JSON form of a command have different limits. A longer line raises LineTooLong once, as
     soon as it is known to be too long, and is then skipped up to its newline (as beanstalkd does) without
-    being stored.
+    being stored. The same becomes of one that is longer than there is ``room`` for just now: that raises NoRoom.
     """
 
     _START = 128  # enough of a line to tell its limit
 
-    def __init__(self, limit_of: Callable[[bytes], int]) -> None:
+    def __init__(self, limit_of: Callable[[bytes], int], room: Callable[[], float] = lambda: math.inf) -> None:
         self._limit_of = limit_of
+        self._room = room
         self._buffer = bytearray()
         self._scanned = 0  # no newline before this offset
         self._skipping = False
@@ -61,6 +70,9 @@ class LineBuffer:
             start = bytes(self._buffer[: min(length, self._START)])
             if length > (limit := self._limit_of(start)) + 1:  # one more for a \r that may still be its end
                 raise self._too_long(limit, start)
+            if length > self._room():
+                self._skip()
+                raise NoRoom(length)
             if end < 0:
                 self._scanned = length
                 return None
@@ -71,9 +83,12 @@ class LineBuffer:
             return line
 
     def _too_long(self, limit: int, start: bytes) -> LineTooLong:
+        self._skip()
+        return LineTooLong(limit, start)
+
+    def _skip(self) -> None:
         self._skipping = True
         self._scanned = 0
-        return LineTooLong(limit, start)
 
     def _drop(self, count: int) -> None:
         del self._buffer[:count]

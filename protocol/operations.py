@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
 
 from protocol.command import Command, Id
 
+EventKind = Literal[
+    "listening", "loading", "loaded", "load_failed", "waiting", "evicted", "idle", "unloaded", "crashed", "resting",
+    "warning", "adapter_loaded", "adapter_unloaded", "pulling", "pulled", "pull_failed", "converting", "converted",
+    "convert_failed", "reloaded", "reload_failed", "client_cut", "refused", "auth_failed", "slow", "failed", "unwell", "draining",
+]  # fmt: skip
+EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
 Job = Annotated[str, Meta(max_length=64)]
 
 
@@ -19,6 +25,18 @@ class Ping(Command, frozen=True):
 class Hello(Command, frozen=True):
     VERB = "HELLO"
     DOC = "HELLO - version, features and limits of this daemon"
+
+
+class Auth(Command, frozen=True):
+    VERB = "AUTH"
+    TEXT = "token"
+    DOC = "AUTH token - says who is asking, where the connection itself does not"
+
+    token: Annotated[str, Meta(max_length=1024)] = ""
+
+    def __repr__(self) -> str:
+        """It must not come to stand in a log."""
+        return "Auth(token=...)"
 
 
 class Help(Command, frozen=True):
@@ -34,14 +52,42 @@ class Status(Command, frozen=True):
     DOC = "STATUS - what is loaded and how busy it is"
 
 
+class Events(Command, frozen=True):
+    """``since`` is the number of the last event that the client knows; those after it that are remembered come first.
+
+    Of none of the ``kinds`` means of all.
+    """
+
+    VERB = "EVENTS"
+    TEXT = "kinds"
+    DOC = "EVENTS [since=N] [follow=false] [kind kind ...] - tells what happens: loads, crashes, evictions ..."
+
+    kinds: Annotated[list[EventKind], Meta(max_length=64)] = []
+    since: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    follow: bool = True
+
+
+class Health(Command, frozen=True):
+    VERB = "HEALTH"
+    DOC = "HEALTH - whether this daemon is good for another request; for balancers"
+
+
+class Metrics(Command, frozen=True):
+    VERB = "METRICS"
+    TEXT = "format"
+    DOC = "METRICS [prometheus] - what was counted since the start, and how busy it is now"
+
+    format: Literal["json", "prometheus"] = "json"
+
+
 class Quit(Command, frozen=True):
     VERB = "QUIT"
-    DOC = "QUIT - stops the daemon; only over the Unix socket, for its own user or root"
+    DOC = "QUIT - stops the daemon; for admins"
 
 
 class Reload(Command, frozen=True):
     VERB = "RELOAD"
-    DOC = "RELOAD - reads the configuration anew, as SIGHUP does; only over the Unix socket, for its own user or root"
+    DOC = "RELOAD - reads the configuration anew, as SIGHUP does; for admins"
 
 
 class Cancel(Command, frozen=True):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+PEERS = r"^[^\s,/:]+:[0-9]{1,5}(,[^\s,/:]+:[0-9]{1,5})*$"
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
 
@@ -29,4 +30,5 @@ class LoadOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     use_mlock: bool | None = None
     kv_unified: bool | None = None  # one pool of KV cells for all sequences, in place of one for each
     repack: bool | None = None  # weights into the layout the CPU's matrix kernels like best
+    rpc: Annotated[str, Meta(pattern=PEERS, max_length=1024)] | None = None  # ggml's RPC servers, HOST:PORT,HOST:PORT
     backend_sampling: bool | None = None  # where the model is computed, so that logits need not come from the GPU

@@ -27,6 +27,7 @@ _NO_TEXT = {
     "text": ("No text provided", "No text after parameters"),
     "request": ("No request provided", "No request after parameters"),
     "tokens": ("No tokens provided", "No tokens after parameters"),
+    "token": ("No token provided", "No token after parameters"),
 }
 _REPEATABLE = ("stop", "lora")  # keys that may be given several times
 TLS_START = b"\x16\x03"
@@ -187,9 +188,9 @@ def _text_value(field: str, text: str) -> Any:
             return [prompt for prompt in text.split("||") if prompt.strip()]
         case "messages":
             return [{"role": "user", "content": text}]
-        case "tokens":
+        case "tokens" | "kinds":
             return text.split()
-        case "id" | "model" | "verb" | "path" | "source" | "adapter" | "job":
+        case "id" | "model" | "verb" | "path" | "source" | "adapter" | "token" | "job":
             return text.strip()
         case _:
             return text

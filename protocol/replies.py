@@ -96,6 +96,19 @@ class Progress(Struct, frozen=True):
     id: str | None = None
 
 
+class Event(Struct, frozen=True):
+    """What happened, of one of EVENTS' kinds, at ``time`` (ISO 8601, of the daemon's clock and zone).
+
+    ``number`` grows from event to event, also when the daemon is started anew. ``about`` has the kind's own keys.
+    """
+
+    kind: str
+    time: str
+    number: int
+    about: dict[str, Any] = {}
+    id: str | None = None
+
+
 class Token(Struct, frozen=True):
     """A piece of text: whole characters, usually one token's."""
 
@@ -113,7 +126,7 @@ class Final(Struct, frozen=True):
     id: str | None = None
 
 
-Reply = Ok | Failed | Progress | Started | Queued | Token | Final
+Reply = Ok | Failed | Progress | Event | Started | Queued | Token | Final
 
 _CODES = frozenset(ErrorCode)
 _encoder = msgspec.json.Encoder()
@@ -143,6 +156,8 @@ def encode_reply(reply: Reply) -> bytes:
         case Progress():
             line = {"type": "progress", **msgspec.structs.asdict(reply)}
             del line["id"]
+        case Event():
+            line = {"type": "event", "event": reply.kind, "time": reply.time, "number": reply.number, **reply.about}
         case Started():
             line = {"status": "ok", "message": STREAM_STARTED}
         case Failed():
@@ -172,6 +187,8 @@ def decode_reply(line: bytes, *, streams: bool) -> Reply:
             return Queued(int(fields["place"]), float(fields["estimate_ms"]), request_id)
         if kind == "progress":
             return msgspec.convert({**fields, "id": request_id}, Progress)
+        if kind == "event":
+            return Event(_text(fields, "event"), _text(fields, "time"), int(fields.pop("number")), fields, request_id)
         if kind == "token":
             text = _text(fields, "token")
             if fields.pop("final", False):

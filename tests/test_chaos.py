@@ -21,6 +21,7 @@ from bridge.adapters import Adapters
 from bridge.config import Config, Limits, Pool
 from bridge.entry import Spec, State, Terms
 from bridge.library import Library
+from bridge.metrics import Metrics
 from bridge.models.stamp import FileStamp
 from bridge.planner import Planner
 from bridge.pool import ModelPool
@@ -47,8 +48,11 @@ class MadeUp:
     load_ms = 0.0
     pid = 0
     running = queued = 0
+    cells = (0, 0, 0)
 
-    def __init__(self, name: str, backend: str, load: ipc.Load, limits: Limits, totals: object) -> None:
+    def __init__(
+        self, name: str, backend: str, load: ipc.Load, limits: Limits, totals: object, metrics: Metrics
+    ) -> None:
         self.name = name
         self.limits = limits
         self.adapters: set[str] = set()
@@ -182,7 +186,7 @@ async def chaos(monkeypatch: pytest.MonkeyPatch, seed: int, **pool: Any) -> Asyn
     config = Config(backend="fake", limits=limits, pool=Pool(memory=BUDGET, keep_alive=-1.0, **pool))
     async with trio.open_nursery() as nursery:
         library = Library(nursery, config)
-        yield Chaos(ModelPool(nursery, config, library, Adapters(library)), dice, plans)
+        yield Chaos(ModelPool(nursery, config, library, Adapters(library), Metrics()), dice, plans)
         nursery.cancel_scope.cancel()
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import click
 import pytest
+import trustme
 from click.testing import CliRunner, Result
+from helpers import spawned
 from scripted import MODEL, PIECES, SHA256, Peer, ignores, once, raw, scripted, until_cancelled
 
 from bridge import __version__
 from bridge.cli import cli
+from bridge.tokens import issue
 from protocol.commands import (
     Attach,
     Chat,
@@ -65,6 +68,9 @@ def good(*arguments: str, stdin: str = "") -> str:
         ("ping", ["pong"]),
         ("hello", ["llama-bridge 9.9, protocol 1", "features: chat", "clients  4"]),
         ("status", ["Model loaded: /models/tiny.gguf", "version 9.9", "tiny *"]),
+        ("health", ["ready: 1 run and 0 wait, in 4 slots"]),
+        ("metrics", ["up 60 s, 42.0 MB, 3 clients", "tiny", "500", "50%", "77", "125.0 ms", "(no command)", "70"]),
+        ("metrics --prometheus", ["# TYPE a gauge\na 1\n"]),
         ("models", ["n_ctx", "tiny *"]),
         ("models --loaded TIN", ["tiny *"]),
         ("models other", ["no models"]),
@@ -119,7 +125,7 @@ def test_what_is_printed(line: str, printed: list[str]) -> None:
 @pytest.mark.parametrize(
     "line",
     ["hello", "status", "models", "show", "queue", "load x", "plan x", "free", "pull x", "remove x", "lora",
-     "lora load x", "lora check x", "reload", "infer x", "chat x", "embed x", "tokenize x",
+     "lora load x", "lora check x", "health", "metrics", "reload", "infer x", "chat x", "embed x", "tokenize x",
      "submit x", "attach x", "jobs", "jobs cancel x"],
 )  # fmt: skip
 def test_json(line: str) -> None:
@@ -359,7 +365,9 @@ def test_an_interrupted_stream_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("ping --tcp nonsense", "'nonsense' is not HOST:PORT"),
         ("ping --tcp /a/path", "is not HOST:PORT"),
-        ("ping --tcp localhost:1 --socket x", "--socket and --tcp exclude each other"),
+        ("ping --tcp localhost:1 --socket x", "--socket, --tcp and --tls exclude each other"),
+        ("ping --tls localhost:1 --key x", "--key needs --certificate"),
+        ("ping --tcp localhost:1 --ca x", "speaks no TLS"),
         ("ping --timeout 0", "--timeout"),
         ("infer -p max_token=5 x", "-p max_token=5: INFER_STREAM takes KEY=VALUE with one of model, max_tokens"),
         ("infer -p prompt=5 x", "-p prompt=5: INFER_STREAM takes"),
@@ -462,3 +470,46 @@ def test_an_error_of_tomorrow() -> None:
     with scripted(once(Failed("of_tomorrow", "New"))) as server:
         result = run("ping", "--socket", server.address)
         assert (result.exit_code, result.stderr) == (1, "error: New [of_tomorrow]\n")
+
+
+# -- who asks --------------------------------------------------------------------------------------------------
+
+
+def test_a_token_of_a_file(tmp_path: Path) -> None:
+    tokens, secret = str(tmp_path / "tokens"), tmp_path / "secret"
+    secret.write_text(issue(tokens, "ci", "user", ["requests_per_minute=60", "running=2"]) + "\n")
+    environ = {"LLAMA_BRIDGE_ACCESS_LOOPBACK": "none", "LLAMA_BRIDGE_ACCESS_TOKENS": tokens}
+    with spawned("--load", "echo", environ=environ) as place:
+        there = ("--tcp", f"127.0.0.1:{place.port}")
+        assert "[unauthorized]" in run("status", *there).stderr
+        told = good("status", *there, "--token-file", str(secret))
+        assert "you are ci, user, requests per minute: 60 of 60 left, running: 2 of 2 left" in told
+        assert "[forbidden]" in run("reload", *there, "--token-file", str(secret)).stderr
+        assert "no token can be read" in run("status", *there, "--token-file", "/nowhere").stderr
+        assert "you are" in good("status", "--socket", place.path)
+
+
+def test_tls(tmp_path: Path) -> None:
+    ca, files = trustme.CA(), {"ca": str(tmp_path / "ca.pem"), "bridge": str(tmp_path / "bridge.pem")}
+    ca.cert_pem.write_to_path(files["ca"])
+    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(files["bridge"])
+    client = ca.issue_cert("c.example", common_name="node1")
+    client.cert_chain_pems[0].write_to_path(str(tmp_path / "node1.pem"))
+    client.private_key_pem.write_to_path(str(tmp_path / "node1.key"))
+    (tmp_path / "config.toml").write_text(
+        f"""
+        [access]
+        certificates = {{ "node1" = "admin" }}
+        [tls]
+        certificate = "{files["bridge"]}"
+        client_ca = "{files["ca"]}"
+        client = "optional"
+        """
+    )
+    arguments = ("--config", str(tmp_path / "config.toml"), "--tcp", "tls:127.0.0.1:0", "--load", "echo")
+    with spawned(*arguments, ports=2) as place:
+        there = ("--tls", f"localhost:{place.ports[1]}", "--ca", files["ca"])
+        assert "you are 127.0.0.1, operator" in good("status", *there)
+        mine = ("--certificate", str(tmp_path / "node1.pem"), "--key", str(tmp_path / "node1.key"))
+        assert "you are node1, admin" in good("status", *there, *mine)
+        assert "CERTIFICATE_VERIFY_FAILED" in run("ping", *there[:2]).stderr

@@ -10,6 +10,8 @@ import pytest
 import trio
 import trio.testing
 from scripted import (
+    AT,
+    EVENTS,
     FETCHING,
     PIECES,
     Peer,
@@ -27,18 +29,22 @@ from scripted import (
 from test_client_blocking import REPEATABLE
 
 import client
-from client import AsyncClient, AsyncStream
+from client import AsyncClient, AsyncEvents, AsyncStream
 from client.results import Completion
-from protocol.commands import Cancel, Command, Infer, InferStream, Ping, Pull
+from protocol.commands import Cancel, Command, Events, Infer, InferStream, Ping, Pull
 from protocol.connection import Exchange
 from protocol.errors import ErrorCode
-from protocol.replies import Failed, Final, Ok, Progress, Started, Timings, Token, Usage
+from protocol.replies import Event, Failed, Final, Ok, Progress, Started, Timings, Token, Usage
 
 TEXT = "".join(PIECES)
 
 
 async def pieces(stream: AsyncStream) -> list[str]:
     return [piece async for piece in stream]
+
+
+async def kinds(events: AsyncEvents) -> list[str]:
+    return [event.kind async for event in events]
 
 
 CALLS: dict[str, Callable[[AsyncClient], Awaitable[Any]]] = {
@@ -67,6 +73,7 @@ CALLS: dict[str, Callable[[AsyncClient], Awaitable[Any]]] = {
     "quit": lambda c: c.quit(),
     "stream": lambda c: pieces(c.stream("x")),
     "chat_stream": lambda c: pieces(c.chat_stream("x")),
+    "events": lambda c: kinds(c.events()),
     "submit": lambda c: c.submit("INFER x"),
     "attach": lambda c: pieces(c.attach("x")),
     "jobs": lambda c: c.jobs(),
@@ -533,3 +540,34 @@ async def test_a_request_larger_than_the_socket_takes_is_sent_whole_though_its_t
                     scope.cancel()
             assert (await bridge.infer("y")).text == "y"
         assert [type(command) for command in server.seen] == [Ping, Infer, Cancel, Infer]
+
+
+# -- events ----------------------------------------------------------------------------------------------------
+
+
+async def test_events_beside_other_calls() -> None:
+    def tells(peer: Peer) -> None:
+        request = peer.expect()
+        peer.reply(request.exchange, Event("subscribed", AT, 4), *EVENTS)
+        while other := peer.request():
+            if other.command == Cancel(id=request.exchange.id):
+                peer.reply(request.exchange, Ok("The events end here", None, {"last": 6}))
+            peer.reply(other.exchange, *answers(other.command))
+
+    with scripted(tells) as server:
+        async with AsyncClient(server.address) as bridge, bridge.events(["loaded"]) as events:
+            assert events.last == 4
+            assert (await anext(events)).kind == "loaded"
+            await bridge.ping()
+            assert (await anext(events)).about["reason"] == "was killed by SIGKILL"
+            await events.aclose()
+            await bridge.ping()
+        assert server.seen[0] == Events(kinds=["loaded"])
+
+
+async def test_events_end_with_the_daemon() -> None:
+    with scripted() as server:
+        async with AsyncClient(server.address) as bridge:
+            events = bridge.events(follow=False)
+            assert [event.kind async for event in events] == ["loaded", "crashed"]
+            assert events.last == 7

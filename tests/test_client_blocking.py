@@ -6,6 +6,7 @@ import inspect
 import itertools
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 import pytest
 from scripted import (
     ADAPTER,
+    AT,
+    EVENTS,
     FETCHING,
+    HEALTH,
     JOB,
     PIECES,
     PLAN,
@@ -37,7 +41,9 @@ from client.errors import error_of
 from client.results import (
     Adapter,
     Completion,
+    Distribution,
     Freed,
+    Health,
     Hello,
     Job,
     Loaded,
@@ -54,6 +60,7 @@ from protocol.commands import (
     Cancel,
     Command,
     Embed,
+    Events,
     Infer,
     Jobs,
     Load,
@@ -66,7 +73,7 @@ from protocol.commands import (
     Tokenize,
 )
 from protocol.errors import Blame, ErrorCode
-from protocol.replies import Failed, Final, Ok, Progress, Started, Timings, Token, Usage
+from protocol.replies import Event, Failed, Final, Ok, Progress, Started, Timings, Token, Usage
 
 TEXT = "".join(PIECES)
 CALLS: dict[str, Callable[[Client], Any]] = {
@@ -74,6 +81,9 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "hello": lambda c: c.hello(),
     "help": lambda c: c.help(),
     "status": lambda c: c.status(),
+    "health": lambda c: c.health(),
+    "metrics": lambda c: c.metrics(),
+    "metrics_text": lambda c: c.metrics_text(),
     "models": lambda c: c.models(),
     "queue": lambda c: c.queue(),
     "show": lambda c: c.show(),
@@ -99,6 +109,7 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "quit": lambda c: c.quit(),
     "stream": lambda c: list(c.stream("x")),
     "chat_stream": lambda c: list(c.chat_stream("x")),
+    "events": lambda c: list(c.events()),
     "submit": lambda c: c.submit("INFER x"),
     "attach": lambda c: list(c.attach("x")),
     "jobs": lambda c: c.jobs(),
@@ -107,7 +118,7 @@ CALLS: dict[str, Callable[[Client], Any]] = {
 }
 REPEATABLE = (
     "ping", "hello", "help", "status", "models", "queue", "show", "plan", "lora_list", "lora_check", "tokenize",
-    "detokenize", "embed", "jobs",
+    "detokenize", "embed", "jobs", "health", "metrics", "metrics_text",
 )  # fmt: skip
 
 
@@ -128,6 +139,12 @@ def test_every_call_has_its_typed_result(tcp: bool) -> None:
         assert (status.message, status.default) == ("Model loaded: /models/tiny.gguf", "tiny")
         assert status.models == bridge.models()
         assert (status.models[0].name, status.models[0].state, status.models[0].n_ctx) == ("tiny", "ready", 512)
+        assert bridge.health() == Health(**HEALTH)
+        metrics = bridge.metrics()
+        assert (metrics.clients, metrics.requests[1].count) == (3, 70)
+        assert metrics.models[0].first_token == Distribution([0.1, 1.0], [3, 1, 0], 0.5)
+        assert (metrics.models[1].restarts, metrics.models[1].first_token) == (8, Distribution())
+        assert bridge.metrics_text() == "# TYPE a gauge\na 1\n"
         assert bridge.show() == ModelInfo(name="tiny", parameters=7, options={"n_ctx": 512})
         assert bridge.load("/models/tiny.gguf", n_ctx=64) == Loaded(model="tiny", load_ms=1250.0)
         assert bridge.free("tiny") == Freed(freed=["tiny"])
@@ -711,6 +728,62 @@ def test_an_interrupted_pull_closes_the_connection() -> None:
         with pytest.raises(KeyboardInterrupt):
             bridge.pull("x", on_progress=interrupt)
         server.await_end(0)
+
+
+# -- events ----------------------------------------------------------------------------------------------------
+
+
+def test_events_as_they_come() -> None:
+    with scripted() as server, Client(server.address) as bridge:
+        with bridge.events(["loaded", "crashed"], since=3) as events:
+            assert events.last == 4, "it is known from where on nothing is missed"
+            assert [(event.kind, event.number, event.about["model"]) for event in events] == [
+                ("loaded", 5, "tiny"),
+                ("crashed", 6, "tiny"),
+            ]
+            assert events.last == 7
+        assert server.seen == [Events(kinds=["loaded", "crashed"], since=3)]
+        bridge.ping()
+
+
+def test_events_without_following() -> None:
+    with scripted() as server, Client(server.address) as bridge:
+        events = bridge.events(follow=False)
+        assert events.last == 0
+        assert len(list(events)) == 2
+        assert events.last == 7
+
+
+def test_who_may_not_know_the_events_is_told_at_once() -> None:
+    with scripted(once(Failed(ErrorCode.FORBIDDEN, "not for you"))) as server, Client(server.address) as bridge:
+        with pytest.raises(client.Forbidden):
+            bridge.events()
+        bridge.ping()
+
+
+def nothing_happens(peer: Peer) -> None:
+    request = peer.expect()
+    peer.reply(request.exchange, Event("subscribed", AT, 4))
+    cancel = peer.expect()
+    assert cancel.command == Cancel(id=request.exchange.id)
+    peer.reply(request.exchange, Ok("The events end here", None, {"last": 4}))
+    peer.reply(cancel.exchange, Ok("Cancelled", request.exchange.id))
+    honest(peer)
+
+
+def test_events_outlast_the_timeout_and_leaving_cancels_them() -> None:
+    def late(peer: Peer) -> None:
+        request = peer.expect()
+        peer.reply(request.exchange, Event("subscribed", AT, 4))
+        time.sleep(0.2)
+        peer.reply(request.exchange, *EVENTS, Ok("The events end here"))
+
+    with scripted(late) as server, Client(server.address, timeout=0.1) as bridge:
+        assert len(list(bridge.events())) == 2
+    with scripted(nothing_happens) as server, Client(server.address) as bridge:
+        with bridge.events():
+            pass
+        bridge.ping()
 
 
 # -- both clients ----------------------------------------------------------------------------------------------

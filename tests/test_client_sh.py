@@ -6,22 +6,27 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trustme
+from helpers import Spawned, spawned
 from scripted import FETCHING, PIECES, SHA256, Peer, honest, raw, scripted
 
+from bridge.tokens import issue
 from protocol.commands import (
     Attach,
     Command,
     Embed,
     Free,
+    Health,
     Infer,
     InferStream,
     Jobs,
     Load,
     Lora,
+    Metrics,
     Models,
     Ping,
     Plan,
@@ -117,6 +122,8 @@ def test_every_way_there(sh: Sh, shell: str, tool: str, tcp: bool) -> None:
             "Model loaded successfully",
         ),
         (["plan", "-p", "n_parallel=2", "tiny"], Plan(path="tiny", n_parallel=2), '{"fits":true,'),
+        (["health"], Health(), '{"state":"ready",'),
+        (["metrics"], Metrics(format="prometheus"), "# TYPE a gauge\na 1\n"),
         (["reload"], Reload(), '{"changed":["models"],'),
         (["remove", "tiny"], Remove(model="tiny"), '{"name":"tiny",'),
         (
@@ -400,3 +407,50 @@ def test_a_wrong_command_line(sh: Sh, arguments: list[str], words: str) -> None:
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
 def test_shellcheck() -> None:
     subprocess.run(["shellcheck", "--shell=sh", str(SCRIPT)], check=True)
+
+
+# -- who asks --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> Path:
+    """A file of a token, beside the file of what the daemon knows of it."""
+    path = tmp_path / "secret"
+    path.write_text(issue(str(tmp_path / "tokens"), "ci", "operator") + "\n")
+    return path
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, token: Path) -> Iterator[Spawned]:
+    variables = {"LOOPBACK": "none", "TOKENS": str(tmp_path / "tokens")}
+    with spawned("--load", "echo", environ={f"LLAMA_BRIDGE_ACCESS_{key}": one for key, one in variables.items()}) as it:
+        yield it
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_token(sh: Sh, guarded: Spawned, token: Path, tool: str) -> None:
+    there = ("-t", f"127.0.0.1:{guarded.port}")
+    by_file = {"LLAMA_BRIDGE_TOKEN_FILE": str(token)}
+    by_itself = {"LLAMA_BRIDGE_TOKEN": token.read_text().strip()}
+    assert "[unauthorized]" in bad(sh(*there, "status", tool=tool))
+    for environment in (by_file, by_itself):
+        assert good(sh(*there, "infer", "-p", "max_tokens=2", "a b", tool=tool, **environment)) == "a b\n"
+        assert good(sh(*there, "stream", "-p", "max_tokens=2", "a b", tool=tool, **environment)) == "a b\n"
+        assert '"role":"operator"' in good(sh(*there, "raw", "STATUS", tool=tool, **environment))
+    wrong = {"LLAMA_BRIDGE_TOKEN": "lb_wrong"}
+    assert "[unauthorized]" in bad(sh(*there, "status", tool=tool, **wrong))
+    assert '"code":"unauthorized"' in sh(*there, "raw", "PING", tool=tool, **wrong).stdout.splitlines()[0]
+    assert "No such file" in sh(*there, "ping", tool=tool, LLAMA_BRIDGE_TOKEN_FILE="/nowhere").stderr
+
+
+@pytest.mark.needs("socat")
+def test_tls(sh: Sh, tmp_path: Path) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "bridge.pem")
+    environ = {"LLAMA_BRIDGE_TLS_CERTIFICATE": str(tmp_path / "bridge.pem")}
+    with spawned("--load", "echo", "--tcp", "tls:127.0.0.1:0", ports=2, environ=environ) as place:
+        there = ("-t", f"tls:localhost:{place.ports[1]}")
+        assert good(sh(*there, "ping", tool="socat", LLAMA_BRIDGE_CA=str(tmp_path / "ca.pem"))) == "pong\n"
+        assert sh(*there, "ping", tool="socat").returncode == 1
+        assert "TLS takes socat" in sh(*there, "ping", tool="nc").stderr

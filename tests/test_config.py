@@ -257,4 +257,76 @@ def test_a_model_needs_a_path(file: Path) -> None:
 
 
 def test_every_limit_has_a_positive_default() -> None:
-    assert all(value > 0 for value in msgspec.structs.asdict(Limits()).values())
+    limits = msgspec.structs.asdict(Limits())
+    assert limits.pop("grace") == 0  # no limit, but a time to spend where there is a balancer
+    assert all(value > 0 for value in limits.values())
+
+
+def test_a_line_that_could_never_come_in() -> None:
+    words = refusal(flags={"limits": {"input": 1_000_000}})
+    assert words.startswith("limits.input: 1000000 is less than")
+    read_config(environ={}, flags={"limits": {"input": 1_000_000, "json_line": 1_000_000}})
+
+
+# -- who may -----------------------------------------------------------------------------------------------------
+
+
+def test_access(file: Path) -> None:
+    file.write_text(
+        """
+        tcp = ["tls:[::1]:8766"]
+        [access]
+        loopback = "none"
+        admins = ["alice", "@wheel", "1000"]
+        certificates = { "node1" = "operator", "*" = "user" }
+        [access.limits.user]
+        requests_per_minute = 60
+        [access.limits.operator]
+        running = 4
+        [tls]
+        certificate = "/c.pem"
+        client_ca = "/ca.pem"
+        client = "optional"
+        """
+    )
+    config = read_config(file, {})
+    assert (config.access.unix, config.access.loopback) == ("user", "none")
+    assert config.access.admins == ["alice", "@wheel", "1000"]
+    assert config.access.certificates == {"node1": "operator", "*": "user"}
+    assert (config.access.limits.user.requests_per_minute, config.access.limits.user.priority) == (60, "normal")
+    assert (config.access.limits.operator.running, config.access.limits.operator.priority) == (4, "high")
+    assert config.tls.client == "optional"
+
+
+def test_access_from_the_environment() -> None:
+    environ = {"LLAMA_BRIDGE_ACCESS_ADMINS": "alice, @wheel", "LLAMA_BRIDGE_ACCESS_INSECURE": "true"}
+    clients = {"LLAMA_BRIDGE_TOKEN": "lb_x", "LLAMA_BRIDGE_TOKEN_FILE": "/x", "LLAMA_BRIDGE_CA": "/x"}
+    access = read_config(None, environ | clients).access
+    assert (access.admins, access.insecure) == (["alice", "@wheel"], True)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"unix": "king"}, {"admins": "alice"}, {"limits": {"admin": {}}}, {"limits": {"user": {"running": -1}}}]
+)
+def test_access_that_cannot_be(fields: dict[str, Any]) -> None:
+    assert "access." in refusal(flags={"access": fields})
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "192.0.2.1:1", "example.org:1"])
+@pytest.mark.parametrize("kind", ["", "tls:"])
+def test_nobody_listens_to_the_world_by_mistake(address: str, kind: str) -> None:
+    tls = {"certificate": "/c.pem"}
+    flags: dict[str, Any] = {"tcp": [kind + address], "tls": tls}
+    assert "can be reached from other machines" in refusal(flags=flags)
+    read_config(None, {}, flags | {"access": {"tokens": "/t"}})
+    read_config(None, {}, flags | {"access": {"insecure": True}})
+    by_certificate = flags | {"tls": tls | {"client": "required", "client_ca": "/ca.pem"}}
+    if kind:
+        read_config(None, {}, by_certificate)
+    else:
+        assert "can be reached" in refusal(flags=by_certificate)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1"])
+def test_this_machine_is_not_the_world(address: str) -> None:
+    assert read_config(None, {}, {"tcp": [address]}).tcp == [address]

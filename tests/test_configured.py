@@ -181,11 +181,15 @@ async def test_limits_and_budget_are_in_force_at_once(place: Spawned, file: Path
 async def test_what_needs_a_restart_is_named_and_not_done(place: Spawned, file: Path, tmp_path: Path) -> None:
     async with await place.unix() as wire:
         more = 'socket_mode = "0660"\nsocket_group = "nobody"\n[log]\nlevel = "debug"\n[limits]\nstall = 5.0\n'
+        more += '[agent]\nlisten = "127.0.0.1:1"\n'
         said = await reload(wire, file, models("echo", more=more))
-        assert said["needs_restart"] == ["log.level", "socket_group", "socket_mode"]
+        needed = ["agent.listen", "log.level", "socket_group", "socket_mode"]
+        assert said["needs_restart"] == needed
         assert said["changed"] == ["limits.stall"]
         said = (await wire.ask("RELOAD"))["data"]
-        assert said["needs_restart"] == ["log.level", "socket_group", "socket_mode"], "as long as that is not done"
+        assert said["needs_restart"] == ["agent.listen", "log.level", "socket_group", "socket_mode"], (
+            "as long as that is not done"
+        )
 
 
 async def test_flags_and_the_environment_stay_stronger(file: Path) -> None:

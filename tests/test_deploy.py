@@ -16,7 +16,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCKS = ("bridge/build.lock", "bridge/requirements.lock")
-VERBS = ("run", "test", "stop", "status", "logs", "check", "help")
+VERBS = ("run", "test", "stop", "status", "logs", "install", "uninstall", "check", "deb", "help")
 ALIASES = ("build-bridge", "start-bridge", "stop-bridge", "test-ffi", "test-streaming", "all")
 
 # Stands for the installed command. It is up as long as the file `up` is there, dies where that is a folder, and
@@ -120,7 +120,7 @@ def all_files(folder: Path) -> list[tuple[Path, int]]:
 @pytest.mark.needs("shellcheck")
 @pytest.mark.parametrize("script", ["deploy.sh", ".ci/run"])
 def test_shellcheck_has_nothing_to_say(script: str) -> None:
-    subprocess.run(["shellcheck", REPOSITORY / script], check=True)
+    subprocess.run(["shellcheck", "--external-sources", script], cwd=REPOSITORY, check=True)
 
 
 @pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
@@ -129,6 +129,15 @@ def test_help_names_every_verb(bare: Checkout, arguments: list[str], shell: str)
     ended = bare.deploy(*arguments, shell=shell)
     assert ended.returncode == 0
     assert all(verb in ended.stdout for verb in (*VERBS, *ALIASES))
+
+
+@pytest.mark.parametrize("verb", ["install", "uninstall"])
+def test_an_unknown_option_installs_nothing(bare: Checkout, verb: str) -> None:
+    shutil.copytree(REPOSITORY / "systemd", bare.root / "systemd")
+    ended = bare.deploy(verb, "--frobnicate")
+    assert ended.returncode == 1
+    assert f"{verb} takes --user" in ended.stderr
+    assert "not --frobnicate" in ended.stderr
 
 
 def test_an_unknown_verb_is_named(bare: Checkout) -> None:
@@ -265,3 +274,15 @@ def test_a_moved_checkout_gets_a_new_environment_and_a_failure_shows_why(checkou
     assert "no-such-distribution" in ended.stderr
     assert f"all it said: {checkout.root}/.venv/setup.log" in ended.stderr
     assert not (checkout.root / ".venv/daemon.stamp").exists()
+
+
+def test_deb_builds_where_the_caller_wants_it(checkout: Checkout) -> None:
+    (checkout.root / "deb").mkdir()
+    (checkout.root / "deb/package.py").write_text("import sys; print('built in', *sys.argv[1:])")
+    (checkout.root.parent / "bin").mkdir()
+    (checkout.root.parent / "bin/dpkg-deb").touch(0o755)
+    path = f"{checkout.root.parent}/bin:{os.environ['PATH']}"
+    assert f"built in {checkout.root}/dist\n" in checkout.deploy("deb", PATH=path).stdout
+    assert (
+        f"built in {checkout.home}/out/put\n" in checkout.deploy("deb", "out/put", cwd=checkout.home, PATH=path).stdout
+    )

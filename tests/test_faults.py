@@ -1,17 +1,14 @@
 """The table of faults, row by row: what the daemon survives, seen from outside. A row's number is in its test's name.
 
-Rows that are not here come with what they are about: 15 to 17, 23, 26, 29 and 30. Rows 27 and 28 are about the process,
-so their tests are in test_server.py, and those of a configuration that is read anew in test_configured.py.
+Here are rows 1 to 14. Rows 15 to 25 are in test_faults_models.py, 29 and 30 in test_faults_machine.py; 26 is in
+test_gate.py, and those about the process itself, 27 and 28, are in test_server.py and test_configured.py.
+test_fault_rows.py sees to it that none is missing, and ``pytest -m faults`` runs them all.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
-import shutil
-import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,13 +16,9 @@ from pathlib import Path
 import pytest
 import trio
 from helpers import Inside, Place, Spawned, Wire, daemon, eventually, spawned
-from tiny_models import tiny_model
 
-from bridge.config import Limits, Pool, Store
-from bridge.providers.local import LocalProvider
+from bridge.config import Limits
 from protocol.options import LoadOptions
-
-pytestmark = pytest.mark.faults
 
 SLOW = "echo?step_ms=5"
 ENDLESS = "INFER_STREAM max_tokens=100000 ignore_eos=true"
@@ -191,6 +184,28 @@ async def test_fault_07_the_others_run_while_it_stalls() -> None:
         assert (await place.models())["echo"]["running"] == 1, "it still stalls"
 
 
+async def test_fault_07_a_crowd_that_stalls() -> None:
+    """Fifty read nothing, eight read on: each of the fifty is cut at its own bound, and the eight have all of
+    their answers meanwhile.
+    """
+    limits = Limits(output=32 << 10, stall=600)
+    load = LoadOptions(n_parallel=64, n_ctx=1 << 20)
+    async with daemon("echo?step_ms=1", limits=limits, load=load) as place, AsyncExitStack() as stack:
+        for number in range(50):
+            stalled = await stack.enter_async_context(await place.connect("tcp" if number % 2 else "unix"))
+            stalled.stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 4096)
+            await stalled.start(f"{ENDLESS} {'long' * 2000}")
+        readers = [await stack.enter_async_context(await place.unix()) for _ in range(8)]
+        for reader in readers:
+            await reader.start("INFER_STREAM max_tokens=300 a")
+        for reader in readers:
+            final = await reader.final()
+            assert (final["finish_reason"], final["usage"]["completion_tokens"]) == ("length", 300)
+        await place.until(lambda models: models["echo"]["running"] == 0)
+        assert len(place.server._sessions) == len(readers)
+        assert (await readers[0].ask("PING"))["data"] == "pong"
+
+
 # -- 8 to 10: too much -----------------------------------------------------------------------------------------
 
 
@@ -248,6 +263,33 @@ async def test_fault_09_queue_full(limits: Limits) -> None:
         error = await other.ask(f"INFER {'b' * 100}")
         assert (error["code"], error["blame"]) == ("overloaded", "retry")
         assert error["retry_after_ms"] > 0
+
+
+async def test_fault_09_too_many_tokens_wait() -> None:
+    """Refused at once, by what the worker said of those that wait; those that run are not counted."""
+    limits, load = Limits(queue_tokens=100), LoadOptions(n_parallel=1)
+    async with daemon(SLOW, limits=limits, load=load) as place, await place.unix() as wire:
+        for number, tokens in enumerate((500, 60, 60)):
+            await wire.send(f"{ENDLESS} id={number} a{' a' * (tokens - 1)}")
+            while (await wire.line())["id"] != str(number):  # from now on its tokens are known
+                pass
+        async with await place.unix() as other:
+            error = await other.ask("INFER d")
+            assert (error["code"], error["blame"]) == ("overloaded", "retry")
+            assert "about 120 tokens" in error["message"]
+            assert error["retry_after_ms"] > 0
+
+
+async def test_fault_09_a_crowd_waits_for_a_load() -> None:
+    async with daemon("echo?load_ms=60000", limits=Limits(queue=3), wait=False) as place, AsyncExitStack() as stack:
+        for _ in range(3):
+            wire = await stack.enter_async_context(await place.unix())
+            await wire.send("INFER a")
+        await place.until(lambda models: models["echo"]["waiting"] == 3)
+        async with await place.unix() as other:
+            error = await other.ask("INFER a")
+            assert (error["code"], error["retry_after_ms"]) == ("overloaded", 1000)
+            assert (await other.ask("PING"))["data"] == "pong"
 
 
 async def test_fault_10_deadline_in_the_queue() -> None:
@@ -340,320 +382,3 @@ async def test_fault_14_token_ids(echo: Spawned, line: str, token: int) -> None:
     async with await echo.unix() as wire:
         assert await wire.code(line.format(token)) == "bad_argument"
         assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
-
-
-# -- 18: files -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(240)
-async def test_fault_18_a_file_cut_short(default_model: Path, tmp_path: Path) -> None:
-    """At many offsets; and the model that was loaded before still answers."""
-    path = tmp_path / "cut.gguf"
-    shutil.copyfile(default_model, path)
-    size = path.stat().st_size
-    header = size - 96_595_968  # about where the tensors begin
-    offsets = [size - 1, size // 2, header + 4096, header, header // 2, 4096, 333, 24, 16, 5, 0]
-    async with daemon(backend="llama", load=LoadOptions(n_ctx=64, n_threads=1)) as place, await place.unix() as wire:
-        assert (await wire.ask(f"LOAD name=before {default_model}"))["status"] == "ok"
-        for offset in offsets:
-            os.truncate(path, offset)
-            error = await wire.ask(f"LOAD {path}")
-            assert error["code"] == "load_failed", offset
-            assert error["message"].startswith(f"Failed to load model: {path}: ")
-        assert (await wire.ask("INFER max_tokens=2 Hello"))["model"] == "before"
-        assert list(await place.models()) == ["before"]
-
-
-@pytest.mark.parametrize("start", [b"GGUX\x03\0\0\0", b"GGUF\0\0\0\0", b"GGUF\x01\0\0\0", b"GGUF" + b"\xff" * 4])
-async def test_fault_18_a_bad_beginning(default_model: Path, tmp_path: Path, start: bytes) -> None:
-    path = tmp_path / "bad.gguf"
-    with default_model.open("rb") as file:
-        path.write_bytes(start + file.read(1 << 20)[len(start) :])
-    async with daemon(backend="llama") as place, await place.unix() as wire:
-        assert await wire.code(f"LOAD {path}") == "load_failed"
-        assert (await wire.ask("PING"))["data"] == "pong"
-
-
-def lies(content: bytes) -> dict[str, bytes]:
-    """A model with one number in its header changed."""
-
-    def changed(after: bytes | int, number: int, size: int = 8) -> bytes:
-        at = after if isinstance(after, int) else content.index(after) + len(after)
-        return content[:at] + number.to_bytes(size, "little") + content[at + size :]
-
-    tokens = b"tokenizer.ggml.tokens\x09\0\0\0"
-    embedding = b"token_embd.weight\x02\0\0\0"
-    return {
-        "2^60 tensors": changed(8, 2**60),
-        "2^60 keys": changed(16, 2**60),
-        "a key of 2^63 bytes": changed(24, 2**63),
-        "tokens that are numbers": changed(tokens, 4, size=4),
-        "2^60 tokens": changed(tokens + b"\x08\0\0\0", 2**60),
-        "a dimension of 2^62": changed(embedding, 2**62),
-        "an offset past the end": changed(embedding + content[content.index(embedding) + len(embedding) :][:20], 2**40),
-    }
-
-
-@pytest.mark.needs("llama_cpp")
-async def test_fault_19_a_header_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No worker is spawned for it, so llama.cpp does not see it; and the model loaded before still answers."""
-    path = tiny_model(tmp_path, "llama")
-    content = path.read_bytes()
-    async with daemon(backend="llama", load=LoadOptions(n_ctx=64, n_threads=1)) as place, await place.unix() as wire:
-        assert (await wire.ask(f"LOAD name=before {path}"))["status"] == "ok"
-        monkeypatch.setattr(LocalProvider, "_spawn", lambda self: pytest.fail("a worker was spawned"))
-        bad = tmp_path / "bad.gguf"
-        for what, patch in lies(content).items():
-            bad.write_bytes(patch)
-            error = await wire.ask(f"LOAD {bad}")
-            assert error["code"] == "load_failed", what
-            assert error["message"].startswith(f"Failed to load model: {bad}: "), what
-        assert (await wire.ask("INFER max_tokens=2 Hello"))["model"] == "before"
-
-
-@pytest.mark.needs("llama_cpp")
-@pytest.mark.parametrize("cut", [0, 5, 16, 333, 0.5, -1])
-async def test_fault_18_a_tiny_model_cut_short(tmp_path: Path, cut: float) -> None:
-    """By a LOAD, and by a request that names it; what is known of it later, when it is whole, is not what was then."""
-    path = tiny_model(tmp_path, "llama")
-    content = path.read_bytes()
-    end = int(cut * len(content)) if isinstance(cut, float) else cut
-    path.write_bytes(content[:end])
-    async with daemon(backend="llama", load=LoadOptions(n_ctx=64, n_threads=1)) as place, await place.unix() as wire:
-        for line in (f"LOAD {path}", f"INFER model={path} a"):
-            assert await wire.code(line) == "load_failed", line
-        assert await place.models() == {}
-        path.write_bytes(content)
-        assert (await wire.ask(f"INFER model={path} max_tokens=1 a"))["model"] == "tiny-llama"
-
-
-STRANGE = {  # a key, and the type and the value in place of its uint32
-    "no layers": ("llama.block_count", b"\x04\0\0\0" + b"\0" * 4),
-    "4,294,967,295 layers": ("llama.block_count", b"\x04\0\0\0" + b"\xff" * 4),
-    "no heads": ("llama.attention.head_count", b"\x04\0\0\0" + b"\0" * 4),
-    "a length below nothing": ("llama.context_length", b"\x05\0\0\0" + b"\xff" * 4),
-    "heads without end": ("llama.attention.head_count_kv", b"\x06\0\0\0" + b"\0\0\x80\x7f"),
-}
-
-
-@pytest.mark.needs("llama_cpp")
-async def test_fault_19_a_header_of_strange_values(tmp_path: Path) -> None:
-    """They are well formed, and believed until they are computed with. Nobody else suffers."""
-    path = tiny_model(tmp_path, "llama")
-    content = path.read_bytes()
-    strange = tmp_path / "strange.gguf"
-    async with daemon(backend="llama", load=LoadOptions(n_ctx=64, n_threads=1)) as place, await place.unix() as wire:
-        assert (await wire.ask(f"LOAD name=before {path}"))["status"] == "ok"
-        pid = await place.pid("before")
-        for what, (key, value) in STRANGE.items():
-            at = content.index(key.encode()) + len(key)
-            assert content[at : at + 4] == b"\x04\0\0\0", "a uint32"
-            strange.write_bytes(content[:at] + value + content[at + 8 :])
-            for line in (f"PLAN {strange}", f"LOAD {strange}", f"SHOW {strange}"):
-                reply = await wire.ask(line)
-                assert reply.get("blame") != "bug", (what, line, reply)
-            await wire.ask("FREE strange")
-        assert await place.pid("before") == pid
-        assert (await wire.ask("INFER model=before max_tokens=2 Hello"))["status"] == "ok"
-
-
-async def test_fault_20_what_is_no_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "dangling").symlink_to(tmp_path / "missing")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    what = [tmp_path / "fifo", tmp_path, "/dev/zero", "/dev/fd/0", tmp_path / "missing", tmp_path / "dangling"]
-    what += [tmp_path / "loop", tmp_path / "fifo" / "x.gguf", "x" * 4000, "/" + "../" * 500 + "nowhere", "~nobody/x"]
-    async with daemon(backend="llama") as place, await place.unix() as wire:
-        for path in what:
-            for line in (f"LOAD {path}", f"INFER model={path} a", f"PLAN {path}", f"LORA check {path}"):
-                reply = await wire.ask(line)
-                allowed = ("not_found", "no_model") if line.startswith("LORA") else ("not_found",)
-                assert reply.get("code") in allowed, (line[:100], reply)
-        for text in ("two\\nlines", "nul\\u0000", "/etc/pass\\u0000wd"):
-            for line in (f'LOAD {{"path":"{text}"}}', f'INFER {{"prompt":"a","model":"{text}"}}'):
-                assert await wire.code(line) in ("bad_argument", "not_found"), line
-        assert (await wire.ask("STATUS"))["message"] == "No model loaded"
-
-
-@pytest.mark.needs("llama_cpp")
-async def test_fault_20_what_lies_outside(tmp_path: Path) -> None:
-    """It is forbidden whether it is there or not, and whatever it is."""
-    inside, outside = tmp_path / "in", tmp_path / "out"
-    inside.mkdir()
-    outside.mkdir()
-    tiny_model(outside, "llama")
-    os.mkfifo(outside / "fifo")
-    (inside / "escapes.gguf").symlink_to(outside / "tiny-llama.gguf")
-    (inside / "folder").symlink_to(outside)
-    (inside / "within.gguf").symlink_to(tiny_model(inside, "llama"))
-    store = Store(dir=str(tmp_path / "store"), allow=[str(inside)], discover=False)
-    fields = {"store": store, "load": LoadOptions(n_ctx=64, n_threads=1)}
-    async with daemon(backend="llama", **fields) as place, await place.unix() as wire:
-        for path in (
-            outside / "tiny-llama.gguf",
-            outside / "missing.gguf",
-            outside / "fifo",
-            inside / "escapes.gguf",
-            inside / "folder" / "tiny-llama.gguf",
-            f"{inside}/../out/tiny-llama.gguf",
-            f"{inside}ly/tiny-llama.gguf",
-            "/dev/zero",
-            "/etc/passwd",
-        ):
-            for line in (f"LOAD {path}", f"INFER model={path} a", f"PLAN {path}", f"SHOW {path}"):
-                reply = await wire.ask(line)
-                assert (reply.get("code"), reply.get("allowed")) == ("forbidden", [str(inside)]), line
-        assert await place.models() == {}
-        assert await wire.code(f"LOAD {inside}/missing.gguf") == "not_found"
-        assert (await wire.ask(f"LOAD {inside}/within.gguf"))["status"] == "ok"
-
-
-@pytest.mark.needs("llama_cpp")
-async def test_fault_21_a_file_cut_short_under_a_model(tmp_path: Path) -> None:
-    """The pages that are gone are a SIGBUS for who reads them; nobody else reads them."""
-    (tmp_path / "cut").mkdir()
-    path, other = tiny_model(tmp_path / "cut", "llama"), tiny_model(tmp_path, "swa")
-    load = LoadOptions(n_ctx=64, n_threads=1, use_mmap=True, repack=False)
-    async with daemon(backend="llama", load=load) as place, await place.unix() as wire:
-        assert (await wire.ask(f"LOAD {path}"))["model"] == "tiny-llama"
-        assert (await wire.ask(f"LOAD {other}"))["model"] == "tiny-swa"
-        os.truncate(path, 4096)
-        reply = await wire.ask("INFER model=tiny-llama max_tokens=2 Hello")
-        assert (reply["code"], reply["blame"]) == ("model_crashed", "retry")
-        assert "SIGBUS" in reply["message"]
-        assert await wire.code("INFER model=tiny-llama a") == "model_resting", "it cannot be started again"
-        assert (await wire.ask("INFER model=tiny-swa max_tokens=2 Hello"))["status"] == "ok"
-        assert await wire.code(f"LOAD {path}") == "load_failed"
-        assert (await wire.ask("FREE all"))["status"] == "ok"
-        assert await place.models() == {}
-
-
-# -- 22, 24 and 25: workers ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
-async def test_fault_22_a_worker_dies(number: signal.Signals) -> None:
-    async with daemon(SLOW, "other?step_ms=5") as place, AsyncExitStack() as stack:
-        wires = [await stack.enter_async_context(await place.unix()) for _ in range(6)]
-        *streaming, quiet, queued, other = wires
-        await quiet.send("INFER max_tokens=100000 a")
-        await place.until(lambda models: models["echo"]["running"] == 1)
-        for wire in streaming:
-            await wire.start(f"{ENDLESS} a")
-            assert (await wire.line())["type"] == "token"
-        await queued.send("INFER max_tokens=2 a b")
-        await other.start("INFER_STREAM model=other max_tokens=300 a")
-        await place.until(lambda models: models["echo"]["running"] + models["echo"]["queued"] == 5)
-        pid = await place.pid()
-        os.kill(pid, number)
-        for wire in streaming:
-            final = await wire.final()
-            assert (final["finish_reason"], final["code"], final["blame"]) == ("error", "model_crashed", "retry")
-            assert number.name in final["reason"]
-        error = await quiet.line()
-        assert (error["status"], error["code"], error["blame"]) == ("error", "model_crashed", "retry")
-        assert number.name in error["message"]
-        assert not error["retried"]
-        answer = await queued.line()
-        assert (answer["data"], answer["retried"]) == ("a b", True), "it had no token, and is asked again by itself"
-        await still_answers(place)
-        assert await place.pid() != pid
-        assert await other.text() == "a" + " a" * 299, "the other model's stream never noticed"
-
-
-async def test_fault_22_after_three_crashes_it_rests() -> None:
-    async with daemon("echo", "other") as place, await place.unix() as wire:
-        for how in ("segv", "abort", "kill"):
-            assert await wire.code(f"INFER a !{how}") == "model_crashed"
-        error = await wire.ask("INFER a")
-        assert (error["code"], error["blame"]) == ("model_resting", "retry")
-        assert "3 times within 60 s" in error["message"]
-        assert (await place.models())["echo"]["state"] == "resting"
-        assert (await wire.ask("INFER model=other max_tokens=1 a"))["data"] == "a"
-
-
-async def test_fault_22_a_restart_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts as a crash; who waits for it is told."""
-
-    def spawn(*_: object, **__: object) -> None:
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
-    async with daemon("echo?load_ms=100") as place, await place.unix() as wire:
-        await wire.send(b"INFER a !kill\nINFER a\n")
-        with monkeypatch.context() as patch:
-            patch.setattr(subprocess, "Popen", spawn)
-            assert (await wire.line())["code"] == "model_crashed"
-            assert (await wire.line())["code"] == "model_resting"
-        assert (await wire.ask("LOAD echo?load_ms=100"))["message"] == "Model loaded successfully"
-        assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
-
-
-async def test_fault_24_two_loads_at_once() -> None:
-    async with daemon() as place, await place.unix() as one, await place.unix() as two:
-        for wire in (one, two):
-            await wire.send("LOAD echo?load_ms=100")
-        for wire in (one, two):
-            assert (await wire.line())["message"] == "Model loaded successfully"
-        assert list(await place.models()) == ["echo"]
-        assert await one.code("LOAD name=echo other") == "name_taken"
-
-
-@pytest.mark.parametrize("drain", ["true", "false"])
-async def test_fault_24_free_during_a_generation(drain: str) -> None:
-    async with daemon(SLOW) as place, await place.unix() as wire, await place.unix() as other:
-        await wire.start("INFER_STREAM max_tokens=60 a")
-        reply = await other.ask(f"FREE drain={drain} echo")
-        if drain == "true":
-            assert reply["freed"] == ["echo"]
-        else:
-            assert (reply["code"], reply["blame"]) == ("busy", "retry")
-        assert await wire.text() == "a" + " a" * 59
-
-
-async def test_fault_24_fifty_loads_and_frees_at_once() -> None:
-    """In any order: each is answered, and in the end the model is there or it is not, with one worker or none."""
-    before = children()
-    async with daemon("other") as place, AsyncExitStack() as stack:
-        wires = [await stack.enter_async_context(await place.unix()) for _ in range(50)]
-        for _ in range(3):
-            for number, wire in enumerate(wires):
-                await wire.send("FREE echo" if number % 2 else "LOAD echo")
-            replies = [await wire.line() for wire in wires]
-            assert {reply.get("code", "ok") for reply in replies} <= {"ok", "not_found", "busy"}
-            assert "ok" in {reply["status"] for reply in replies}
-        models = await place.models()
-        assert models.keys() <= {"echo", "other"}
-        await wires[0].ask("FREE all")
-        assert await place.models() == {}
-        assert children() == before
-
-
-def children() -> set[int]:
-    """The processes that this one began and that are still there."""
-    return {int(pid) for pid in Path("/proc/self/task", str(os.getpid()), "children").read_text().split()}
-
-
-async def test_fault_25_too_little_memory() -> None:
-    """Before anything is loaded; who is there stays, and is not asked to leave for nothing."""
-    pool = Pool(memory=250 << 20)
-    async with daemon("echo?mb=100", pool=pool) as place, await place.unix() as wire:
-        pid = await place.pid()
-        for line in ("LOAD big?mb=300", "LOAD big?mb=300&load=segv"):
-            reply = await wire.ask(line)
-            assert (reply["code"], reply["blame"]) == ("load_failed", "client")
-            assert (reply["need"]["host"], reply["have"]["host"]) == (300 << 20, 150 << 20)
-        assert list(await place.models()) == ["echo"]
-        assert await place.pid() == pid
-        await still_answers(place)
-
-
-@pytest.mark.needs("llama_cpp")
-async def test_fault_25_too_little_memory_for_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny_model(tmp_path, "llama")
-    monkeypatch.setattr(LocalProvider, "_spawn", lambda self: pytest.fail("a worker was spawned"))
-    async with daemon(backend="llama", pool=Pool(memory=10 << 20)) as place, await place.unix() as wire:
-        reply = await wire.ask(f"LOAD n_ctx=4096 {path}")
-        assert (reply["code"], reply["blame"]) == ("load_failed", "client")
-        assert reply["need"]["host"] > 10 << 20
-        assert reply["have"]["host"] == 10 << 20
-        assert await place.models() == {}

@@ -7,6 +7,7 @@ import pytest
 
 from bridge import ipc
 from bridge.frames import FrameBuffer, decode_to_daemon, decode_to_worker, encode
+from bridge.histogram import BetweenTokens
 
 SAMPLING = ipc.Sampling(temperature=0.0, seed=7, logit_bias={5: -1.5}, logprobs=3)
 ENTRY = {"token": "ö", "logprob": -0.5, "bytes": [195, 182], "id": 9, "top_logprobs": []}
@@ -71,6 +72,7 @@ EVENTS: list[ipc.Event] = [
     ipc.AdapterUnloaded(10, "k"),
     ipc.AdaptersListed(11, [ipc.LoadedAdapter("k", "/a.gguf", 4096, 0.5, 2)]),
     ipc.Warning(0, "a damaged file"),
+    ipc.Stats(decodes=3, token_seconds=0.5, between_tokens=BetweenTokens([1] * 23, 2.5), cells=4096),
     ipc.Refused(2, "context_exceeded", "too long", {"n_prompt": 9, "n_ctx": 8}),
 ]
 ANSWERS: list[ipc.ToDaemon] = [ipc.Loaded(INFO, 12.5), ipc.LoadFailed("why"), ipc.Step(EVENTS)]

@@ -76,7 +76,7 @@ def test_the_wire_knows_nobody() -> None:
 
 def test_clients_know_the_wire_alone() -> None:
     assert not who_imports("bridge") & inside("client")
-    assert who_imports("trio") & inside("client") == {"client.aio"}
+    assert who_imports("trio") & inside("client") == {"client.aio", "client.aio_sockets"}
 
 
 def test_the_thin_client_needs_msgspec_and_orjson_alone() -> None:
@@ -113,15 +113,43 @@ def test_the_engine_is_behind_one_door() -> None:
     assert who_imports("bridge.worker") <= inside("bridge.worker")  # the daemon starts a worker, it does not import one
 
 
+def test_what_only_some_install_is_imported_when_it_is_asked_for() -> None:
+    assert who_imports("prometheus_client") == {"bridge.prometheus"}
+    assert who_imports("starlette") == {"bridge.http_app", "bridge.http_port"}
+    assert who_imports("hypercorn") == {"bridge.http_port"}
+    lazy = "hypercorn", "prometheus_client", "starlette", "huggingface_hub", "llama_cpp"
+    program = f"import sys, bridge.serve; print(sys.modules.keys() & set({lazy}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout == "set()\n"
+
+
 def test_only_handlers_translate_between_wire_and_worker() -> None:
     # bridge.planner makes of LOAD's options, with what suits the machine, the worker's.
     both = who_imports("protocol.commands") & who_imports("bridge.ipc")
     assert both <= {"bridge.dispatch", "bridge.generation", "bridge.loading", "bridge.lora", "bridge.planner"}
 
 
+def test_the_log_has_one_door() -> None:
+    """Who logs asks bridge.log; what is logged is what EVENTS tells; and the writer knows nothing of either."""
+    assert who_imports("structlog") == {"bridge.log", "bridge.events"}
+    assert who_imports("bridge.log_writer") == {"bridge.log"}
+    assert who_imports("bridge.events") == {"bridge.log", "bridge.subscribing"}
+    assert not imports("bridge.log_writer") & MODULES.keys()
+
+
 @pytest.mark.parametrize(
     "module",
-    ["bridge.registry", "bridge.entry", "bridge.room", "bridge.job", "bridge.models.fit", "bridge.worker.scheduler"],
+    [
+        "bridge.registry",
+        "bridge.entry",
+        "bridge.room",
+        "bridge.access",
+        "bridge.guard",
+        "bridge.job",
+        "bridge.quota",
+        "bridge.models.fit",
+        "bridge.worker.scheduler",
+    ],
 )
 def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}
@@ -133,6 +161,15 @@ def test_the_database_is_behind_one_door() -> None:
     assert who_imports("bridge.job_store") == {"bridge.job_disk"}
     code = "import sys, bridge.server; assert 'bridge.job_disk' in sys.modules; assert 'sqlite3' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_service_manager_is_spoken_to_by_few() -> None:
+    assert not imports("bridge.systemd") & MODULES.keys()
+    assert not imports("bridge.journal") & MODULES.keys()
+    assert who_imports("bridge.journal") == {"bridge.log"}
+    assert who_imports("bridge.systemd") == {
+        f"bridge.{name}" for name in ("listeners", "serve", "server", "standing", "watchdog")
+    }
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:

@@ -17,11 +17,14 @@ import trio
 import trio.testing
 from helpers import PATIENCE, daemon, eventually
 
-from bridge.config import Config, Limits
+from bridge.access import Origin
+from bridge.config import Config, ConfigError, Limits
+from bridge.config_access import Access
 from bridge.listeners import Listener, ListenError, accept_forever, open_listeners
+from bridge.systemd import Inherited
 from protocol.address import Tcp, Unix
 
-Accepted = list[tuple[socket.socket, int | None]]
+Accepted = list[tuple[socket.socket, Origin]]
 
 
 @contextmanager
@@ -193,24 +196,103 @@ async def test_all_or_none(socket_path: Path) -> None:
     assert not socket_path.exists()
 
 
+# -- handed over by a service manager --------------------------------------------------------------------------
+
+
+@contextmanager
+def inherited(
+    *sockets: socket.socket, path: Path | str = "", tcp: tuple[str, ...] = (), insecure: bool = False
+) -> Iterator[list[Listener]]:
+    """As if these had been, as file descriptors of their own."""
+    numbers = [os.dup(sock.fileno()) for sock in sockets]
+    config = Config(socket=str(path), tcp=list(tcp), access=Access(insecure=insecure))
+    listeners = open_listeners(config, [Inherited("bridge", number) for number in numbers])
+    with ExitStack() as stack:
+        for listener in listeners:
+            stack.callback(listener.close)
+        yield listeners
+
+
+async def test_an_inherited_unix_socket_is_used_in_place_of_ours(socket_path: Path) -> None:
+    ours = socket_path.with_name("ours.sock")
+    with somebodys(socket_path) as sock:
+        before = socket_path.lstat()
+        with inherited(sock, path=ours) as [listener]:
+            assert (listener.address, listener.inherited) == (Unix(str(socket_path)), True)
+            assert not ours.exists()
+            assert not os.get_inheritable(listener.socket.fileno())
+        assert socket_path.lstat() == before, "it is neither removed nor changed"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(socket_path))  # it goes on listening
+
+
+async def test_an_inherited_abstract_one() -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(f"\0llama-bridge-test-{os.getpid()}")
+        sock.listen()
+        with inherited(sock) as [listener]:
+            assert listener.address == Unix(f"@llama-bridge-test-{os.getpid()}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_ports_are_opened_beside_inherited_ones_but_not_twice(socket_path: Path, host: str) -> None:
+    with socket.create_server((host, 0)) as sock:
+        port = sock.getsockname()[1]
+        with inherited(sock, path=socket_path, tcp=(f"127.0.0.1:{port}", "127.0.0.1:0"), insecure=True) as listeners:
+            there = [listener.inherited for listener in listeners]
+            assert there == [True, False, False]
+            assert listeners[0].address == Tcp(host, port)
+            assert listeners[1].address == Unix(str(socket_path))
+
+
+async def test_one_that_the_world_reaches_is_refused_without_tokens() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as sock:
+        number = os.dup(sock.fileno())
+        with pytest.raises(ConfigError, match="can be reached from other machines"):
+            open_listeners(Config(socket=""), [Inherited("bridge", number)])
+        os.close(number)
+
+
+@pytest.mark.parametrize("kind", ["datagrams", "not listening", "a connection", "a file", "nothing"])
+async def test_what_cannot_be_listened_on_is_refused_by_its_name(kind: str, socket_path: Path) -> None:
+    with ExitStack() as stack:
+        match kind:
+            case "datagrams":
+                number = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)).fileno()
+            case "not listening":
+                number = stack.enter_context(socket.socket(socket.AF_UNIX)).fileno()
+            case "a connection":
+                left, right = socket.socketpair()
+                stack.enter_context(right)
+                number = stack.enter_context(left).fileno()
+            case "a file":
+                number = stack.enter_context(socket_path.open("wb")).fileno()
+            case _:
+                number = 1 << 20
+        with pytest.raises(ListenError, match=rf"file descriptor {number} \(bridge\)"):
+            open_listeners(Config(socket=""), [Inherited("bridge", number)])
+        if kind != "nothing":
+            os.fstat(number)  # it is still open
+
+
 # -- accepting -------------------------------------------------------------------------------------------------
 
 
 async def test_who_connects(socket_path: Path, nursery: trio.Nursery) -> None:
-    send, receive = trio.open_memory_channel[tuple[socket.socket, int | None]](9)
+    send, receive = trio.open_memory_channel[tuple[socket.socket, Origin]](9)
     with listening(socket_path, "127.0.0.1:0") as [unix, tcp]:
         for listener in (unix, tcp):
-            nursery.start_soon(accept_forever, listener, lambda sock, uid: send.send((sock, uid)))
+            nursery.start_soon(accept_forever, listener, lambda sock, origin: send.send((sock, origin)))
         assert isinstance(tcp.address, Tcp)
         with trio.fail_after(PATIENCE), socket.socket(socket.AF_UNIX) as client:
             client.connect(str(socket_path))
-            sock, uid = await receive.receive()
-            assert uid == os.getuid()
+            sock, origin = await receive.receive()
+            assert (origin.uid, origin.gid) == (os.getuid(), os.getgid())
             assert not sock.getblocking()
             sock.close()
         with trio.fail_after(PATIENCE), socket.create_connection((tcp.address.host, tcp.address.port)):
-            sock, uid = await receive.receive()
-            assert uid is None
+            sock, origin = await receive.receive()
+            assert origin == Origin(host="127.0.0.1")
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             sock.close()
         nursery.cancel_scope.cancel()
@@ -233,7 +315,7 @@ async def test_with_no_descriptor_left_it_pauses(
 ) -> None:
     served = trio.Event()
 
-    async def serve(sock: socket.socket, _uid: int | None) -> None:
+    async def serve(sock: socket.socket, _origin: Origin) -> None:
         sock.close()
         served.set()
 
@@ -253,7 +335,7 @@ async def test_closing_while_it_accepts(socket_path: Path) -> None:
     accepted: list[socket.socket] = []
     finish = trio.Event()
 
-    async def serve(sock: socket.socket, _uid: int | None) -> None:
+    async def serve(sock: socket.socket, _origin: Origin) -> None:
         accepted.append(sock)
         await finish.wait()
 

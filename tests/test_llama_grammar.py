@@ -134,7 +134,7 @@ def test_control_tokens_are_no_text(vocab: Vocab) -> None:
 def test_a_grammar_that_no_token_can_follow(vocab: Vocab) -> None:
     with pytest.raises(Refusal, match=r"^grammar: the model has no token") as caught:
         write(vocab, 'root ::= "a" "\\x00"', noise(1, vocab))
-    assert caught.value.code == "bad_argument"
+    assert caught.value.code == "bad_grammar"
 
 
 def test_a_grammar_that_takes_too_long(vocab: Vocab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_a_refusal_names_the_grammar(vocab: Vocab, text: str) -> None:
 
     with pytest.raises(Refusal, match=r"^grammar: ") as caught:
         Grammar(vocab, text)
-    assert caught.value.code == "bad_argument"
+    assert caught.value.code == "bad_grammar"
 
 
 def test_what_llama_cpp_alone_refuses(vocab: Vocab) -> None:
@@ -248,7 +248,8 @@ def test_a_grammar_may_be_as_long_as_the_answer(llama: LlamaBackend) -> None:
 )
 def test_refused_before_it_is_queued(llama: LlamaBackend, sampling: ipc.Sampling, key: str) -> None:
     refusal = refused(llama, ipc.Generate(1, "Once", sampling, 4, [], False, 0.0))
-    assert (refusal.code, refusal.message.partition(":")[0]) == ("bad_argument", key)
+    assert refusal.code == ("bad_grammar" if key == "grammar" else "bad_argument")
+    assert refusal.message.partition(":")[0] == key
 
 
 def test_a_dead_end_ends_one_answer_alone(llama: LlamaBackend) -> None:
@@ -258,5 +259,5 @@ def test_a_dead_end_ends_one_answer_alone(llama: LlamaBackend) -> None:
     rig.run()
     refusal = rig.events[dead]
     assert isinstance(refusal, ipc.Refused)
-    assert refusal.code == "bad_argument"
+    assert refusal.code == "bad_grammar"
     assert rig.done(beside).text == answers(llama, "Once")[0].text

@@ -40,7 +40,7 @@ async def test_all_is_decided_but_what_only_llama_cpp_knows(tmp_path: Path) -> N
     planned = await plan(llama(tmp_path), Spec(str(tiny_model(tmp_path, "llama"))))
     options = planned.options
     open_ = [name for name in options.__struct_fields__ if getattr(options, name) is None]
-    assert set(open_) <= {"repack", "backend_sampling"}
+    assert set(open_) <= {"repack", "backend_sampling", "rpc"}
     assert planned.memory.host == planned.need["total"]["host"] > planned.need["loaded"]["host"] > 0
 
 
@@ -82,3 +82,16 @@ async def test_what_does_not_fit_is_said_with_need_and_have_and_what_would(tmp_p
     assert error.details["have"] == {"host": free.host, "gpu": 0}
     assert "; n_ctx=" in error.message
     assert error.message.endswith(" would fit; b did not end in time")
+
+
+async def test_what_peers_compute_takes_no_memory_here(tmp_path: Path) -> None:
+    """Nor of a GPU of ours; what they have, only they know."""
+    path = str(tiny_model(tmp_path, "llama"))
+    here = await plan(llama(tmp_path), Spec(path))
+    far = await plan(llama(tmp_path), Spec(path, LoadOptions(rpc="peer:50052")))
+    assert (far.options.n_gpu_layers, far.options.rpc, far.memory.gpu) == (-1, "peer:50052", 0)
+    assert far.need["kv"]["gpu"] == here.need["kv"]["host"]
+    assert far.need["kv"]["host"] == 0
+    assert far.need["weights"]["host"] < here.need["weights"]["host"]
+    some = await plan(llama(tmp_path), Spec(path, LoadOptions(rpc="peer:50052", n_gpu_layers=2)))
+    assert 0 < some.need["kv"]["gpu"] < far.need["kv"]["gpu"]

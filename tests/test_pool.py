@@ -133,6 +133,20 @@ async def test_requests_wait_for_a_model_that_loads() -> None:
         assert (await wire.line())["message"] == "Model loaded successfully"
 
 
+async def test_a_load_waits_however_many_requests_do() -> None:
+    """It has been begun, and refusing to wait for it would not undo that."""
+    load = "LOAD echo?load_ms=60000"
+    async with daemon(limits=Limits(queue=2)) as place, await place.unix() as wire, await place.unix() as other:
+        await wire.send(load)
+        await in_state(place, "loading")
+        async with await place.unix() as third:
+            await third.send("INFER a")
+            await place.until(lambda models: models["echo"]["waiting"] == 2)
+            assert await other.code("INFER a") == "overloaded"
+            await other.send(load)
+            await place.until(lambda models: models["echo"]["waiting"] == 3)
+
+
 async def test_requests_that_waited_for_a_load_in_vain() -> None:
     async with daemon() as place, await place.unix() as wire, await place.unix() as other:
         await wire.send("LOAD echo?load_ms=200&load=fail")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.address import Address, Tcp, Unix, default_socket, parse_address
+from protocol.address import Address, Tcp, Tls, Unix, default_socket, parse_address
 
 
 @pytest.mark.parametrize(
@@ -21,16 +21,34 @@ from protocol.address import Address, Tcp, Unix, default_socket, parse_address
         ("localhost:7000", Tcp("localhost", 7000)),
         ("tcp:10.0.0.1:0", Tcp("10.0.0.1", 0)),
         ("[::1]:65535", Tcp("::1", 65535)),
+        ("tls:localhost:7000", Tls("localhost", 7000)),
+        ("tls:[::1]:7000", Tls("::1", 7000)),
         ("::1:7000", Tcp("::1", 7000)),
     ],
 )
 def test_addresses(text: str, address: Address) -> None:
     assert parse_address(text) == address
-    assert parse_address(str(parse_address(text)) if isinstance(address, Tcp) else f"unix:{address}") == address
+    assert parse_address(str(parse_address(text)) if isinstance(address, Tcp | Tls) else f"unix:{address}") == address
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", ":7000", "x:", "x:y", "x:-1", "x:65536", "x:\uff17", "tcp:/a/path", "tcp:/a:5", "tcp:"]
+    "text",
+    [
+        "",
+        "x",
+        ":7000",
+        "x:",
+        "x:y",
+        "x:-1",
+        "x:65536",
+        "x:\uff17",
+        "tcp:/a/path",
+        "tcp:/a:5",
+        "tcp:",
+        "tls:/a:5",
+        "tls:x",
+        "tcp:tls:x:5",
+    ],
 )
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ValueError, match="bad address"):
@@ -43,7 +61,7 @@ def test_garbage_is_only_ever_a_value_error(text: str) -> None:
         address = parse_address(text)
     except ValueError:
         return
-    assert isinstance(address, Unix | Tcp)
+    assert isinstance(address, Unix | Tcp | Tls)
 
 
 def test_the_default_socket(monkeypatch: pytest.MonkeyPatch) -> None:

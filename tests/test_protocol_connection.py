@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from protocol.commands import Cancel, Command, Infer, InferStream, Ping, Pull, Request, Status
 from protocol.connection import (
+    SMALL,
     TEXT_LINE_LIMIT,
     TRANSITIONS,
     Answer,
@@ -23,12 +25,14 @@ from protocol.connection import (
     State,
 )
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from protocol.replies import Event as EventLine
 from protocol.replies import Failed, Final, Ok, Progress, Queued, Reply, Started, Token
 
 REPLIES: tuple[Reply, ...] = (
     Ok("x"),
     Failed("internal", "x"),
     Progress("download", 5),
+    EventLine("loaded", "", 1),
     Started(),
     Queued(1, 0.0),
     Token("x"),
@@ -37,7 +41,7 @@ REPLIES: tuple[Reply, ...] = (
 ASK = {State.REQUESTED: Ping(), State.STREAM_REQUESTED: InferStream(prompt="x")}
 
 
-def server(**limits: int) -> Connection:
+def server(**limits: Any) -> Connection:
     return Connection(Role.SERVER, **limits)
 
 
@@ -126,7 +130,7 @@ def test_every_reply_in_every_state_of_a_client(state: State, reply: Reply) -> N
     asker, answerer, exchange, _ = in_state(state)
     # A server that breaks the rules: another exchange of its own, in a state in which it may say this.
     answerer = server()
-    in_line = isinstance(reply, Ok | Failed | Progress)
+    in_line = isinstance(reply, Ok | Failed | Progress | EventLine)
     lax = requested(answerer, b"PING\n" if in_line else b"INFER_STREAM x\n").exchange
     if isinstance(reply, Queued | Token | Final):
         answerer.reply(lax, Started())
@@ -272,8 +276,7 @@ def test_after_the_end_there_is_nothing(role: Role) -> None:
 # -- faults ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.faults
-def test_fault_1_an_endless_line() -> None:
+def test_fault_01_an_endless_line() -> None:
     answerer = server()
     events: list[Event] = []
     for _ in range(100):
@@ -287,8 +290,7 @@ def test_fault_1_an_endless_line() -> None:
     assert requested(answerer, b"x\nPING\n").command == Ping()
 
 
-@pytest.mark.faults
-def test_fault_1_each_form_has_its_limit() -> None:
+def test_fault_01_each_form_has_its_limit() -> None:
     answerer = server(text_line_limit=20, json_line_limit=40)
     assert requested(answerer, b"INFER " + b"x" * 14 + b"\n").command == Infer(prompt="x" * 14)
     assert refused(answerer, b"INFER " + b"x" * 15 + b"\n").error.details == {"limit": 20}
@@ -296,7 +298,29 @@ def test_fault_1_each_form_has_its_limit() -> None:
     assert refused(answerer, b'INFER {"prompt":"' + b"x" * 22 + b'"}\n').error.details == {"limit": 40}
 
 
-@pytest.mark.faults
+def test_fault_09_no_room_for_a_long_line() -> None:
+    """It is refused at once and skipped. Short ones always find room."""
+    answerer = server(room=lambda: 0)
+    refusal = refused(answerer, b'INFER {"prompt":"' + b"x" * SMALL)
+    assert (refusal.error.code, refusal.error.details, refusal.fatal) == ("overloaded", {"retry_after_ms": 1000}, False)
+    answerer.reply(refusal.exchange, refusal.error)
+    assert answerer.held == 0
+    assert list(answerer.receive(b"x" * 100_000)) == []
+    assert answerer.held == 0
+    assert requested(answerer, b'"}\nPING\n').command == Ping()
+
+
+def test_what_is_held_is_what_is_not_answered() -> None:
+    answerer = server()
+    line = b"INFER " + b"x" * 100
+    request = requested(answerer, line + b"\n")
+    assert requested(answerer, b"PING id=a\n").exchange.id == "a"
+    assert list(answerer.receive(b"half")) == []
+    assert (answerer.asked, answerer.held) == (len(line) + 9, len(line) + 9 + 4)
+    answerer.reply(request.exchange, Ok("", ""))
+    assert (answerer.asked, answerer.held) == (9, 13)
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -308,7 +332,7 @@ def test_fault_1_each_form_has_its_limit() -> None:
         (b"POST /v1 HTTP/1.1\r\n", "HTTP"),
     ],
 )
-def test_fault_2_another_protocol_gets_one_error_and_the_end(data: bytes, words: str) -> None:
+def test_fault_02_another_protocol_gets_one_error_and_the_end(data: bytes, words: str) -> None:
     answerer = server()
     event = refused(answerer, data)
     assert event.fatal
@@ -318,14 +342,12 @@ def test_fault_2_another_protocol_gets_one_error_and_the_end(data: bytes, words:
     assert list(answerer.receive(b"PING\n")) == []
 
 
-@pytest.mark.faults
-def test_fault_2_what_was_asked_before_is_answered() -> None:
+def test_fault_02_what_was_asked_before_is_answered() -> None:
     events = list(server().receive(b"PING\nPING\x00\nPING\n"))
     assert [type(event) for event in events] == [Requested, Refused]
 
 
-@pytest.mark.faults
-def test_fault_3_bad_encoding_is_answered_and_the_connection_lives() -> None:
+def test_fault_03_bad_encoding_is_answered_and_the_connection_lives() -> None:
     answerer = server()
     events = list(answerer.receive(b"PING\nINFER \xff\nPING\n"))
     assert [type(event) for event in events] == [Requested, Refused, Requested]
@@ -334,9 +356,8 @@ def test_fault_3_bad_encoding_is_answered_and_the_connection_lives() -> None:
     assert not events[1].fatal
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_fault_4_packets_do_not_matter(end: bytes) -> None:
+def test_fault_04_packets_do_not_matter(end: bytes) -> None:
     data = end.join([b"PING", b"", b"INFER max_tokens=5 a b", b"NOPE", b'STATUS {"id":"s"}', b""])
     whole = fed(server(), [data])
     assert fed(server(), [data[i : i + 1] for i in range(len(data))]) == whole

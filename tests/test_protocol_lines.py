@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.lines import LineBuffer, LineTooLong
+from protocol.lines import LineBuffer, LineTooLong, NoRoom
 
 LIMIT = 8
 
@@ -95,3 +95,21 @@ def test_a_line_is_judged_by_its_own_beginning() -> None:
     with pytest.raises(LineTooLong):
         buffer.next_line()
     assert buffer.next_line() == b"{" + b"b" * 50
+
+
+def test_a_line_there_is_no_room_for_is_skipped_and_the_next_is_read() -> None:
+    room = 5.0
+    buffer = LineBuffer(lambda start: 100, lambda: room)
+    buffer.feed(b"12345\n123456\n12345\n")
+    assert buffer.next_line() == b"12345"
+    with pytest.raises(NoRoom):
+        buffer.next_line()
+    assert buffer.next_line() == b"12345"
+    buffer.feed(b"123456")
+    with pytest.raises(NoRoom):
+        buffer.next_line()
+    room = 100.0  # too late for this one
+    buffer.feed(b"789\n123456\n")
+    assert buffer.next_line() == b"123456"
+    assert buffer.next_line() is None
+    assert len(buffer) == 0

@@ -240,20 +240,18 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
 # -- faults ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.1", b"POST /v1/x HTTP/1.0", b"PRI * HTTP/2.0", b"OPTIONS * HTTP/1.1"])
-def test_fault_2_http(line: bytes) -> None:
+def test_fault_02_http(line: bytes) -> None:
     error = refusal(line)
     assert error.code == ErrorCode.WRONG_PROTOCOL
     assert "HTTP" in error.message
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
     ("line", "where"),
     [(b"INFER \xff", "0xff at offset 6"), (b"\xc3", "0xc3 at offset 0"), (b"INFER \xed\xa0\x80", "0xed at offset 6")],
 )
-def test_fault_3_bad_encoding(line: bytes, where: str) -> None:
+def test_fault_03_bad_encoding(line: bytes, where: str) -> None:
     error = refusal(line)
     assert error.code == ErrorCode.BAD_ENCODING
     assert where in error.message
@@ -262,7 +260,6 @@ def test_fault_3_bad_encoding(line: bytes, where: str) -> None:
 DEEP = 100_000
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
     "json_text",
     [
@@ -293,7 +290,6 @@ def test_fault_11_bad_json(json_text: str) -> None:
     assert len(error.message) < 500
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
     ("parameter", "allowed"),
     [
@@ -325,7 +321,6 @@ def test_fault_12_bad_argument_in_the_text_form(parameter: str, allowed: str) ->
     assert any(words in error.message for words in allowed.split("|"))
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -357,7 +352,6 @@ def test_fault_12_bad_argument_in_the_json_form(key: str, value: Any) -> None:
     assert "allowed: " in error.message
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("tokens", ["-1", "2147483648", "1 x", "1.5"])
 def test_fault_12_bad_tokens(tokens: str) -> None:
     error = refusal(f"DETOKENIZE {tokens}")
@@ -366,8 +360,6 @@ def test_fault_12_bad_tokens(tokens: str) -> None:
     assert "an integer from 0 to 2147483647" in error.message
 
 
-@pytest.mark.faults
-@pytest.mark.faults
 @pytest.mark.parametrize(
     ("line", "key", "allowed"),
     [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import Blame, BridgeError, ErrorCode, RemoteProtocolError
 from protocol.replies import (
+    Event,
     Failed,
     Final,
     Ok,
@@ -45,6 +46,10 @@ from protocol.replies import (
             b'{"type":"progress","phase":"convert","done":0,"total":null,"unit":"tensors","rate":null,"left_s":null}',
         ),
         (Queued(2, 1.5), b'{"type":"queue","place":2,"estimate_ms":1.5}'),
+        (
+            Event("loaded", "2026-11-22T01:02:03+01:00", 7, {"model": "m"}, "a"),
+            b'{"type":"event","event":"loaded","time":"2026-11-22T01:02:03+01:00","number":7,"model":"m","id":"a"}',
+        ),
         (Token("a", id="s"), b'{"type":"token","token":"a","id":"s"}'),
         (Token("", {"logprobs": []}), b'{"type":"token","token":"","logprobs":[]}'),
         (
@@ -79,6 +84,7 @@ replies = st.one_of(
     st.builds(Failed, st.sampled_from([str(code) for code in ErrorCode]), texts, extras, ids),
     st.builds(Started, ids),
     st.builds(Queued, counts, seconds, ids),
+    st.builds(Event, texts, texts, counts, st.dictionaries(st.sampled_from(["model", "reason"]), texts), ids),
     st.builds(Progress, texts, counts, st.none() | counts, texts, st.none() | seconds, st.none() | seconds, ids),
     st.builds(Token, texts, extras, ids),
     st.builds(Final, texts, finishes, extras, ids),
@@ -132,6 +138,8 @@ def test_a_reply_that_is_read_has_the_types_it_says(fields: dict[str, Any], stre
         case Progress():
             assert (type(reply.phase), type(reply.done), type(reply.unit)) == (str, int, str)
             assert reply.total is None or isinstance(reply.total, int)
+        case Event():
+            assert (type(reply.kind), type(reply.time), type(reply.number)) == (str, str, int)
     if isinstance(reply, Failed):
         assert isinstance(reply.code, str)
         reply.error()

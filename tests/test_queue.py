@@ -114,7 +114,8 @@ async def test_who_looks_often_does_not_make_requests_seem_quick() -> None:
                 assert len(await queue(third)) == 2
         await wire.send("INFER id=c c")
         refused = await reply(wire, "c")
-        assert (refused["code"], refused["retry_after_ms"]) == ("overloaded", 2000)  # a second each, at first
+        assert refused["code"] == "overloaded"
+        assert 100 <= refused["retry_after_ms"] <= 1000, "a second each, at first, of which some is over"
 
 
 # -- places ----------------------------------------------------------------------------------------------------

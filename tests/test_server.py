@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from click.testing import CliRunner
-from helpers import PATIENCE, Spawned, Wire, eventually, serve, spawned, until_gone
+from helpers import PATIENCE, Spawned, Wire, daemon, eventually, serve, spawned, until_gone
 
 from bridge.serve import serve as serve_command
 
@@ -76,7 +76,7 @@ def refused(stderr: Path, *arguments: str, environ: dict[str, str] | None = None
         return process.wait(PATIENCE), stderr.read_text()
 
 
-def test_a_second_instance_is_refused(tmp_path: Path) -> None:
+def test_fault_28_a_second_instance_is_refused(tmp_path: Path) -> None:
     with spawned() as place:
         status, words = refused(tmp_path / "stderr", "--socket", place.path, "--backend", "fake")
         assert status == 1
@@ -108,8 +108,11 @@ def test_a_bad_configuration(tmp_path: Path) -> None:
         (["--tcp", "nonsense"], "nonsense"),
         (["--tcp", "/a/path"], "/a/path"),
         (["--socket", ""], "nothing to listen on"),
+        (["--tcp", "0.0.0.0:0"], "--insecure"),
+        (["--tcp", "tls:127.0.0.1:0"], "tls.certificate"),
         (["--n-ctx", "0"], "load.n_ctx"),
         (["--backend", "other"], "other"),
+        (["--idle-exit", "5"], "idle_exit: needs socket activation"),
         (["--nonsense"], "--nonsense"),
     ],
 )
@@ -141,7 +144,7 @@ async def test_a_parent_that_ignores_the_end_of_its_children() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_drains(number: signal.Signals) -> None:
+async def test_fault_27_a_signal_drains(number: signal.Signals) -> None:
     with spawned("--load", "echo?step_ms=5") as place:
         await place.until_ready()
         pid = await place.pid()
@@ -156,6 +159,19 @@ async def test_a_signal_drains(number: signal.Signals) -> None:
         await until_gone(pid)
         assert not os.path.exists(place.path)
         assert [line["event"] for line in place.log][-1] == "stopped"
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_what_came_before_the_drain_is_answered(kind: str) -> None:
+    async with daemon("echo") as place, await place.connect(kind) as wire:
+        assert (await wire.ask("PING"))["data"] == "pong"
+        [session] = place.server._sessions
+        os.write(wire.stream.socket.fileno(), b"PING\nINFER a\n")  # no checkpoint: it has not been read yet
+        place.server._daemon.draining = True
+        session.finish()
+        assert (await wire.line())["data"] == "pong"
+        assert (await wire.line())["code"] == "draining"
+        assert await wire.at_end()
 
 
 async def test_a_second_signal_stops_at_once() -> None:
@@ -174,7 +190,7 @@ async def said(place: Spawned, event: str) -> bool:
     return any(line["event"] == event for line in place.log)
 
 
-async def test_who_does_not_end_is_cut_off_after_the_budget() -> None:
+async def test_fault_27_who_does_not_end_is_cut_off_after_the_budget() -> None:
     with spawned("--load", "echo?step_ms=5", environ={"LLAMA_BRIDGE_LIMITS_DRAIN": "0.3"}) as place:
         await place.until_ready()
         async with streams(place, 1, LONG) as [wire], await place.unix() as other, await place.unix() as third:
@@ -228,7 +244,7 @@ async def test_a_signal_while_a_model_loads() -> None:
     ("model", "prompt"),
     [("echo", "a"), ("echo", "!hang"), ("echo?step_ms=60000", "a"), ("echo?load_ms=60000", "")],
 )
-async def test_no_worker_survives_a_daemon_that_is_killed(model: str, prompt: str) -> None:
+async def test_fault_28_no_worker_survives_a_daemon_that_is_killed(model: str, prompt: str) -> None:
     with spawned("--load", model) as place:
         workers = await workers_of(place)
         if prompt:
@@ -273,6 +289,7 @@ async def test_the_log_is_json_and_holds_no_prompt() -> None:
                 f"INFER {SECRET} !error",
                 f"INFER {SECRET} !abort",
                 f"{SECRET}",
+                f"AUTH {SECRET}",
             ):
                 await wire.ask(line)
             await wire.start(f"INFER_STREAM max_tokens=100000 {SECRET}")
@@ -280,7 +297,7 @@ async def test_the_log_is_json_and_holds_no_prompt() -> None:
         await place.exited()
         assert SECRET not in place.stderr
         events = [line["event"] for line in place.log]
-        assert {"listening", "model loaded", "worker ended", "draining", "stopped"} <= set(events)
+        assert {"listening", "model loaded", "worker crashed", "draining", "stopped"} <= set(events)
         assert all(line["timestamp"] and line["level"] for line in place.log)
 
 

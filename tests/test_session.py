@@ -7,12 +7,13 @@ import socket
 import sys
 from typing import Any
 
+import orjson
 import pytest
 import trio
 import trio.testing
 from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually
 
-from bridge import dispatch, generation, ipc
+from bridge import dispatch, generation, ipc, log
 from bridge.call import Call
 from bridge.config import Limits
 from bridge.daemon import Peer
@@ -371,7 +372,7 @@ async def test_instant_commands_during_a_stream() -> None:
 
 
 async def test_a_bug_in_a_handler_is_told_and_logged_without_the_prompt(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def broken(_call: object, _command: object) -> None:
         raise ZeroDivisionError("a bug")
@@ -382,8 +383,11 @@ async def test_a_bug_in_a_handler_is_told_and_logged_without_the_prompt(
         assert (reply["code"], reply["blame"]) == ("internal", "bug")
         assert "a bug" not in reply["message"]
         assert (await wire.ask("PING"))["data"] == "pong"
-    captured = capsys.readouterr()
-    assert "ZeroDivisionError" in captured.out + captured.err
+    log.flush(PATIENCE)
+    lines = [orjson.loads(line) for line in capfd.readouterr().err.splitlines()]
+    [line] = [line for line in lines if line["event"] == "a handler failed"]
+    assert line["exception"][0]["exc_type"] == "ZeroDivisionError"
+    assert line["request"] == reply["request"] == "1.1"
 
 
 async def test_a_bug_in_an_instant_handler_costs_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:

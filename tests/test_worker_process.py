@@ -115,6 +115,15 @@ def test_a_stream_comes_a_step_a_frame(fake: Worker) -> None:
     assert isinstance(done, ipc.Done)
 
 
+def test_who_works_in_silence_says_now_and_then_that_it_goes_on(fake: Worker) -> None:
+    loaded(fake, "step_ms=50", n_ctx=1 << 20)
+    fake.send(generate(1, "a", 1 << 20))
+    assert fake.events() == [ipc.Accepted(1, 1)]
+    assert [fake.events() for _ in range(3)] == [[ipc.Begun(1)], [], []]
+    fake.send(ipc.Cancel(1))
+    assert isinstance(fake.last(1), ipc.Done)
+
+
 def test_what_is_sent_together_starts_together(fake: Worker) -> None:
     loaded(fake)
     fake.send(*(generate(rid, "a", 1) for rid in range(4)))

@@ -47,10 +47,12 @@ class Worker:
         return self.receive()
 
     def events(self) -> list[ipc.Event]:
-        """Those of the next step."""
-        step = self.receive()
-        assert isinstance(step, ipc.Step), step
-        return step.events
+        """Those of the next step that has some, without what is only counted: that comes with the clock."""
+        while True:
+            step = self.receive()
+            assert isinstance(step, ipc.Step), step
+            if events := [event for event in step.events if not isinstance(event, ipc.Stats)]:
+                return events
 
     def last(self, rid: int) -> ipc.Event:
         """Waits for the end of a request; what comes meanwhile is passed over."""

@@ -15,6 +15,8 @@ from bridge.bench.ping import measure_pings
 from bridge.bench.report import Report
 from bridge.bench.rounds import Plan, measure
 from bridge.bench.targets import Bridge, LlamaServer, Sampling, Target, TargetError
+from bridge.bench.trials import trial
+from bridge.cli_types import ModelName
 from protocol.address import Address, Unix, default_socket, parse_address
 
 
@@ -34,11 +36,11 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--socket", metavar="PATH", help="The bridge's Unix socket.  [default: where serve puts it]")
+@click.option("--socket", type=click.Path(), help="The bridge's Unix socket.  [default: where serve puts it]")
 @click.option("--tcp", metavar="HOST:PORT", help="The bridge's TCP address, instead.")
 @click.option("--against", metavar="URL", help="A llama-server, such as http://127.0.0.1:8080, to measure beside it.")
 @click.option("--skip-bridge", is_flag=True, help="Measure only the llama-server of --against.")
-@click.option("--model", help="The bridge's model.  [default: its default]")
+@click.option("--model", type=ModelName(), help="The bridge's model.  [default: its default]")
 @click.option("--clients", type=_Counts(), default=(1, 8, 32), help="How many at once.  [default: 1,8,32]")
 @click.option("--requests", type=click.IntRange(1), default=4, show_default=True, help="Of each client, each round.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The median of them counts.")
@@ -55,13 +57,28 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--pings", type=click.IntRange(0), default=2000, show_default=True, help="How many PINGs to time.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, metavar="S")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def bench(as_json: bool, **flags: Any) -> None:
+@click.option(
+    "--chaos", "kind", flag_value="chaos", help="Instead: crashes, stops, disconnects, reloads, and the books."
+)
+@click.option("--soak", "kind", flag_value="soak", help="Instead: many connections, some with streams, for long.")
+@click.option("--seconds", type=click.FloatRange(1), metavar="S", help="Of a trial.  [default: chaos 60, soak 600]")
+@click.option("--connections", type=click.IntRange(1), metavar="N", help="Of a soak.  [default: 1000]")
+@click.option("--rate", type=click.FloatRange(1), metavar="N", help="Tokens a second of a soak.  [default: 5000]")
+def bench(as_json: bool, kind: str | None, **flags: Any) -> None:
     """Load a bridge with clients and measure its answers.
 
     Each client has its own connection and asks again as soon as it is answered. With --against a llama-server gets
     the very same requests, in turns with the bridge; ratio is bridge to llama-server, so more is better for tokens/s
     and less for times. Exits with 1 if any request failed.
+
+    --chaos and --soak are trials of a daemon of their own, on the fake backend (for --chaos, --model FILE is another).
+    Of the other options they take --clients (32; 200 streams), --seed and --json, and exit with 1 if anything was
+    wrong.
     """
+    if kind is not None:
+        sys.exit(not trial(kind, flags, _progress, as_json=as_json))
+    if any(flags.pop(name) is not None for name in ("seconds", "connections", "rate")):
+        raise click.UsageError("--seconds, --connections and --rate are for --chaos and --soak")
     try:
         report = run(**flags)
     except TargetError as error:

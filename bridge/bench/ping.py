@@ -19,15 +19,14 @@ def measure_pings(address: Address, count: int, *, timeout: float = 10) -> dict[
 
     Raises OSError.
     """
-    with _connect(address, timeout) as sock:
-        sock.settimeout(None)  # Python's timeout is a poll before every call; the kernel's costs nothing
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", math.ceil(timeout), 0))
+    with connect(address, timeout) as sock:
         for _ in range(min(_WARM_UP, count)):
-            _ping(sock)
-        return percentiles("ping_us", [_ping(sock) for _ in range(count)], per_second=1_000_000)
+            ping(sock)
+        return percentiles("ping_us", [ping(sock) for _ in range(count)], per_second=1_000_000)
 
 
-def _ping(sock: socket.socket) -> float:
+def ping(sock: socket.socket) -> float:
+    """Seconds. Raises OSError."""
     started = perf_counter()
     sock.sendall(b"PING\n")
     received = b""
@@ -39,7 +38,8 @@ def _ping(sock: socket.socket) -> float:
     return took
 
 
-def _connect(address: Address, timeout: float) -> socket.socket:
+def connect(address: Address, timeout: float) -> socket.socket:
+    """``timeout`` is for this and for each answer. Raises OSError."""
     if isinstance(address, Unix):
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(timeout)
@@ -48,7 +48,9 @@ def _connect(address: Address, timeout: float) -> socket.socket:
         except OSError:
             sock.close()
             raise
-        return sock
-    sock = socket.create_connection(address, timeout)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    else:
+        sock = socket.create_connection(address, timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.settimeout(None)  # Python's timeout is a poll before every call; the kernel's costs nothing
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", math.ceil(timeout), 0))
     return sock

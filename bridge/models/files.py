@@ -17,5 +17,5 @@ def read_model_files(path: str) -> list[Header]:
         raise load_failed(path, reason) from None
 
 
-def load_failed(path: str, reason: str, **details: Any) -> BridgeError:
-    return BridgeError(ErrorCode.LOAD_FAILED, f"Failed to load model: {path}: {reason}", **details)
+def load_failed(path: str, reason: str, *, code: ErrorCode = ErrorCode.LOAD_FAILED, **details: Any) -> BridgeError:
+    return BridgeError(code, f"Failed to load model: {path}: {reason}", **details)

@@ -14,19 +14,22 @@ Ask = ipc.Generate | ipc.Embed | ipc.Tokenize | ipc.Detokenize | ipc.ListQueue |
 Progress = ipc.Accepted | ipc.Place | ipc.Text
 AnswerAdapters = ipc.AdapterLoaded | ipc.AdapterUnloaded | ipc.AdaptersListed
 Answer = ipc.Done | ipc.Embedded | ipc.Tokens | ipc.Detokenized | ipc.QueueListed | ipc.Parked | AnswerAdapters
+Bill = Callable[[ipc.Done | ipc.Embedded, float], None]
 
 
 class Asking:
     """A request under way, in the hands of whoever may want to cancel it.
 
     ``cancel`` is the gentle way: the answer still comes, with what there is so far. Before a provider has the request,
-    and for one that cannot be gentle, it calls ``give_up``, which abandons the waiting.
+    and for one that cannot be gentle, it calls ``give_up``, which abandons the waiting. ``bill`` is told what was
+    computed for it in the end, also when nobody waits for the answer any more, and when (in monotonic seconds).
     """
 
-    def __init__(self, give_up: Callable[[], None]) -> None:
+    def __init__(self, give_up: Callable[[], None], bill: Bill = lambda answer, now: None) -> None:
         self.give_up = give_up
         self.cancelled = False
         self._how = give_up
+        self.bill = bill
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -41,14 +44,14 @@ class Asking:
 
 
 class Crashed(BridgeError):
-    """model_crashed: the provider ended with the request in it.
+    """model_crashed, or peer_lost: the provider ended with the request in it.
 
     ``harmless`` is whether nothing is lost by asking another one: no token of the answer had been computed, and the
     provider did not end because it was told to.
     """
 
-    def __init__(self, message: str, *, harmless: bool) -> None:
-        super().__init__(ErrorCode.MODEL_CRASHED, message, retried=False)
+    def __init__(self, message: str, *, harmless: bool, code: ErrorCode = ErrorCode.MODEL_CRASHED) -> None:
+        super().__init__(code, message, retried=False)
         self.harmless = harmless
 
 
@@ -62,6 +65,7 @@ class Provider(Protocol):
     info: ipc.ModelInfo
     load_ms: float
     limits: Limits  # in force from when they are set
+    cells: tuple[int, int, int]  # of the KV cache, as last told: of requests that run, left for others' use, in all
     adapters: set[str]  # the keys of those that are there, as whoever loads and unloads them keeps it
 
     @property
@@ -73,6 +77,10 @@ class Provider(Protocol):
 
     async def run(self) -> str:
         """Serves ``ask`` and returns, when that is over, why."""
+        ...
+
+    def check(self) -> str | None:
+        """What is wrong with it, if anything is: gone, stopped, hanging. Only after ``load``; costs microseconds."""
         ...
 
     async def park(self) -> None:

@@ -26,6 +26,8 @@ from bridge.worker.backend import Backend, LoadError
 from bridge.worker.engine import Engine
 from bridge.worker.store import Store
 
+BEAT = 1.0  # seconds of work after which silence is broken: the daemon takes who is silent for long to hang
+
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the daemon's terminal is the daemon's to act on
@@ -45,23 +47,37 @@ def _serve() -> None:
         backend = _load(sys.argv[1], load)
         engine = Engine(backend, store=_store(load, backend), lora=load.lora)
     except LoadError as error:
-        home.sendall(encode(ipc.LoadFailed(str(error))))
+        home.sendall(encode(ipc.LoadFailed(str(error), error.code)))
         return
     gc.freeze()  # what is there now stays, and need not be gone through between two steps
     engines.append(engine)
     home.sendall(encode(ipc.Loaded(backend.info, round((time.monotonic() - started) * 1000, 1))))
+    report = _Report(engine, home)
     while True:
         if engine.idle or not inbox.empty():
             _take_requests(engine, inbox)
-        _tell(engine, home)
+        report.send()
         for _ in engine.round():
-            _tell(engine, home)
-        _tell(engine, home)
+            report.send()
+        report.send()
 
 
-def _tell(engine: Engine, home: socket.socket) -> None:
-    if events := engine.take_events():
-        home.sendall(encode(ipc.Step(events)))
+class _Report:
+    """What the engine has to tell, and now and then that it has nothing to tell but goes on."""
+
+    def __init__(self, engine: Engine, home: socket.socket) -> None:
+        self._engine = engine
+        self._home = home
+        self._sent = time.monotonic()
+
+    def send(self) -> None:
+        events = self._engine.take_events()
+        if stats := self._engine.take_stats():
+            events.insert(0, stats)  # whoever is told that all is done finds it counted
+        now = time.monotonic()
+        if events or now - self._sent > BEAT:
+            self._home.sendall(encode(ipc.Step(events)))
+            self._sent = now
 
 
 def _load(name: str, load: ipc.Load) -> Backend:

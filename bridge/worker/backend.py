@@ -17,7 +17,11 @@ class BackendError(Exception):
 
 
 class LoadError(Exception):
-    """The model could not be loaded; the reason is for people."""
+    """The model could not be loaded; the reason is for people. ``code`` is one of the wire's error codes."""
+
+    def __init__(self, reason: str, code: str = "load_failed") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class Aborted(Exception):

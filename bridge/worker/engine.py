@@ -20,6 +20,7 @@ from bridge.worker.scheduler import Scheduled, Scheduler
 from bridge.worker.sequence import Sequence
 from bridge.worker.slots import Placement, Slots
 from bridge.worker.store import Store
+from bridge.worker.tally import Tally
 
 
 class Engine:
@@ -37,6 +38,7 @@ class Engine:
         self._pace = Pace()
         slots = Slots(backend.info.n_parallel, rewinds=backend.rewinds, split=backend.split)
         self._cells = Cells(backend, slots, store)
+        self._tally = Tally(slots, backend.info.n_ctx * backend.info.n_parallel)
         self._scheduler = Scheduler(slots, backend.n_batch, self._pace, backend.worth_a_pass, self._cells.saved)
         self._overview = Overview(self._scheduler, self._pace, backend.info.n_parallel)
         self._sequences: dict[int, Sequence] = {}
@@ -148,6 +150,10 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def take_stats(self) -> ipc.Stats | None:
+        """What was counted since the last time, once a second, and when nothing is left to do; if there is any."""
+        return self._tally.take(self._clock(), idle=self.idle)
+
     def step(self) -> None:
         """A round, of all its batches."""
         for _ in self.round():
@@ -158,6 +164,7 @@ class Engine:
         self._expire()
         for sequence, placement in self._scheduler.admit():
             sequence.cells = sequence.cached = self._cells.settle(placement)
+            self._tally.begun(sequence)
             self._backend.open(sequence.slot, sequence.sampling, sequence.tokens)
         if self._backend.moves and (gap := self._scheduler.close_gap()):
             self._move(*gap)
@@ -166,7 +173,9 @@ class Engine:
         for scheduled in self._scheduler.schedule():
             self._commit(scheduled, self._decode(scheduled))
             yield
-        self._events += self._embeds.step(busy=bool(self._sequences))
+        embedded = self._embeds.step(busy=bool(self._sequences))
+        self._tally.embedded(embedded)
+        self._events += embedded
 
     def _move(self, sequence: Sequence, was: int, placement: Placement) -> None:
         self._backend.move(was, placement.slot)
@@ -211,6 +220,7 @@ class Engine:
             seconds = self._clock() - started
             self._charge(scheduled, seconds)
             self._pace.batch(len(scheduled.advanced), len(scheduled.batch), seconds)
+            self._tally.batch(len(self._scheduler.running))
             return result
         finally:
             self._prefilling = frozenset()
@@ -239,7 +249,8 @@ class Engine:
         for sequence, sampled in zip(scheduled.sampled, result, strict=True):
             if sequence.first_token is None:
                 sequence.first_token = now
-            self._take(sequence, sampled)
+                self._tally.first(sequence)
+            self._take(sequence, sampled, now)
 
     def _tell_places(self) -> None:
         """To those in the queue that asked to know."""
@@ -249,7 +260,7 @@ class Engine:
                     sequence.place = place
                     self._events.append(ipc.Place(sequence.rid, place, estimate))
 
-    def _take(self, sequence: Sequence, sampled: Sampled) -> None:
+    def _take(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         if sampled.refusal is not None:
             self._drop(sequence)
             self._refuse(sequence.rid, sampled.refusal)
@@ -258,6 +269,7 @@ class Engine:
             self._finish(sequence, "stop")
             return
         sequence.tokens.append(sampled.token)
+        self._tally.token(sequence, now)
         if sampled.logprobs is not None:
             sequence.logprobs.append(sampled.logprobs)
         text = sequence.text.feed(self._backend.piece(sampled.token))
@@ -286,11 +298,14 @@ class Engine:
             self._pace.answer(sequence.n_picked)
         text = "".join(sequence.said) + text + sequence.text.finish()
         logprobs = sequence.logprobs if sequence.sampling.logprobs is not None else None
-        timings = sequence.timings(self._clock())
+        now = self._clock()
+        self._tally.ended(sequence, now)
+        timings = sequence.timings(now)
         self._events.append(ipc.Done(sequence.rid, text, reason, sequence.usage(), timings, logprobs))
 
     def _drop(self, sequence: Sequence, *, keep: bool = True) -> None:
         del self._sequences[sequence.rid]
+        self._tally.changed()
         self._adapters.use(sequence.adapters, -1)
         self._watched -= sequence.tells_place
         must_go = self._scheduler.remove(sequence, keep=keep)

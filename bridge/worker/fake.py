@@ -6,6 +6,8 @@ word with the blank before it. A word that begins with ``!`` is an order, carrie
     !eos  end the answer      !error  decode fails           !segv !abort !kill  die of that signal
     !bytes  say a 4-byte character in two tokens             !hang  never return from this step
 
+The grammars !segv, !abort and !kill are such orders, too; it takes no others.
+
 An adapter puts the name of its file behind every word that is said, and its scale if that is not 1: ``a+shout*0.5``.
 Any path is one, but for ``name?load=fail``. A cell knows what adapters it was computed under, and who goes on from it
 under others dies.
@@ -106,8 +108,13 @@ class FakeBackend:
 
     def check(self, sampling: ipc.Sampling) -> None:
         """Of the rest all but logprobs is ignored."""
-        if sampling.grammar is not None:
-            raise Refusal("unsupported", "grammar: the fake knows none")
+        match sampling.grammar:
+            case None:
+                pass
+            case "!segv" | "!abort" | "!kill":
+                _die(sampling.grammar[1:])
+            case _:
+                raise Refusal("unsupported", "grammar: the fake knows none")
 
     def open(self, slot: int, sampling: ipc.Sampling, prompt: Sequence[int]) -> None:
         assert slot not in self._prompts, f"slot {slot} is in use"

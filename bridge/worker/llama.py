@@ -40,6 +40,10 @@ class LlamaBackend(LlamaCells):
         C.llama_backend_init()
         self._path = load.path
         self._log = Log()
+        if load.options.rpc:
+            from bridge.worker.llama_rpc import add_servers  # which reaches further into llama.cpp than most need
+
+            add_servers(load.options.rpc)
         self._options = resolve(load.options)
         self._model = self._load_model(load.path)
         self._vocab = Vocab(self._model)

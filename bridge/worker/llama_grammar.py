@@ -36,21 +36,21 @@ class Grammar:
     """
 
     def __init__(self, vocab: Vocab, text: str) -> None:
-        """Raises Refusal (bad_argument)."""
+        """Raises Refusal (bad_grammar)."""
         try:
             gbnf.check(text)
         except gbnf.GrammarError as error:
-            raise Refusal("bad_argument", f"grammar: {error}") from None
+            raise Refusal("bad_grammar", f"grammar: {error}") from None
         self._vocab = vocab
         self._sampler = C.llama_sampler_init_grammar(vocab.pointer, text.encode(), b"root")
         if not self._sampler:
-            raise Refusal("bad_argument", "grammar: llama.cpp cannot read it")
+            raise Refusal("bad_grammar", "grammar: llama.cpp cannot read it")
 
     def close(self) -> None:
         C.llama_sampler_free(self._sampler)
 
     def pick(self, chain: Any | None, logits: Any) -> int:
-        """The next token, which the chain and the grammar have then accepted. Raises Refusal (bad_argument)."""
+        """The next token, which the chain and the grammar have then accepted. Raises Refusal (bad_grammar)."""
         started = time.thread_time()
         token = _pick(chain, _candidates(np.arange(len(logits)), logits)) if chain else int(logits.argmax())
         if not self._allows(token):
@@ -83,7 +83,7 @@ class Grammar:
             _refuse_late(started, MAX_SECONDS)
         candidates = np.concatenate(allowed)
         if not len(candidates):
-            raise Refusal("bad_argument", "grammar: the model has no token that it allows next")
+            raise Refusal("bad_grammar", "grammar: the model has no token that it allows next")
         return candidates
 
     def _ask(self, tokens: Any, logits: Any) -> Any:
@@ -108,7 +108,7 @@ def watched(count: int) -> Iterator[None]:
 
 def _refuse_late(started: float, limit: float) -> None:
     if time.thread_time() - started > limit:
-        raise Refusal("bad_argument", "grammar: it is so ambiguous that a token takes too long")
+        raise Refusal("bad_grammar", "grammar: it is so ambiguous that a token takes too long")
 
 
 def _is_text(spelling: bytes) -> bool:

@@ -29,7 +29,7 @@ def resolve(options: ipc.Options) -> dict[str, Any]:
     n_batch = suit.n_batch(options.n_batch, n_parallel)
     offload = C.llama_supports_gpu_offload()
     n_gpu_layers = (-1 if offload else 0) if options.n_gpu_layers is None else options.n_gpu_layers
-    on_gpu = offload and n_gpu_layers != 0
+    on_gpu = offload and n_gpu_layers != 0 and not options.rpc
     return {
         "n_ctx": options.n_ctx,
         "n_parallel": n_parallel,
@@ -45,6 +45,7 @@ def resolve(options: ipc.Options) -> dict[str, Any]:
         "kv_unified": bool(options.kv_unified),
         "repack": not _has_amx() if options.repack is None else options.repack,
         "backend_sampling": on_gpu if options.backend_sampling is None else options.backend_sampling,
+        "rpc": options.rpc,
     }
 
 

@@ -19,8 +19,8 @@ class Sequence:
 
     __slots__ = (
         "adapters", "alone", "cached", "cells", "client", "computed", "deadline", "discarded", "first_token", "label",
-        "logprobs", "max_tokens", "n_prompt", "place", "priority", "received", "rid", "said", "sampling", "seconds",
-        "slot", "started", "stream", "tells_place", "text", "tokens",
+        "last_token", "logprobs", "max_tokens", "n_prompt", "place", "priority", "received", "rid", "said", "sampling",
+        "seconds", "slot", "started", "stream", "tells_place", "text", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: ipc.Generate, prompt: list[int], adapters: Adapters = ()) -> None:
@@ -46,6 +46,7 @@ class Sequence:
         self.received = request.received
         self.started: float | None = None  # first in a batch
         self.first_token: float | None = None
+        self.last_token: float | None = None
         self.cached = 0  # tokens of the prompt that were there already
         self.computed = 0  # tokens that went through the model
         self.discarded = 0  # of them, those that had to go through it again

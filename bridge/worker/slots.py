@@ -114,6 +114,12 @@ class Slots:
         """What the free slots hold; least recently used first."""
         return sorted(self._kept.values(), key=lambda one: one.used)
 
+    @property
+    def cells(self) -> tuple[int, int]:
+        """How many the running ones have, and how many the free ones still hold."""
+        running, kept = self._running.values(), self._kept.values()
+        return sum(content.cells for content in running), sum(content.cells for content in kept)
+
     # -- what a prompt can start from --------------------------------------------------------------------------
 
     def cached(self, sequence: Sequence) -> int:

@@ -1,0 +1,108 @@
+"""HTTP for one application, on hypercorn's trio worker. Imports it, so it is imported when there is a port for it.
+
+Not by ``hypercorn.trio.serve``: that accepts any number of connections, and sends shielded from cancellation for as
+long as a reader likes to take, so that one who reads nothing keeps the daemon from ending. So connections are accepted
+and bounded by us, and hypercorn gets each of them as its own ``serve`` would give it.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import cast
+
+import hypercorn.logging
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework, ConnectionState
+from hypercorn.utils import wrap_app
+from starlette.types import ASGIApp
+
+from bridge import log
+
+HEADERS = 16 * 1024  # bytes of a request's line and headers
+IDLE = 5.0  # seconds that a connection has for its headers, and from one request to the next
+BODY = 30  # seconds in which something of a request's body comes
+
+
+class HttpPort:
+    """``serve`` is for each connection. ``stall`` is how many seconds a reader may take for a piece of an answer."""
+
+    def __init__(self, app: ASGIApp, stall: float) -> None:
+        self._config = _configure()
+        self._app = wrap_app(cast(ASGIFramework, app), HEADERS, "asgi")
+        self._stall = stall
+        self._context = WorkerContext(None)
+
+    async def serve(self, client: socket.socket) -> None:
+        """Owns the socket and closes it, also when it is cancelled."""
+        stream = _Stream(client, self._stall)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.end_when_closed, nursery.cancel_scope)
+                await TCPServer(self._app, self._config, self._context, ConnectionState({}), stream)  # type: ignore[arg-type]
+                nursery.cancel_scope.cancel()
+        except* Exception:
+            # A bug in one connection must not take the daemon with it.
+            log.get().exception("an HTTP connection failed")
+        finally:
+            stream.socket.close()
+
+
+def _configure() -> Config:
+    config = Config()
+    config.logger_class = _Logger
+    config.errorlog = None
+    config.keep_alive_timeout = IDLE
+    config.read_timeout = BODY
+    config.h11_max_incomplete_size = HEADERS
+    config.h2_max_header_list_size = HEADERS
+    config.h2_max_concurrent_streams = 16
+    config.include_server_header = False
+    return config
+
+
+class _Logger(hypercorn.logging.Logger):
+    async def exception(self, message: str, *args: object, **kwargs: object) -> None:
+        log.get().exception("an HTTP request failed")
+
+
+class _Stream:
+    """A connection that nobody holds up by not reading. What hypercorn uses of trio.SocketStream, which is final."""
+
+    def __init__(self, client: socket.socket, stall: float) -> None:
+        self._stall = stall
+        self._closed = trio.Event()
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+        self.socket = self._stream.socket
+
+    async def receive_some(self, most: int) -> bytes:
+        data = await self._stream.receive_some(most)
+        if not data:
+            self._closed.set()
+        return bytes(data)
+
+    async def send_all(self, data: bytes) -> None:
+        with trio.move_on_after(self._stall) as patience:
+            await self._stream.send_all(data)
+        if patience.cancelled_caught:
+            self._closed.set()
+            raise trio.BrokenResourceError("the reader stalled")
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        self._closed.set()
+        await self._stream.aclose()
+
+    async def end_when_closed(self, scope: trio.CancelScope) -> None:
+        """Hypercorn would keep what has ended for as long as an idle one. When cancelled, wakes what waits for the
+        peer, shielded or not.
+        """
+        try:
+            await self._closed.wait()
+        finally:
+            self.socket.close()
+        scope.cancel()

@@ -1,0 +1,89 @@
+"""How the daemon stands: the service manager's status line, and the end of a daemon that nobody needs."""
+
+from __future__ import annotations
+
+import math
+
+import trio
+
+from bridge import log
+from bridge.daemon import Daemon
+from bridge.entry import State
+from bridge.systemd import Manager
+
+_PAUSE = 1.0  # seconds between two looks, however much happens
+_WITHOUT_PROCESS = (State.UNLOADED, State.RESTING)
+_LOADED = (State.READY, State.RESTARTING)
+
+
+class Standing:
+    """Follows the daemon. Under socket activation it stops it when it was idle for ``idle_exit`` seconds."""
+
+    def __init__(self, daemon: Daemon, manager: Manager) -> None:
+        self._daemon = daemon
+        self._manager = manager
+        self._changed = trio.Event()
+
+    def changed(self) -> None:
+        """Clients came or went, or the configuration is another one. Of models the pool tells."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Ends by itself where nobody wants to know."""
+        told, busy = "", trio.current_time()  # when it was not idle, the last time
+        while self._manager.listens or self._manager.sockets:
+            self._changed = trio.Event()
+            events = (self._changed, self._daemon.pool.changed)
+            if (line := describe(self._daemon)) != told:
+                self._manager.notify(STATUS=line)
+                told = line
+            if not is_idle(self._daemon):
+                busy = trio.current_time()
+            ends = busy + (self._limit or math.inf)
+            if ends <= trio.current_time():
+                log.get().info("nobody needs the daemon", idle_s=self._limit)
+                self._daemon.stop()
+                ends = math.inf
+            with trio.move_on_at(ends):
+                await _first_of(*events)
+            await trio.sleep(_PAUSE)
+
+    @property
+    def _limit(self) -> float:
+        """Seconds; 0 is for ever. Without inherited sockets nobody would start it again."""
+        return self._daemon.config.idle_exit if self._manager.sockets and not self._daemon.draining else 0.0
+
+
+async def _first_of(*events: trio.Event) -> None:
+    async def wait(event: trio.Event) -> None:
+        await event.wait()
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for event in events:
+            nursery.start_soon(wait, event)
+
+
+def is_idle(daemon: Daemon) -> bool:
+    """No client is connected, no job waits or runs, nothing is fetched or converted, and no model has a process, nor will
+    soon.
+    """
+    at_rest = all(entry.state in _WITHOUT_PROCESS and not entry.waiting for entry in daemon.pool.entries)
+    return at_rest and not daemon.clients and not daemon.jobs.busy and not daemon.library.busy
+
+
+def describe(daemon: Daemon) -> str:
+    """One line for people: ``loading smollm2``, ``ready: 1 model, 3 clients``, ``draining: 5 answers``."""
+    entries = daemon.pool.entries
+    if daemon.draining:
+        return f"draining: {_count(sum(entry.users + entry.waiting for entry in entries), 'answer')}"
+    loaded = sum(entry.state in _LOADED for entry in entries)
+    line = f"ready: {_count(loaded, 'model')}, {_count(daemon.clients, 'client')}"
+    for state in (State.LOADING, State.RESTARTING, State.RESTING):
+        if names := [entry.name for entry in entries if entry.state is state]:
+            line = f"{state} {', '.join(names)}" + (f"; {line}" if loaded or daemon.clients else "")
+    return line
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
