@@ -38,7 +38,9 @@ def _ping(_caller: Caller, _command: commands.Ping) -> Ok:
 
 
 def _hello(caller: Caller, _command: commands.Hello) -> Ok:
-    limits = msgspec.structs.asdict(caller.daemon.config.limits)
+    config = caller.daemon.config
+    limits = msgspec.structs.asdict(config.limits)
+    limits |= {"jobs": config.jobs.max, "jobs_per_owner": config.jobs.per_owner, "jobs_bytes": config.jobs.bytes}
     features = ["ids", "json", "streams", "cancel", "batching", "embeddings", "chat", "logprobs"]
     features += ["prefix_cache", "queue", "priorities", "deterministic", "several_answers", "grammar", "dimensions"]
     features += ["autoload", "keep_alive", "pull", "plan", "lora", "reload", "events", "health", "metrics", "rpc"]

@@ -145,17 +145,21 @@ class JobDesk:
 
     async def run(self) -> None:
         """Ends when it is cancelled; what runs then is as if the daemon had died, unless it was interrupted before."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._recover)
-            nursery.start_soon(self._disk.run)
-            nursery.start_soon(self._expire)
-            while True:
-                while self._disk.is_open and not self._draining and (job := self.book.next_job()):
-                    job.begin(time.monotonic())
-                    self._disk.mark(job)
-                    self._running[job] = _Running()
-                    nursery.start_soon(self._run, job, self._running[job])
-                await self._changed.wait()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._recover)
+                nursery.start_soon(self._disk.run)
+                nursery.start_soon(self._expire)
+                while True:
+                    while self._disk.is_open and not self._draining and (job := self.book.next_job()):
+                        job.begin(time.monotonic())
+                        self._disk.mark(job)
+                        self._running[job] = _Running()
+                        nursery.start_soon(self._run, job, self._running[job])
+                    await self._changed.wait()
+        finally:
+            self._running.clear()
+            self._notify()
 
     async def _recover(self) -> None:
         await self._disk.recover()

@@ -92,7 +92,7 @@ class Server:
                 workers.start_soon(self._daemon.refusals.run)
                 self._standing = Standing(self._daemon, self._manager)
                 await self._configured.begin()
-                workers.start_soon(self._jobs.run)
+                workers.start_soon(self._run_jobs)
                 async with trio.open_nursery() as clients:
                     for listener in listeners:
                         clients.start_soon(accept_forever, listener, self._serve_client)
@@ -171,6 +171,13 @@ class Server:
             self._count_clients()
             if not self._sessions:
                 self._all_gone.set()
+
+    async def _run_jobs(self) -> None:
+        try:
+            await self._jobs.run()
+        except Exception:
+            # A bug must not take the clients with it.
+            self._log.exception("jobs have failed, and are not run any more")
 
     def _count_clients(self) -> None:
         self._daemon.clients = len(self._sessions)

@@ -15,7 +15,7 @@ from helpers import Line, Place, Wire, daemon, eventually, spawned
 
 from bridge import job_disk
 from bridge.config import Jobs
-from bridge.daemon import Peer
+from bridge.config_access import Access
 from protocol.options import LoadOptions
 
 SLOW = "echo?step_ms=20"
@@ -189,7 +189,8 @@ async def test_those_who_wait_for_their_turn() -> None:
 
 
 async def test_others_have_nothing_of_them() -> None:
-    async with daemon("echo") as place, await place.unix() as wire, await place.tcp() as other:
+    access = Access(loopback="user")
+    async with daemon("echo", access=access) as place, await place.unix() as wire, await place.tcp() as other:
         job = await submitted(wire, "INFER max_tokens=1 a")
         for line in (f"ATTACH {job}", f"JOBS cancel {job}", f"JOBS forget {job}", f"JOBS list {job}"):
             assert await other.code(line) == "not_found"
@@ -413,11 +414,6 @@ async def test_reload_changes_their_bounds() -> None:
         await submitted(wire, "INFER max_tokens=1 a")
         place.server._daemon.jobs.reconfigure(Jobs(max=1))
         assert await wire.code("SUBMIT INFER a") == "overloaded"
-
-
-def test_whose_they_are_after_a_restart() -> None:
-    for peer in (Peer(7, 1000), Peer(8, None, tcp=True)):
-        assert Peer.of_owner(peer.owner).owner == peer.owner
 
 
 async def test_no_prompt_in_the_log() -> None:

@@ -145,6 +145,7 @@ def test_the_log_has_one_door() -> None:
         "bridge.room",
         "bridge.access",
         "bridge.guard",
+        "bridge.job",
         "bridge.quota",
         "bridge.models.fit",
         "bridge.worker.scheduler",
@@ -152,6 +153,14 @@ def test_the_log_has_one_door() -> None:
 )
 def test_what_decides_does_not_act(module: str) -> None:
     assert not imports(module) & {"trio", "socket", "subprocess", "threading", "time"}
+
+
+def test_the_database_is_behind_one_door() -> None:
+    """And is not opened for who has no jobs: it takes memory."""
+    assert who_imports("sqlite3") == {"bridge.job_store"}
+    assert who_imports("bridge.job_store") == {"bridge.job_disk"}
+    code = "import sys, bridge.server; assert 'bridge.job_disk' in sys.modules; assert 'sqlite3' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_service_manager_is_spoken_to_by_few() -> None:

@@ -67,7 +67,7 @@ async def test_a_stream_begins_once() -> None:
 async def test_what_waits_behind_others_keeps_its_place() -> None:
     """Of one connection and one packet or several: in the order in which they came."""
     load = LoadOptions(n_parallel=1)
-    async with daemon("echo?step_ms=1", load=load) as place, await place.unix() as wire, await place.unix() as first:
+    async with daemon("echo?step_ms=50", load=load) as place, await place.unix() as wire, await place.unix() as first:
         await first.start(f"INFER_STREAM {LONG} a")
         assert (await first.line())["token"] == "a"
         for number in range(12):

@@ -16,8 +16,8 @@ from bridge.worker.waiting import WaitingRoom
 rids = itertools.count()
 
 
-def sequence(client: int = 0, n_prompt: int = 10, priority: ipc.Priority = "normal") -> Sequence:
-    request = ipc.Generate(next(rids), "", ipc.Sampling(), 1, [], False, 0.0, client=client, priority=priority)
+def sequence(client: int = 0, n_prompt: int = 10, priority: ipc.Priority = "normal", received: float = 0.0) -> Sequence:
+    request = ipc.Generate(next(rids), "", ipc.Sampling(), 1, [], False, received, client=client, priority=priority)
     return Sequence(request, list(range(n_prompt)))
 
 
@@ -41,6 +41,12 @@ def serve(room: WaitingRoom, *, leaves: bool = True) -> Sequence:
 def test_one_client_keeps_its_order() -> None:
     several = [sequence(n_prompt=count) for count in (30, 10, 20)]
     assert list(room_with(*several).order()) == several
+
+
+def test_the_order_is_that_in_which_they_came_to_the_daemon() -> None:
+    """A model that was loading, or crashed, is asked by all who waited at once, in any order."""
+    late, first, second, same = [sequence(received=moment) for moment in (4.0, 1.0, 2.0, 2.0)]
+    assert list(room_with(late, first, second, same).order()) == [first, second, same, late]
 
 
 def test_clients_take_turns() -> None:

@@ -1,0 +1,104 @@
+"""Jobs on their way to the disk and back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from bridge import job_disk
+from bridge.config import Jobs
+from bridge.job import Book, Job, JobState, read_request
+from bridge.job_disk import JobDisk
+from bridge.job_store import JobStore
+from protocol.errors import BridgeError, ErrorCode
+
+YEAR = 365 * 86_400.0
+LINE = "INFER max_tokens=1 a"
+
+
+@asynccontextmanager
+async def disk(folder: Path) -> AsyncIterator[tuple[JobDisk, Book]]:
+    book = Book(Jobs())
+    one = JobDisk(folder, book, lambda job: None, lambda jobs, error: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.run)
+        await one.open()
+        yield one, book
+        await one.close()
+        nursery.cancel_scope.cancel()
+
+
+async def ended(folder: Path, ago: float) -> None:
+    """Leaves a job there that ended so many seconds ago."""
+    async with disk(folder) as (one, book):
+        now = time.monotonic()
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, now - ago)
+        book.jobs[job.id] = job
+        await one.add(job)
+        job.append("Once")
+        job.end(JobState.DONE, {"finish_reason": "stop"}, now - ago)
+        one.mark(job)
+
+
+async def test_what_is_there_is_as_old_as_it_was(tmp_path: Path) -> None:
+    await ended(tmp_path, ago=10.0)
+    async with disk(tmp_path) as (one, book):
+        [job] = book.jobs.values()
+        assert (job.state, job.length, job.held, job.outcome) == (JobState.DONE, 4, False, {"finish_reason": "stop"})
+        assert await one.text(job, 1) == "nce"
+        age = time.monotonic() - job.expires(60.0) + 60.0
+        assert 10.0 <= age < 50.0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("moved", "expired"), [(-YEAR, False), (YEAR, True)])
+async def test_fault_29_the_clock_moved_a_year_between_two_daemons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: float, expired: bool
+) -> None:
+    """Put back, nothing is older than it is new; put forward, it looks like a year. What runs does not look at it."""
+    await ended(tmp_path, ago=10.0)
+    now = time.time()
+    monkeypatch.setattr(job_disk.time, "time", lambda: now + moved)
+    async with disk(tmp_path) as (_, book):
+        [job] = book.jobs.values()
+        assert bool(book.expired(time.monotonic())) == expired
+        assert job.received <= time.monotonic()
+
+
+async def test_a_request_of_another_version(tmp_path: Path) -> None:
+    async with disk(tmp_path) as (one, book):
+        job = Job("a", "uid:1", "DREAM of=sheep a", None, 60.0, time.monotonic())
+        book.jobs[job.id] = job
+        await one.add(job)
+    async with disk(tmp_path) as (_, book):
+        [job] = book.jobs.values()
+        assert (job.verb, job.state, job.outcome["code"]) == ("DREAM", JobState.INTERRUPTED, "interrupted")
+
+
+async def test_nothing_is_opened_once_it_is_closed(tmp_path: Path) -> None:
+    async with disk(tmp_path) as (one, _):
+        await one.close()
+        with pytest.raises(BridgeError) as caught:
+            await one.open()
+        assert caught.value.code == ErrorCode.DRAINING
+        JobStore(tmp_path).close()  # the next daemon has it
+
+
+async def test_what_was_written_can_be_seen_by_who_asks(tmp_path: Path) -> None:
+    async with disk(tmp_path) as (one, book):
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, time.monotonic())
+        book.jobs[job.id] = job
+        await one.add(job)
+        assert one.is_written(job)
+        job.append("Once")
+        one.mark(job, urgent=True)
+        assert not one.is_written(job)
+        with trio.fail_after(30):
+            while not one.is_written(job):  # noqa: ASYNC110  there is no event
+                await trio.sleep(0.01)
+        assert job.stored == 4
