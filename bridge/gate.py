@@ -1,6 +1,6 @@
 """The way in: who a connection is, by where it comes from or by a token, and what he has left of his limits.
 
-What is allowed whom is ``access``'s to say, request by request ``admission``'s.
+What is allowed whom is ``access``'s to say, request by request ``permission``'s.
 """
 
 from __future__ import annotations

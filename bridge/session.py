@@ -18,13 +18,13 @@ from functools import partial
 import trio
 
 from bridge import access, log
-from bridge.admission import admit
 from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
 from bridge.dispatch import INSTANT, LASTING
 from bridge.gate import MOST_FAILURES
 from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
+from bridge.permission import admit
 from bridge.providers.base import Asking
 from bridge.quota import Grant
 from bridge.receipts import Totals
