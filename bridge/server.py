@@ -18,7 +18,7 @@ from bridge.adapters import Adapters
 from bridge.call import Call
 from bridge.config import Config
 from bridge.configured import Configured
-from bridge.daemon import Daemon, Peer
+from bridge.daemon import Daemon
 from bridge.dispatch import LASTING
 from bridge.gate import Gate
 from bridge.job import Job
@@ -26,6 +26,7 @@ from bridge.job_desk import JobDesk
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
 from bridge.metrics import Metrics
+from bridge.peer import Peer
 from bridge.permission import permitted
 from bridge.pool import ModelPool
 from bridge.ports import Ports

@@ -19,11 +19,12 @@ import trio
 
 from bridge import access, log
 from bridge.call import Call, Caller
-from bridge.daemon import Daemon, Peer
+from bridge.daemon import Daemon
 from bridge.dispatch import INSTANT, LASTING
 from bridge.gate import MOST_FAILURES
 from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
+from bridge.peer import Peer
 from bridge.permission import admit
 from bridge.providers.base import Asking
 from bridge.quota import Grant

@@ -16,7 +16,7 @@ from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually
 from bridge import dispatch, generation, ipc, log
 from bridge.call import Call
 from bridge.config import Limits
-from bridge.daemon import Peer
+from bridge.peer import Peer
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
 from protocol.commands import Ping, Show
