@@ -29,7 +29,7 @@ def submit(
     as_json: bool,
     **named: Any,
 ) -> None:
-    """Begin to complete a prompt as a job, and print what `attach` takes; without one, the standard input."""
+    """Begin to complete a prompt, or the standard input, as a job, and print its name, which `attach` takes."""
     text = text_of(prompt)
     parameters = generation_parameters(client, ChatStream if chat else InferStream, pairs, named)
     request: Command = InferStream(prompt=text, **parameters)
@@ -61,7 +61,7 @@ def attach(client: Client, job: str, offset: int, as_json: bool) -> None:
 @click.command()
 @click.argument("action", type=click.Choice(["list", "cancel", "forget"]), default="list")
 @click.argument("job", required=False)
-@click.option("-a", "--all", "all_of_them", is_flag=True, help="Those of everybody, if one may.")
+@click.option("-a", "--all", "all_of_them", is_flag=True, help="Those of everybody; for operators.")
 @json_option
 @talks
 def jobs(client: Client, action: str, job: str | None, all_of_them: bool, as_json: bool) -> None:

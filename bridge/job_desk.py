@@ -224,7 +224,7 @@ class JobDesk:
     def _end(self, job: Job, state: JobState, outcome: dict[str, Any]) -> None:
         job.end(state, outcome, time.monotonic())
         self._disk.mark(job, urgent=True)
-        self._log.info("job ended", job=job.id[:8], verb=job.verb, state=str(state))
+        self._log.info("job ended", job=job.id[:8], verb=job.verb, owner=job.owner, state=str(state))
         self._notify()
 
     def _on_stored(self, job: Job) -> None:

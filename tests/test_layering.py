@@ -76,7 +76,7 @@ def test_the_wire_knows_nobody() -> None:
 
 def test_clients_know_the_wire_alone() -> None:
     assert not who_imports("bridge") & inside("client")
-    assert who_imports("trio") & inside("client") == {"client.aio", "client.aio_sockets"}
+    assert who_imports("trio") & inside("client") == {"client.aio", "client.aio_link"}
 
 
 def test_the_thin_client_needs_msgspec_and_orjson_alone() -> None:
