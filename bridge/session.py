@@ -23,7 +23,7 @@ from bridge.call import Call, Caller
 from bridge.daemon import Daemon, Peer
 from bridge.dispatch import INSTANT, LASTING
 from bridge.gate import MOST_FAILURES
-from bridge.listeners import say_goodbye
+from bridge.listeners import EXHAUSTED, say_goodbye
 from bridge.outbox import Outbox
 from bridge.providers.base import Asking
 from bridge.quota import Grant
@@ -86,6 +86,8 @@ class Session:
                     self._nursery.cancel_scope.cancel()
                 await say_goodbye(self._sock)
         finally:
+            if reason := self._outbox.broken:
+                self._log.info("client cut", reason=reason)
             self._daemon.pool.gone(self._peer.number)
             self._daemon.intake.hold(self, 0)
             self._sock.close()
@@ -109,8 +111,8 @@ class Session:
         for asking in list(self._asking.values()):
             asking.give_up()
 
-    def _on_broken(self, reason: str) -> None:
-        self._log.info("client cut", reason=reason)
+    def _on_broken(self, _reason: str) -> None:
+        """`run` tells of it: what is logged here is an event, and may break the next subscriber's outbox, and so on."""
         self._scope.cancel()
 
     def _end_with(self, error: BridgeError) -> None:
@@ -271,9 +273,8 @@ class Session:
                 reply = self._failure(exchange, error, record)
         except BridgeError as error:
             reply = self._failure(exchange, error, record)
-        except Exception:
-            self._log.exception("a handler failed", verb=command.VERB)
-            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
+        except Exception as error:
+            reply = self._failure(exchange, self._unforeseen(error, command), record)
         except trio.Cancelled:
             record.end(None)
             raise
@@ -286,6 +287,13 @@ class Session:
             self._next_in_turn()
         if self._peer.failures >= MOST_FAILURES:
             self._reading.cancel()
+
+    def _unforeseen(self, error: Exception, command: commands.Command) -> BridgeError:
+        """A bug, unless it is that the process has no file descriptor left: that may happen anywhere, and passes."""
+        if isinstance(error, OSError) and error.errno in EXHAUSTED:
+            return BridgeError(ErrorCode.OVERLOADED, f"The daemon is at a limit: {error.strerror}", retry_after_ms=1000)
+        self._log.exception("a handler failed", verb=command.VERB)
+        return BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged")
 
     def _failure(self, exchange: Exchange, error: BridgeError, record: Record) -> Reply:
         """A stream that began ends with a final line all the same. Who has met a bug is told where the log has it."""
