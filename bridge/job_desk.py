@@ -144,6 +144,8 @@ class JobDesk:
                 raise BridgeError(ErrorCode.NOT_FOUND, f"The job {job.id} was forgotten")
             if offset < job.length and (job.stored or over):
                 text = await self._disk.text(job, offset)
+                if not text:  # the disk has lost it
+                    return offset
                 offset += len(text)
                 say(Token(text, {"offset": offset}))
             elif over:
@@ -242,7 +244,7 @@ class JobDesk:
     def _fail(self, job: Job, error: BridgeError) -> None:
         """Of itself it would go on, or begin."""
         self._end(job, JobState.FAILED, failure(error))
-        if running := self._running.get(job):
+        if running := self._running.get(job):  # not, where the daemon was stopped at once
             running.scope.cancel()
 
     async def _expire(self) -> None:

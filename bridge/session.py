@@ -22,7 +22,7 @@ from bridge.call import Call, Caller
 from bridge.daemon import Daemon
 from bridge.dispatch import INSTANT, LASTING
 from bridge.gate import MOST_FAILURES
-from bridge.listeners import say_goodbye
+from bridge.listeners import EXHAUSTED, say_goodbye
 from bridge.outbox import Outbox
 from bridge.peer import Peer
 from bridge.permission import admit
@@ -87,6 +87,8 @@ class Session:
                     self._nursery.cancel_scope.cancel()
                 await say_goodbye(self._sock)
         finally:
+            if reason := self._outbox.broken:
+                self._log.info("client cut", reason=reason)
             self._daemon.pool.gone(self._peer.number)
             self._daemon.intake.hold(self, 0)
             self._sock.close()
@@ -110,8 +112,8 @@ class Session:
         for asking in list(self._asking.values()):
             asking.give_up()
 
-    def _on_broken(self, reason: str) -> None:
-        self._log.info("client cut", reason=reason)
+    def _on_broken(self, _reason: str) -> None:
+        """`run` tells of it: what is logged here is an event, and may break the next subscriber's outbox, and so on."""
         self._scope.cancel()
 
     def _end_with(self, error: BridgeError) -> None:
@@ -244,8 +246,8 @@ class Session:
             reply = handler(self._caller, command) if handler else None
         except BridgeError as error:
             reply = self._failure(exchange, error, record)
-        except Exception:
-            reply = self._bug(exchange, command, record)
+        except Exception as error:
+            reply = self._unforeseen(error, exchange, command, record)
         if reply is not None:
             self._end(exchange, record, reply)
             return
@@ -276,8 +278,8 @@ class Session:
                 reply = self._failure(exchange, error, record)
         except BridgeError as error:
             reply = self._failure(exchange, error, record)
-        except Exception:
-            reply = self._bug(exchange, command, record)
+        except Exception as error:
+            reply = self._unforeseen(error, exchange, command, record)
         finally:
             grant.end(time.monotonic())
             if reply is None:  # it was cancelled, alone or as a group: nobody is there to take an answer
@@ -300,8 +302,13 @@ class Session:
         code = ErrorCode(error.code)
         return Final("", "error", {"code": code, "blame": code.blame, "reason": error.message, **error.details})
 
-    def _bug(self, exchange: Exchange, command: commands.Command, record: Record) -> Reply:
-        """While an exception is handled, which must not take the connection's other requests with it."""
+    def _unforeseen(self, error: Exception, exchange: Exchange, command: commands.Command, record: Record) -> Reply:
+        """While it is handled. A bug, which must not take the connection's other requests with it, unless the process
+        has no file descriptor left: that may happen anywhere, and passes.
+        """
+        if isinstance(error, OSError) and error.errno in EXHAUSTED:
+            message = f"The daemon is at a limit: {error.strerror}"
+            return self._failure(exchange, BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000), record)
         self._log.exception("a handler failed", verb=command.VERB, **{log.REQUEST: record.id})
         return self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
 

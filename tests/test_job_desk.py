@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
@@ -14,7 +15,7 @@ import pytest
 import trio
 from helpers import Inside, Line, Place, Wire, daemon, eventually, spawned
 
-from bridge import job_disk
+from bridge import job_disk, job_store
 from bridge.config import Jobs
 from bridge.config_access import Access, Allowances, UserAllowance
 from bridge.tokens import issue, revoke
@@ -497,3 +498,40 @@ async def test_no_prompt_in_the_log() -> None:
             assert await wire.code("SUBMIT INFER max_tokens=0 cherry") == "bad_argument"
         assert "cherry" not in place.stderr
         assert {"job submitted", "job ended"} <= {line["event"] for line in place.log}
+
+
+@pytest.mark.faults
+async def test_fault_29_text_that_the_disk_has_lost(tmp_path: Path) -> None:
+    """Who follows it gets what there is and the end, not nothing for ever."""
+    settings = {"dir": str(tmp_path)}
+    async with daemon("echo", jobs=settings) as place, await place.unix() as wire:
+        job = await submitted(wire, "INFER max_tokens=2 a b")
+        assert (await attached(wire, job))[0] == "a b"
+    with closing(sqlite3.connect(tmp_path / "jobs.db")) as database, database:
+        database.execute("DELETE FROM piece")
+    async with daemon("echo", jobs=settings) as place, await place.unix() as wire:
+        text, final = await attached(wire, job)
+        assert (text, final["finish_reason"], final["offset"]) == ("", "length", 0)
+
+
+@pytest.mark.faults
+async def test_fault_29_stopped_at_once_with_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ran ended with the daemon; that it cannot be stored either ends nothing more."""
+
+    def write(_self: object, _changes: object) -> None:
+        raise job_store.StoreError("database or disk is full")
+
+    async with daemon(SLOW) as place:
+        async with await place.unix() as wire:
+            job = await submitted(wire, f"{LONG} a")
+            await until(place, job, state="running")
+        monkeypatch.setattr(job_store.JobStore, "write", write)
+
+
+async def test_no_file_descriptor_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_nothing(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with daemon("echo") as place, await place.unix() as wire:
+        monkeypatch.setattr(place.server._jobs, "submit", open_nothing)
+        assert await wire.code("SUBMIT INFER a") == "overloaded"

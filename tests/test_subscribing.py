@@ -201,6 +201,20 @@ async def test_a_slow_reader_is_cut_and_holds_up_nobody() -> None:
         assert (await other.line())["reason"] == "the reader is too slow"
 
 
+async def test_many_slow_readers_are_cut_at_once() -> None:
+    """Each cut is an event for the others, whose last straw it may be."""
+    async with daemon(limits=Limits(output=1)) as place:
+        deaf = [await subscribe(place) for _ in range(120)]
+
+        async def cut() -> bool:
+            log.get().info("model loaded", model="m" * 5000, path="p", load_ms=1.0, restarts=0)
+            return not EVENTS._subscriptions
+
+        await eventually(cut)
+        for wire in deaf:
+            wire.close()
+
+
 async def test_who_is_no_operator_may_not_know() -> None:
     async with daemon(access=Access(loopback="user")) as place, await place.tcp() as wire:
         assert await wire.code("EVENTS") == "forbidden"
