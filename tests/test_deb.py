@@ -14,7 +14,6 @@ import pytest
 from helpers import ROOT
 from machine import Machine, NoMachine, booted
 from package import COMPLETIONS, FILES, HOME, SCRIPTS, UNITS
-from test_booted import daemon_pid, left
 
 from bridge import __version__
 
@@ -148,19 +147,19 @@ async def test_install_upgrade_remove_and_purge(machine: Machine) -> None:
     assert machine.run("llama-bridge", "--version") == f"llama-bridge, version {__version__}\n"
     assert machine.run("stat", "-c", "%a %U %G", "/etc/llama-bridge") == "750 root llama-bridge\n"
 
-    before = await daemon_pid(machine)  # with the configuration as it comes: its model is not there yet
+    before = await machine.daemon_pid()  # with the configuration as it comes: its model is not there yet
     assert machine.show("User") == "llama-bridge"
     machine.write("/etc/llama-bridge/config.toml", CONFIG)
     dpkg(machine, "--force-confold", "--install", "/srv/llama-bridge.deb")  # as an upgrade does
     assert (machine.root / "etc/llama-bridge/config.toml").read_text() == CONFIG
-    assert await daemon_pid(machine) != before
+    assert await machine.daemon_pid() != before
     await machine.until(lambda models: models["echo"]["state"] == "ready")
     async with await machine.unix() as wire:
         assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
 
     dpkg(machine, "--remove", "llama-bridge")
     assert machine.systemctl("list-units", "--plain", "--no-legend", "llama-bridge*") == ""
-    assert {path for path in left(machine) if not path.startswith(("/etc/", "/var/"))} == set()
+    assert {path for path in machine.left() if not path.startswith(("/etc/", "/var/"))} == set()
     assert (machine.root / "etc/llama-bridge/config.toml").exists()
     dpkg(machine, "--purge", "llama-bridge")
-    assert left(machine) == set()
+    assert machine.left() == set()
