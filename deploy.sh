@@ -240,7 +240,7 @@ deb() { # [FOLDER]
     [ -z "${1:-}" ] || folder=$(cd -- "$CALLED_FROM" && realpath -m -- "$1")
     has dpkg-deb || die "dpkg-deb is not here: this is for Debian and its kin"
     set_up
-    "$PY" deb/package.py "$folder" 9<&-
+    "$PY" systemd/deb/package.py "$folder" 9<&-
     say "to install it, as root: apt-get install /path/to/the.deb"
 }
 

@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 from bridge.access import is_loopback
 from bridge.config_access import Access as Access
 from bridge.config_access import Tls as Tls
+from bridge.config_access import tokens_file
 from protocol import address as addresses
 from protocol.address import Unix, default_socket, parse_address
 from protocol.commands import KeepAlive, Load
@@ -259,7 +260,7 @@ def check_open(config: Config, address: addresses.Tcp | addresses.Tls) -> None:
     if isinstance(address, addresses.Tls) and not config.tls.certificate:
         raise ConfigError(f"tcp: {address} needs a certificate: tls.certificate")
     by_certificate = isinstance(address, addresses.Tls) and config.tls.client != "none"
-    by_token = config.access.tokens or os.environ.get("CREDENTIALS_DIRECTORY")
+    by_token = tokens_file(config.access)
     if not (is_loopback(address.host) or by_certificate or by_token or config.access.insecure):
         message = "can be reached from other machines, and there is nothing by which to know who may: say access.tokens"
         raise ConfigError(f"tcp: {address} {message}, tls.client, or --insecure, which lets in everybody as a user")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -49,7 +52,7 @@ class Access(Struct, frozen=True, forbid_unknown_fields=True):
     admins: list[str] = []
     operators: list[str] = []
     users: list[str] = []
-    tokens: str = ""  # the file; "" is systemd's credential of that name, if there is one
+    tokens: str = ""  # see tokens_file()
     certificates: dict[str, RoleName] = {}
     insecure: bool = False  # other machines may be users without a token or a certificate
     limits: Allowances = Allowances()
@@ -62,3 +65,22 @@ class Tls(Struct, frozen=True, forbid_unknown_fields=True):
     key: str = ""
     client_ca: str = ""  # who signs the clients' certificates
     client: Literal["none", "optional", "required"] = "none"
+
+
+def tokens_file(access: Access, environ: Mapping[str, str] = os.environ) -> str:
+    """Of the configuration, else systemd's credential of that name; "" where there is neither.
+
+    The units have a blank credential where the administrator has no file: it is none. Source: systemd.exec(5),
+    LoadCredential= and SetCredential=.
+    """
+    if access.tokens:
+        return os.path.expanduser(access.tokens)
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        return ""
+    file = Path(folder, "tokens")
+    try:
+        there = bool(file.read_bytes().strip())
+    except OSError:
+        there = file.exists()  # who reads it says what is wrong with it
+    return str(file) if there else ""

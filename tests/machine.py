@@ -82,6 +82,17 @@ class Machine(Place):
         file = self.root / path.lstrip("/")
         shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 
+    def left(self) -> set[str]:
+        """The paths with our name that are there since it was booted. (A device is overlayfs's word for gone.)"""
+        written = (path for path in self.written.rglob("*llama*") if not path.is_char_device())
+        return {path for one in written if not (path := f"/{one.relative_to(self.written)}").startswith("/srv/")}
+
+    async def daemon_pid(self) -> int:
+        """As it is numbered in there. Starts the daemon if it does not run."""
+        async with await self.unix() as wire:
+            pid: int = (await wire.ask("STATUS"))["pid"]
+            return pid
+
 
 @contextmanager
 def booted() -> Iterator[Machine]:

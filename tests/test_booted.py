@@ -68,13 +68,6 @@ def drop_in(machine: Machine, kind: str, text: str) -> None:
     machine.systemctl("daemon-reload")
 
 
-async def daemon_pid(machine: Machine) -> int:
-    """As it is numbered in there. Starts the daemon if it does not run."""
-    async with await machine.unix() as wire:
-        pid: int = (await wire.ask("STATUS"))["pid"]
-        return pid
-
-
 async def until_ready(machine: Machine) -> None:
     await machine.until(lambda models: models["echo"]["state"] == "ready")
 
@@ -115,21 +108,21 @@ async def test_the_first_connection_starts_it(service: Machine) -> None:
 
 
 async def test_to_install_again_changes_nothing(service: Machine) -> None:
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     said = service.deploy(*INSTALL)
     assert said.startswith("==> all is installed already\n")
-    assert await daemon_pid(service) == pid
+    assert await service.daemon_pid() == pid
 
 
 async def test_an_update_restarts_it(service: Machine) -> None:
     service.run("sh", "-c", "cd /opt/llama-bridge && cp -a $(readlink current) older && ln -sfn older current")
     service.write("/etc/systemd/system/llama-bridge@.socket", "[Unit]\nDescription=an older one\n")
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     said = service.deploy(*INSTALL)
     assert "installed /opt/llama-bridge/" in said
     assert "installed /etc/systemd/system/llama-bridge@.socket" in said
     assert "restarted what ran" in said
-    assert await daemon_pid(service) != pid
+    assert await service.daemon_pid() != pid
     assert len(service.run("ls", "/opt/llama-bridge").split()) == 2, "the older one is gone"
 
 
@@ -152,7 +145,7 @@ async def test_tcp_comes_through_the_socket_unit(service: Machine) -> None:
     service.systemctl("restart", "llama-bridge.socket")
     asked = "exec 3<>/dev/tcp/127.0.0.1/7800; echo PING >&3; head -n 1 <&3"
     assert json.loads(service.run("bash", "-c", asked))["data"] == "pong"
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     addresses = service.run("nsenter", f"--target={pid}", "--net", "cat", "/proc/net/dev").split("\n")
     assert [line.split(":")[0].strip() for line in addresses[2:] if line] == ["lo"]
     assert {entry["LLAMA_BRIDGE_INHERITED"] for entry in entries(service, "LLAMA_BRIDGE_EVENT=listening")} == {"true"}
@@ -161,10 +154,10 @@ async def test_tcp_comes_through_the_socket_unit(service: Machine) -> None:
 async def test_one_of_several_bridges(service: Machine) -> None:
     configure(service, name="two.toml")
     service.systemctl("start", "llama-bridge@two.socket")
-    first = await daemon_pid(service)
+    first = await service.daemon_pid()
     service.path = service.inside("/run/llama-bridge-two/bridge.sock")
     try:
-        assert await daemon_pid(service) != first
+        assert await service.daemon_pid() != first
         assert service.show("ActiveState", "llama-bridge@two.service") == "active"
     finally:
         service.path = service.inside("/run/llama-bridge/bridge.sock")
@@ -179,10 +172,14 @@ async def test_a_bad_configuration_is_not_tried_again(service: Machine) -> None:
 
 
 async def test_tokens_are_a_credential(service: Machine) -> None:
-    """A file that is not there does not stop the start, as all the others show."""
+    """A file that is not there does not stop the start, as all the others show, and counts for nothing."""
+    drop_in(service, "socket", "[Socket]\nListenStream=0.0.0.0:7800\n")
+    service.systemctl("restart", "llama-bridge.socket")
+    assert service.try_run("systemctl", "start", "llama-bridge.service").returncode != 0
+    assert "can be reached from other machines" in service.run("journalctl", "--unit=llama-bridge", "--output=cat")
     service.write(f"{ETC}/tokens", "# nobody\n")
     try:
-        pid = await daemon_pid(service)
+        pid = await service.daemon_pid()
         folder = "/run/credentials/llama-bridge.service"
         assert f"CREDENTIALS_DIRECTORY={folder}" in service.run("cat", f"/proc/{pid}/environ").split("\0")
         assert service.run("nsenter", f"--target={pid}", "--mount", "cat", f"{folder}/tokens") == "# nobody\n"
@@ -195,18 +192,18 @@ async def test_tokens_are_a_credential(service: Machine) -> None:
 
 @pytest.mark.faults
 async def test_fault_28_the_daemon_is_killed(service: Machine) -> None:
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     await until_ready(service)
     worker = await service.pid()
     service.run("kill", "-9", str(pid))
-    assert await daemon_pid(service) not in (0, pid)  # who connects meanwhile waits
+    assert await service.daemon_pid() not in (0, pid)  # who connects meanwhile waits
     assert not runs(service, worker)
     assert service.show("NRestarts") == "1"
 
 
 @pytest.mark.faults
 async def test_fault_22_a_worker_is_killed(service: Machine) -> None:
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     await until_ready(service)
     worker = await service.pid()
     service.run("kill", "-9", str(worker))
@@ -215,14 +212,14 @@ async def test_fault_22_a_worker_is_killed(service: Machine) -> None:
         return (await service.models())["echo"]["restarts"] == 1 and await service.pid() != worker
 
     await eventually(back)
-    assert await daemon_pid(service) == pid
+    assert await service.daemon_pid() == pid
 
 
 @pytest.mark.parametrize("who", ["daemon", "worker"])
 async def test_the_watchdog_bites(service: Machine, who: str) -> None:
     """A daemon that is stopped says nothing, nor does one whose worker is (unless it has seen to it by itself)."""
     drop_in(service, "service", "[Service]\nWatchdogSec=2\n")
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     await until_ready(service)
     worker = await service.pid()
     service.run("kill", "-STOP", str(pid if who == "daemon" else worker))
@@ -241,7 +238,7 @@ async def test_the_watchdog_bites(service: Machine, who: str) -> None:
 
 
 async def test_reload(service: Machine) -> None:
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     configure(service, "[limits]\nqueue = 7")
     service.systemctl("reload", "llama-bridge")
     async with await service.unix() as wire:
@@ -251,14 +248,14 @@ async def test_reload(service: Machine) -> None:
     async with await service.unix() as wire:
         assert (await wire.ask("HELLO"))["data"]["limits"]["queue"] == 7
     assert service.show("ActiveState") == "active"
-    assert await daemon_pid(service) == pid
+    assert await service.daemon_pid() == pid
 
 
 @pytest.mark.faults
 async def test_fault_27_stop_while_streaming(service: Machine) -> None:
     """Also for longer than the unit says: the daemon asks for the time that its configuration gives answers."""
     drop_in(service, "service", "[Service]\nTimeoutStopSec=1\n")
-    await daemon_pid(service)
+    await service.daemon_pid()
     await until_ready(service)
     async with await service.unix() as wire, trio.open_nursery() as nursery:
         await wire.start(STREAM.format(400))
@@ -274,7 +271,7 @@ async def test_fault_27_stop_while_streaming(service: Machine) -> None:
 async def test_a_restart_refuses_nobody(service: Machine) -> None:
     """50 come while a stream keeps the old daemon from ending; they wait for the new one."""
     await until_ready(service)
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     answers: list[int] = []
 
     async def come() -> None:
@@ -295,7 +292,7 @@ async def test_a_restart_refuses_nobody(service: Machine) -> None:
 
 async def test_an_idle_one_ends_and_starts_again(service: Machine) -> None:
     configure(service, "idle_exit = 0.5\n[pool]\nkeep_alive = 0.2")
-    await daemon_pid(service)
+    await service.daemon_pid()
     await until_state(service, "inactive")
     assert service.show("Result") == "success"
     assert service.run("sh", "-c", "pgrep -u llama-bridge || true") == ""
@@ -304,7 +301,7 @@ async def test_an_idle_one_ends_and_starts_again(service: Machine) -> None:
 
 
 async def test_its_log_is_fields_of_the_journal(service: Machine) -> None:
-    await daemon_pid(service)
+    await service.daemon_pid()
     await until_ready(service)
     entry = entries(service, "LLAMA_BRIDGE_EVENT=model loaded")[-1]
     assert entry["MESSAGE"].startswith("model loaded ")
@@ -315,31 +312,25 @@ async def test_its_log_is_fields_of_the_journal(service: Machine) -> None:
 # -- the end ---------------------------------------------------------------------------------------------------
 
 
-def left(machine: Machine) -> set[str]:
-    """The paths with our name that are there since the machine was booted. (A device is overlayfs's word for gone.)"""
-    written = (path for path in machine.written.rglob("*llama*") if not path.is_char_device())
-    return {path for one in written if not (path := f"/{one.relative_to(machine.written)}").startswith("/srv/")}
-
-
 async def test_uninstall_leaves_the_data(service: Machine) -> None:
-    pid = await daemon_pid(service)
+    pid = await service.daemon_pid()
     said = service.deploy("uninstall")
     [line] = [line for line in said.splitlines() if "left, as data" in line]
     assert {"/var/lib/llama-bridge", "/var/cache/llama-bridge", ETC} <= set(line.split())
     assert not runs(service, pid)
-    assert all(path.startswith(("/var/lib/", "/var/cache/", ETC)) for path in left(service)), left(service)
+    assert all(path.startswith(("/var/lib/", "/var/cache/", ETC)) for path in service.left()), service.left()
     service.deploy(*INSTALL)
-    assert await daemon_pid(service) != pid
+    assert await service.daemon_pid() != pid
 
 
 async def test_purge_leaves_nothing(service: Machine) -> None:
-    await daemon_pid(service)
+    await service.daemon_pid()
     configure(service, name="two.toml")
     service.systemctl("enable", "--now", "llama-bridge@two.socket")
     service.systemctl("start", "llama-bridge@two.service")
     service.write("/opt/llama-bridge/mine", "a file that nobody installed")
     service.deploy("uninstall", "--purge")
-    assert left(service) == {"/opt/llama-bridge"}
+    assert service.left() == {"/opt/llama-bridge"}
     assert service.run("ls", "-A", "/opt/llama-bridge").split() == ["mine"]
     service.remove("/opt/llama-bridge")
     assert "llama" not in (service.root / "etc/passwd").read_text() + (service.root / "etc/group").read_text()
@@ -357,12 +348,12 @@ async def test_a_service_of_a_user(machine: Machine) -> None:
     machine.deploy(*INSTALL, "--user", **mine)
     machine.path = machine.inside("/run/user/0/llama-bridge.sock")
     try:
-        pid = await daemon_pid(machine)
+        pid = await machine.daemon_pid()
         assert runs(machine, pid)
         machine.run("systemctl", "--user", "reload", "llama-bridge", **mine)
         assert "all is installed already" in machine.deploy(*INSTALL, "--user", **mine)
         machine.deploy("uninstall", "--user", "--purge", **mine)
         assert not runs(machine, pid)
-        assert {path for path in left(machine) if path.startswith("root/")} == set()
+        assert {path for path in machine.left() if path.startswith("/root/")} == set()
     finally:
         machine.path = machine.inside("/run/llama-bridge/bridge.sock")

@@ -26,13 +26,13 @@ WHEN_INSTALLED = "import client, protocol, sys; assert client.Client and not {'t
 
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}  # nor finds it our tree
 
-pytestmark = pytest.mark.needs("setuptools")
+pytestmark = pytest.mark.needs("hatchling")
 
 
 def build(source: Path, hook: str, out: Path) -> Path:
     """What a hook of PEP 517 made of the source tree."""
     out.mkdir(exist_ok=True)
-    code = f"import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
+    code = f"import sys; from hatchling import build; build.{hook}(sys.argv[1])"
     # -P: what lies in the source tree is not to be found before what is installed.
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, out], cwd=source, capture_output=True, text=True, check=False
@@ -45,9 +45,10 @@ def build(source: Path, hook: str, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, for building leaves files beside what it builds."""
+    """Built from a copy, in which more lies about than what is ours."""
     folder = tmp_path_factory.mktemp("sdist")
     shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
+    (folder / "source" / "notes.txt").write_text("mine")
     (folder / "source" / "tests" / "stray.gguf").write_bytes(b"GGUF")
     return build(folder / "source", "build_sdist", folder / "dist")
 
@@ -76,7 +77,7 @@ def test_the_sdist_is_a_checkout(sdist: Path, unpacked: Path) -> None:
     assert files(ROOT) >= {*tracked.stdout.split()}
     left_out = {*tracked.stdout.split()} - files(unpacked)
     assert left_out == set()
-    assert not {name for name in files(unpacked) if name.endswith((".gguf", ".pyc"))}
+    assert not {name for name in files(unpacked) if name.endswith(("notes.txt", ".gguf", ".pyc"))}
     assert os.access(unpacked / "deploy.sh", os.X_OK)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from bridge.config import Config, ConfigError, Limits, read_config
+from bridge.config import Access, Config, ConfigError, Limits, read_config
+from bridge.config_access import tokens_file
 from protocol.address import default_socket
 
 ROOT = Path(__file__).parents[1]
@@ -337,6 +338,30 @@ def test_nobody_listens_to_the_world_by_mistake(address: str, kind: str) -> None
         read_config(None, {}, by_certificate)
     else:
         assert "can be reached" in refusal(flags=by_certificate)
+
+
+@pytest.mark.parametrize(("credential", "counts"), [(None, False), ("", False), ("\n", False), ("# ci\n", True)])
+def test_systemds_credential(
+    credential: str | None, counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The units give a blank one where the administrator has no tokens; that lets nobody in from other machines."""
+    if credential is not None:
+        (tmp_path / "tokens").write_text(credential)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert tokens_file(Access(), environ) == (str(tmp_path / "tokens") if counts else "")
+    assert tokens_file(Access(tokens="/named"), environ) == "/named"
+    assert tokens_file(Access(), {}) == ""
+
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    if counts:
+        read_config(None, {}, {"tcp": ["0.0.0.0:1"]})
+    else:
+        assert "can be reached from other machines" in refusal(flags={"tcp": ["0.0.0.0:1"]})
+
+
+def test_a_credential_that_cannot_be_read_is_not_none(tmp_path: Path) -> None:
+    (tmp_path / "tokens").mkdir()
+    assert tokens_file(Access(), {"CREDENTIALS_DIRECTORY": str(tmp_path)}) == str(tmp_path / "tokens")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1"])

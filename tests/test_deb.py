@@ -14,7 +14,6 @@ import pytest
 from helpers import ROOT
 from machine import Machine, NoMachine, booted
 from package import COMPLETIONS, FILES, HOME, SCRIPTS, UNITS
-from test_booted import daemon_pid, left
 
 from bridge import __version__
 
@@ -28,7 +27,7 @@ pytestmark = [pytest.mark.needs("dpkg-deb", "llama_cpp"), pytest.mark.timeout(30
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deb")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("DEB")}
-    command = [sys.executable, ROOT / "deb" / "package.py", folder]
+    command = [sys.executable, ROOT / "systemd/deb/package.py", folder]
     environ = clean | {"PYTHONPATH": str(ROOT), "SOURCE_DATE_EPOCH": "1700000000"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -61,9 +60,10 @@ def test_it_is_for_this_kind_of_machine(package: Path, unpacked: Path) -> None:
 
 
 def test_all_that_install_brings_is_in_it(unpacked: Path) -> None:
-    systemd = {str(path.relative_to(ROOT / "systemd")) for path in (ROOT / "systemd").rglob("*.*") if path.is_file()}
-    packed = {Path(source).name for source in FILES if source.startswith("systemd/")}
-    assert {name for name in systemd if "__pycache__" not in name} == packed | {*UNITS} | OF_DEPLOY
+    folder = ROOT / "systemd"
+    there = [path for one in (folder, folder / "user") for path in one.iterdir() if path.is_file()]
+    packed = {Path(source).name for source in FILES if "/deb/" not in source}
+    assert {str(path.relative_to(folder)) for path in there} == packed | {*UNITS} | OF_DEPLOY
     for place in (*FILES.values(), *COMPLETIONS.values(), "usr/share/man/man1/llama-bridge.1.gz"):
         assert (unpacked / place).stat().st_size, place
     assert os.readlink(unpacked / "usr/bin/llama-bridge") == f"../{HOME.removeprefix('usr/')}/bin/llama-bridge"
@@ -109,7 +109,7 @@ def test_lintian_has_nothing_to_say(package: Path) -> None:
 @pytest.mark.needs("shellcheck")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_has_nothing_to_say(script: str) -> None:
-    subprocess.run(["shellcheck", ROOT / "deb" / script], check=True)
+    subprocess.run(["shellcheck", ROOT / "systemd/deb" / script], check=True)
 
 
 # -- what becomes of it ----------------------------------------------------------------------------------------
@@ -147,19 +147,19 @@ async def test_install_upgrade_remove_and_purge(machine: Machine) -> None:
     assert machine.run("llama-bridge", "--version") == f"llama-bridge, version {__version__}\n"
     assert machine.run("stat", "-c", "%a %U %G", "/etc/llama-bridge") == "750 root llama-bridge\n"
 
-    before = await daemon_pid(machine)  # with the configuration as it comes: its model is not there yet
+    before = await machine.daemon_pid()  # with the configuration as it comes: its model is not there yet
     assert machine.show("User") == "llama-bridge"
     machine.write("/etc/llama-bridge/config.toml", CONFIG)
     dpkg(machine, "--force-confold", "--install", "/srv/llama-bridge.deb")  # as an upgrade does
     assert (machine.root / "etc/llama-bridge/config.toml").read_text() == CONFIG
-    assert await daemon_pid(machine) != before
+    assert await machine.daemon_pid() != before
     await machine.until(lambda models: models["echo"]["state"] == "ready")
     async with await machine.unix() as wire:
         assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
 
     dpkg(machine, "--remove", "llama-bridge")
     assert machine.systemctl("list-units", "--plain", "--no-legend", "llama-bridge*") == ""
-    assert {path for path in left(machine) if not path.startswith(("/etc/", "/var/"))} == set()
+    assert {path for path in machine.left() if not path.startswith(("/etc/", "/var/"))} == set()
     assert (machine.root / "etc/llama-bridge/config.toml").exists()
     dpkg(machine, "--purge", "llama-bridge")
-    assert left(machine) == set()
+    assert machine.left() == set()

@@ -277,8 +277,8 @@ def test_a_moved_checkout_gets_a_new_environment_and_a_failure_shows_why(checkou
 
 
 def test_deb_builds_where_the_caller_wants_it(checkout: Checkout) -> None:
-    (checkout.root / "deb").mkdir()
-    (checkout.root / "deb/package.py").write_text("import sys; print('built in', *sys.argv[1:])")
+    (checkout.root / "systemd/deb").mkdir(parents=True)
+    (checkout.root / "systemd/deb/package.py").write_text("import sys; print('built in', *sys.argv[1:])")
     (checkout.root.parent / "bin").mkdir()
     (checkout.root.parent / "bin/dpkg-deb").touch(0o755)
     path = f"{checkout.root.parent}/bin:{os.environ['PATH']}"

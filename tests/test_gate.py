@@ -21,7 +21,7 @@ from bridge import gate as gate_module
 from bridge.access import Identity, Role
 from bridge.config import Access, Config, ConfigError, Limits
 from bridge.config_access import Allowance, Allowances, UserAllowance
-from bridge.gate import Gate, tokens_file
+from bridge.gate import Gate
 from bridge.guard import Guard
 from bridge.peer import Peer
 from bridge.server import Server
@@ -509,16 +509,6 @@ async def test_a_token_that_expires_in_use(tokens: str, monkeypatch: pytest.Monk
 
 
 # -- the gate itself -------------------------------------------------------------------------------------------
-
-
-def test_systemds_credential(tmp_path: Path) -> None:
-    config = Config(socket="/s")
-    assert tokens_file(config, {}.get) == ""
-    assert tokens_file(config, {"CREDENTIALS_DIRECTORY": str(tmp_path)}.get) == ""
-    (tmp_path / "tokens").touch()
-    assert tokens_file(config, {"CREDENTIALS_DIRECTORY": str(tmp_path)}.get) == str(tmp_path / "tokens")
-    named = Config(socket="/s", access=Access(tokens="/named"))
-    assert tokens_file(named, {"CREDENTIALS_DIRECTORY": str(tmp_path)}.get) == "/named"
 
 
 def test_quotas_that_nobody_uses_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import click
 import pytest
@@ -15,7 +14,7 @@ from bridge.cli import cli
 
 @pytest.mark.parametrize("name", PAGES)
 def test_they_are_not_out_of_date(name: str) -> None:
-    assert (FOLDER / name).read_text() == PAGES[name](), "make them anew: python man/manual.py"
+    assert (FOLDER / name).read_text() == PAGES[name](), "make them anew: python systemd/man/manual.py"
 
 
 @pytest.mark.needs("man")
@@ -48,7 +47,7 @@ def test_every_command_and_option_is_there() -> None:
 
 def test_every_key_of_the_configuration_is_there() -> None:
     page = (FOLDER / "llama-bridge.toml.5").read_text()
-    config = Path(FOLDER.parent / "systemd/config.toml").read_text()
+    config = (FOLDER.parent / "config.toml").read_text()
     assert [escape(line) for line in config.splitlines() if " = " in line] == [
         line for line in page.splitlines() if " = " in line
     ]

@@ -1,6 +1,6 @@
 """Builds the Debian package: what ``deploy.sh install`` puts in place, as files that dpkg knows.
 
-    .venv/bin/python deb/package.py [FOLDER]
+    .venv/bin/python systemd/deb/package.py [FOLDER]
 
 Prints the path of the .deb, in FOLDER or in dist/. It is for this machine's architecture, minor version of Python and C
 library, with llama.cpp as it was compiled here, in an environment of its own, /usr/lib/llama-bridge. No tool but
@@ -25,7 +25,8 @@ from control import PYTHON, architecture, changelog, control, copyright_of, md5s
 
 from bridge import __version__
 
-ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
 HOME = "usr/lib/llama-bridge"
 PACKAGES = f"{HOME}/lib/{PYTHON}/site-packages"
 DOC = "usr/share/doc/llama-bridge"
@@ -39,7 +40,7 @@ FILES = {
     "systemd/gpu-rocm.conf": f"{DOC}/examples/gpu-rocm.conf",
     "systemd/haproxy.cfg": f"{DOC}/examples/haproxy.cfg",
     "systemd/network.conf": f"{DOC}/examples/network.conf",
-    "deb/lintian-overrides": "usr/share/lintian/overrides/llama-bridge",
+    "systemd/deb/lintian-overrides": "usr/share/lintian/overrides/llama-bridge",
 }
 UNITS = ("bridge.service", "bridge.socket", "bridge@.service", "bridge@.socket")
 DOCS = ("README.md", "protocol/PROTOCOL.md")
@@ -76,9 +77,9 @@ def build(temporary: Path, folder: Path) -> Path:
     put_docs(root)
     put_control(root)
     package = folder / f"llama-bridge_{__version__}_{architecture()}.deb"
-    # gzip takes seconds where the default, xz, takes minutes for two thirds of the size.
+    # In seconds, where the default, xz, takes minutes for two thirds of the size.
     subprocess.run(
-        ["dpkg-deb", "--root-owner-group", "-Zgzip", "--build", root, package], check=True, stdout=sys.stderr
+        ["dpkg-deb", "--root-owner-group", "-Zgzip", "-z6", "--build", root, package], check=True, stdout=sys.stderr
     )
     return package
 
@@ -133,7 +134,7 @@ def moved(unit: str) -> str:
 def put_docs(root: Path) -> None:
     for page in DOCS:
         put(root, f"{DOC}/{Path(page).name}.gz", zipped((ROOT / page).read_text()))
-    for manual in sorted((ROOT / "man").glob("*.[1-8]")):
+    for manual in sorted((ROOT / "systemd/man").glob("*.[1-8]")):
         put(root, f"usr/share/man/man{manual.suffix[1:]}/{manual.name}.gz", zipped(manual.read_text()))
     date = formatdate(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
     put(root, f"{DOC}/changelog.gz", zipped(changelog(date)))
@@ -151,7 +152,7 @@ def put_control(root: Path) -> None:
     put(root, "DEBIAN/md5sums", sums)
     put(root, "DEBIAN/conffiles", "/etc/llama-bridge/config.toml\n")
     for script in SCRIPTS:
-        put(root, f"DEBIAN/{script}", (ROOT / "deb" / script).read_bytes(), 0o755)
+        put(root, f"DEBIAN/{script}", (FOLDER / script).read_bytes(), 0o755)
 
 
 if __name__ == "__main__":

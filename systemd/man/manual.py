@@ -1,6 +1,6 @@
 """Writes the manual pages beside this file: what click knows of the command line, and the commented configuration.
 
-    .venv/bin/python man/manual.py
+    .venv/bin/python systemd/man/manual.py
 
 They are committed, so that nobody needs click to build a package; tests/test_manual.py tells when they are out of date.
 The format is man(7)'s.
@@ -19,7 +19,7 @@ from bridge import __version__
 from bridge.cli import cli
 
 FOLDER = Path(__file__).resolve().parent
-CONFIG = FOLDER.parent / "systemd" / "config.toml"
+CONFIG = FOLDER.parent / "config.toml"
 
 DESCRIPTION = """
 .B llama\\-bridge
