@@ -125,7 +125,7 @@ def test_what_only_some_install_is_imported_when_it_is_asked_for() -> None:
 
 def test_who_has_no_port_for_it_loads_neither_tls_nor_http() -> None:
     """They take memory. The program that fetches models is a process of its own."""
-    assert who_imports("ssl") == {"bridge.tls", "bridge.models.download", "client.tls", "client.aio_sockets"}
+    assert who_imports("ssl") == {"bridge.tls", "bridge.models.download", "client.tls", "client.aio_link"}
     assert who_imports("bridge.tls") == {"bridge.gate"}
     assert who_imports("bridge.http_port") == who_imports("bridge.http_app") == {"bridge.ports"}
     assert who_imports("bridge.prometheus") == {"bridge.http_app", "bridge.monitoring"}
