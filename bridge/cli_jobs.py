@@ -9,7 +9,7 @@ import click
 from bridge.cli import json_option, print_json, talks
 from bridge.cli_tables import in_bytes, print_table
 from bridge.cli_text import generates, generation_parameters, print_stream, text_of
-from client import Client
+from client import Client, ConnectionLost
 from client.results import Job
 from protocol.commands import ChatStream, Command, InferStream, Message
 
@@ -48,7 +48,11 @@ def attach(client: Client, job: str, offset: int, as_json: bool) -> None:
     """A job's answer, as it comes. To interrupt this does not end the job."""
     stream = client.attach(job, offset=offset)
     if not as_json:
-        print_stream(stream)
+        try:
+            print_stream(stream)
+        except ConnectionLost:
+            click.echo(f"(with --offset {stream.offset or offset} it goes on from here)", err=True)
+            raise
         if stream.result and stream.result.reply:
             print_json(stream.result.reply.get("data"))
         return
