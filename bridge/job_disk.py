@@ -63,11 +63,14 @@ class JobDisk:
 
     async def recover(self) -> None:
         """Takes over what an earlier daemon has left, as soon as that is gone."""
+        told = None
         while not (self.is_open or self._closed) and self._path.exists():
             try:
                 await self.open()
             except BridgeError as error:
-                self._log.warning("jobs wait", reason=error.message)
+                if error.message != told:
+                    self._log.warning("jobs wait", reason=error.message)
+                    told = error.message
                 await trio.sleep(_RETRY)
 
     async def open_if_there(self) -> None:
@@ -165,8 +168,9 @@ class JobDisk:
                 with trio.CancelScope(shield=True):
                     await self._in_thread(partial(store.write, changes))
             except BridgeError as error:
+                if not self.failing:
+                    self._log.error("jobs cannot be stored", reason=error.message)
                 self.failing = True
-                self._log.error("jobs cannot be stored", reason=error.message)
                 for job in jobs:
                     self.mark(job)
                 self._on_failed(jobs, error)

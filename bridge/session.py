@@ -67,7 +67,7 @@ class Session:
         self._outbox = Outbox(
             sock, limit=limits.output, stall=limits.stall, on_broken=self._on_broken, traffic=daemon.metrics.traffic
         )
-        self._in_order: deque[Callable[[], None]] = deque()
+        self._in_order: deque[tuple[Callable[[], None], Record | None]] = deque()  # the record of what is to be begun
         self._answering: Exchange | None = None  # of the requests without an id, the one that runs
         self._asking: dict[Exchange, Asking] = {}
         self._numbers = itertools.count(1)  # of its requests
@@ -89,6 +89,9 @@ class Session:
         finally:
             if reason := self._outbox.broken:
                 self._log.info("client cut", reason=reason)
+            for _, record in self._in_order:
+                if record:
+                    record.end(None)
             self._daemon.pool.gone(self._peer.number)
             self._daemon.intake.hold(self, 0)
             self._sock.close()
@@ -215,27 +218,28 @@ class Session:
 
     def _on_request(self, request: Requested, received: float) -> None:
         exchange, command = request.exchange, request.command
+        record = Record(self._daemon, self._peer, next(self._numbers), command, received)
         if isinstance(command, commands.Cancel):
             reply = self._cancel(command)  # at once, though its reply has to wait for its turn
-            self._record(command, received).end(reply)
+            record.end(reply)
             self._in_turn(exchange, partial(self._reply, exchange, reply))
         else:
-            self._in_turn(exchange, partial(self._start, exchange, command, received))
+            self._in_turn(exchange, partial(self._start, exchange, command, received, record), record)
 
-    def _in_turn(self, exchange: Exchange, act: Callable[[], None]) -> None:
+    def _in_turn(self, exchange: Exchange, act: Callable[[], None], record: Record | None = None) -> None:
         if exchange.id is not None or (self._answering is None and not self._in_order):
             act()
         else:
-            self._in_order.append(act)
+            self._in_order.append((act, record))
 
     def _next_in_turn(self) -> None:
         while self._in_order and self._answering is None:
-            self._in_order.popleft()()
+            act, _ = self._in_order.popleft()
+            act()
 
-    def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
+    def _start(self, exchange: Exchange, command: commands.Command, received: float, record: Record) -> None:
         """Answers at once where that can be done, else in a task."""
         reply: Reply | None
-        record = self._record(command, received)
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
             error = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
             self._end(exchange, record, Failed.of(error))
@@ -319,9 +323,6 @@ class Session:
             return Failed.of(BridgeError(ErrorCode.NOT_FOUND, message))
         self._asking[exchange].cancel()
         return Ok("Cancelled", command.id)
-
-    def _record(self, command: commands.Command, received: float) -> Record:
-        return Record(self._daemon, self._peer, next(self._numbers), command, received)
 
     def _end(self, exchange: Exchange, record: Record, reply: Reply) -> None:
         """Sends the last line of an answer; whoever reads it finds it counted."""

@@ -14,7 +14,7 @@ from bridge import job_disk
 from bridge.config import Jobs
 from bridge.job import Book, Job, JobState, read_request
 from bridge.job_disk import JobDisk
-from bridge.job_store import JobStore
+from bridge.job_store import JobStore, StoreError
 from protocol.errors import BridgeError, ErrorCode
 
 YEAR = 365 * 86_400.0
@@ -115,3 +115,58 @@ async def test_what_was_written_can_be_seen_by_who_asks(tmp_path: Path) -> None:
             while not one.is_written(job):  # noqa: ASYNC110  there is no event
                 await trio.sleep(0.01)
         assert job.stored == 4
+
+
+class Told(list[str]):
+    """In place of a log."""
+
+    def warning(self, event: str, **_: object) -> None:
+        self.append(event)
+
+    error = warning
+
+
+async def test_that_another_daemon_has_them_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_disk, "_RETRY", 0.0)
+    other = JobStore(tmp_path)
+    one = JobDisk(tmp_path, Book(Jobs()), lambda job: None, lambda jobs, error: None)
+    one._log = told = Told()  # type: ignore[assignment]
+    tries = 0
+    attempt = one.open
+
+    async def counted() -> JobStore:
+        nonlocal tries
+        if (tries := tries + 1) == 5:
+            other.close()
+        return await attempt()
+
+    monkeypatch.setattr(one, "open", counted)
+    with trio.fail_after(30):
+        await one.recover()
+    assert (tries, told) == (5, ["jobs wait"])
+    await one.close()
+
+
+async def test_that_the_disk_is_full_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_disk, "_RETRY", 0.0)
+    async with disk(tmp_path) as (one, book):
+        one._log = told = Told()  # type: ignore[assignment]
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, time.monotonic())
+        book.jobs[job.id] = job
+        await one.add(job)
+        tries, full = 0, StoreError("database or disk is full")
+
+        def write(_changes: object) -> None:
+            nonlocal tries
+            tries += 1
+            if tries < 5:
+                raise full
+
+        assert one._store is not None
+        monkeypatch.setattr(one._store, "write", write)
+        job.append("Once")
+        one.mark(job, urgent=True)
+        with trio.fail_after(30):
+            while not one.is_written(job):  # noqa: ASYNC110  there is no event
+                await trio.sleep(0.01)
+        assert (tries, told, one.failing) == (5, ["jobs cannot be stored"], False)

@@ -128,6 +128,7 @@ async def test_what_was_cut_short() -> None:
 async def test_a_worker_that_dies_is_a_restart_and_its_requests_are_told_apart() -> None:
     async with daemon("echo") as place, await place.unix() as wire:
         await wire.start(f"{LONG} a")
+        await wire.line()  # without a token it would be asked again
         os.kill(await place.pid(), signal.SIGKILL)
         assert (await wire.final())["code"] == "model_crashed"
         await place.until_ready()

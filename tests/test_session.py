@@ -334,6 +334,8 @@ async def test_disconnect_with_commands_waiting_in_order(kind: str) -> None:
             await place.until(lambda models: models["echo"]["running"] == 1)
         await place.until(lambda models: busy(models) == 0)
         assert (await other.ask("INFER max_tokens=1 a"))["data"] == "a"
+        counted = {one["outcome"]: one["count"] for one in (await other.ask("METRICS"))["data"]["requests"]}
+        assert counted == {"disconnected": 3, "ok": 1}
 
 
 @KINDS
