@@ -246,8 +246,8 @@ deb() { # [FOLDER]
 
 # -- tests, and what this machine has -----------------------------------------------------------------------------
 
-# As Debian packages; the nc of netcat-traditional speaks no Unix sockets. Not man and lintian, which are large: their
-# tests run where they are.
+# As Debian packages; the nc of netcat-traditional speaks no Unix sockets. Not lintian, which brings 150 packages, nor
+# man-db, which makes an index of all pages whenever anything is installed: their tests run where these are.
 lacking_tools() {
     [[ $(nc -h 2>&1) == *-U* ]] || echo netcat-openbsd
     has socat || echo socat
