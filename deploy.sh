@@ -273,7 +273,12 @@ tests() {
     step ruff check .
     step ruff format --check .
     step mypy
-    step pytest --durations=8 "$@"
+    if [ $# != 0 ]; then
+        step pytest "$@"
+    else
+        step pytest -n 2 --dist loadfile --durations=8 -m 'not model and not chaos'
+        step pytest --durations=8 -m 'model or chaos' # which have the machine to themselves
+    fi
     [ ${#failed[@]} = 0 ] || die "failed: ${failed[*]}"
 }
 

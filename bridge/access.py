@@ -131,6 +131,21 @@ def tcp_identity(access: Access, origin: Origin) -> Identity:
     return Identity("tcp", origin.host, role, allowance_of(access, role))
 
 
+def origin_of(access: Access, owner: str) -> Origin:
+    """Where he might come from to whom something belongs, and who is not there: as whom he would be taken now.
+
+    Not for owners that are tokens. All of TCP without a certificate are one, of whom this machine's may do most.
+    """
+    kind, _, name = owner.partition(":")
+    match kind:
+        case "uid":
+            return Origin(uid=int(name))
+        case "certificate":
+            return Origin(tls=True, names=(name,))
+        case _:
+            return Origin(host="" if access.loopback == "none" else "127.0.0.1")
+
+
 def allowance_of(access: Access, role: Role) -> Allowance:
     match role:
         case Role.USER:

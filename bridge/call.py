@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.access import Role, check_role
-from bridge.daemon import Daemon, Peer
+from bridge.daemon import Daemon
 from bridge.models.reference import LocalPath, parse
+from bridge.peer import Peer
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
 from protocol.errors import BridgeError

@@ -16,7 +16,7 @@ from protocol.operations import EVENT_KINDS
 WIDEST = max(map(len, EVENT_KINDS))
 
 
-@click.command()
+@click.command(epilog=f"KINDs are {', '.join(EVENT_KINDS)}.")
 @click.argument("kinds", nargs=-1, metavar="[KIND]...", type=click.Choice(EVENT_KINDS))
 @click.option("--since", type=int, metavar="NUMBER", help="First those that it remembers after this one; 0 is all.")
 @click.option("--follow/--no-follow", default=True, help="Wait for more, or print what it remembers and end.")

@@ -9,7 +9,7 @@ import click
 from bridge.cli import json_option, print_json, talks
 from bridge.cli_tables import in_bytes, print_table
 from bridge.cli_text import generates, generation_parameters, print_stream, text_of
-from client import Client
+from client import Client, ConnectionLost
 from client.results import Job
 from protocol.commands import ChatStream, Command, InferStream, Message
 
@@ -29,7 +29,7 @@ def submit(
     as_json: bool,
     **named: Any,
 ) -> None:
-    """Begin to complete a prompt as a job, and print what `attach` takes; without one, the standard input."""
+    """Begin to complete a prompt, or the standard input, as a job, and print its name, which `attach` takes."""
     text = text_of(prompt)
     parameters = generation_parameters(client, ChatStream if chat else InferStream, pairs, named)
     request: Command = InferStream(prompt=text, **parameters)
@@ -48,7 +48,11 @@ def attach(client: Client, job: str, offset: int, as_json: bool) -> None:
     """A job's answer, as it comes. To interrupt this does not end the job."""
     stream = client.attach(job, offset=offset)
     if not as_json:
-        print_stream(stream)
+        try:
+            print_stream(stream)
+        except ConnectionLost:
+            click.echo(f"(with --offset {stream.offset or offset} it goes on from here)", err=True)
+            raise
         if stream.result and stream.result.reply:
             print_json(stream.result.reply.get("data"))
         return
@@ -61,7 +65,7 @@ def attach(client: Client, job: str, offset: int, as_json: bool) -> None:
 @click.command()
 @click.argument("action", type=click.Choice(["list", "cancel", "forget"]), default="list")
 @click.argument("job", required=False)
-@click.option("-a", "--all", "all_of_them", is_flag=True, help="Those of everybody, if one may.")
+@click.option("-a", "--all", "all_of_them", is_flag=True, help="Those of everybody; for operators.")
 @json_option
 @talks
 def jobs(client: Client, action: str, job: str | None, all_of_them: bool, as_json: bool) -> None:

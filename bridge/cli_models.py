@@ -170,7 +170,7 @@ def _print_sizes(plan: Planned) -> None:
 @json_option
 @talks
 def free(client: Client, model: str | None, drain: bool, as_json: bool) -> None:
-    """Unload a model, or all; without a name, the default one."""
+    """Unload a model, or with the name `all` every one; without a name, the default one."""
     freed = client.free(model, drain=drain)
     if as_json:
         return print_json(freed)

@@ -69,6 +69,8 @@ def list_(path: str, as_json: bool) -> None:
         for one in about:
             del one["digest"]
         click.echo(msgspec.json.encode(about).decode())
+    elif not tokens:
+        click.echo(f"no tokens in {path}")
     else:
         print_table(("name", "role", "expires", "limits"), [_row(one) for one in tokens])
 

@@ -58,6 +58,7 @@ class Configured:
             self._daemon.config = new
             self._daemon.library.reconfigure(new)
             self._daemon.pool.reconfigure(new)
+            await self._look_at_jobs()
             self._daemon.jobs.reconfigure(new.jobs)
             freed = await self._free(self._names.keys() - set(map(_key, new.models)))
             self._forget_what_went()
@@ -78,6 +79,15 @@ class Configured:
                 "following": [model.path for model in following],
                 "failed": failed,
             }
+
+    async def _look_at_jobs(self) -> None:
+        """Their owners may have other limits now, or may not use the bridge any more."""
+        gate, jobs = self._daemon.gate, self._daemon.jobs
+        for owner in jobs.owners:
+            try:
+                gate.quota(await gate.identify_owner(owner))
+            except BridgeError as error:
+                jobs.refuse(owner, error)
 
     async def _takes_long(self, model: Model) -> bool:
         try:

@@ -14,7 +14,6 @@ from bridge.intake import Intake
 from bridge.job_desk import JobDesk
 from bridge.library import Library
 from bridge.metrics import Metrics
-from bridge.peer import Peer as Peer
 from bridge.pool import ModelPool
 from bridge.refusals import Refusals
 

@@ -53,6 +53,8 @@ TABLE: dict[str, Told] = {
     "convert begun": Told("converting", ("source",)),
     "convert ended": Told("converted", ("source", "path")),
     "convert failed": Told("convert_failed", ("source", "reason")),
+    "job submitted": Told("job_submitted", ("job", "verb", "owner")),
+    "job ended": Told("job_ended", ("job", "verb", "owner", "state")),
     "configuration reloaded": Told("reloaded", ("changed",)),
     "reload failed": Told("reload_failed", ("reason",)),
     "client cut": Told("client_cut", ("client", "reason")),

@@ -1,6 +1,6 @@
 """The way in: who a connection is, by where it comes from or by a token, and what he has left of his limits.
 
-What is allowed whom is ``access``'s to say, request by request ``admission``'s.
+What is allowed whom is ``access``'s to say, request by request ``permission``'s.
 """
 
 from __future__ import annotations
@@ -113,6 +113,20 @@ class Gate:
         names = await self._users.names(origin.uid, origin.gid)
         return access.unix_identity(self._config.access, origin.uid, names, self._own)
 
+    async def identify_owner(self, owner: str) -> Identity:
+        """Whom he would be taken for if he came now to whom a job belongs. Raises BridgeError (unauthorized)."""
+        kind, _, name = owner.partition(":")
+        if kind == "token":
+            token = self._tokens.get(name)
+            if token is None or _expired(token.ends):
+                raise _revoked(name)
+            return self._identity_of(token)
+        absent = Peer(0, access.origin_of(self._config.access, owner))
+        absent.identity = await self.identify(absent)
+        if absent.identity.role is Role.NONE:
+            raise BridgeError(ErrorCode.UNAUTHORIZED, f"{owner} may not use this bridge any more")
+        return absent.identity
+
     def _check_strangers(self) -> None:
         strangers = sum(peer.identity.role is Role.NONE for peer in self.peers)
         if strangers > self._config.limits.strangers:
@@ -150,7 +164,7 @@ class Gate:
         token = self._tokens.get(peer.identity.name)
         if token is None or token.digest != peer.identity.digest or _expired(token.ends):
             name, peer.identity = peer.identity.name, access.NOBODY
-            peer.end(BridgeError(ErrorCode.UNAUTHORIZED, f"The token {name} is revoked or expired"))
+            peer.end(_revoked(name))
         else:
             peer.identity = self._identity_of(token)
 
@@ -174,16 +188,25 @@ class Gate:
             quota.set_allowance(identity.allowance, now)
         return quota
 
-    def charge(self, owner: str, answer: ipc.Done | ipc.Embedded, now: float) -> None:
-        """For what was computed for a job of his, who may be gone."""
-        if quota := self._quotas.get(owner):
-            quota.charge(cost_of(answer), now)
+    def charge(self, identity: Identity, answer: ipc.Done | ipc.Embedded, now: float) -> None:
+        """For what was computed for a job of his, whose limits may be others by now."""
+        quota = self._quotas.get(identity.owner) or self.quota(identity)
+        quota.charge(cost_of(answer), now)
+
+    def at_once(self, owner: str) -> int:
+        """How many of his jobs may run at once; 0 is no limit. Of whom nothing is known yet, as many as a user's."""
+        quota = self._quotas.get(owner)
+        return (quota.allowance if quota else self._config.access.limits.user).running
 
     def describe(self, peer: Peer) -> dict[str, Any]:
         """What STATUS tells a caller of himself."""
         identity = self.identity(peer)
         limits = self.quota(identity).describe(time.monotonic())
         return {"name": identity.name, "role": str(identity.role), "limits": limits}
+
+
+def _revoked(name: str) -> BridgeError:
+    return BridgeError(ErrorCode.UNAUTHORIZED, f"The token {name} is revoked or expired")
 
 
 def _expired(ends: float | None) -> bool:

@@ -8,7 +8,7 @@ and bounded by us, and hypercorn gets each of them as its own ``serve`` would gi
 from __future__ import annotations
 
 import socket
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import hypercorn.logging
 import trio
@@ -17,9 +17,11 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 from hypercorn.utils import wrap_app
-from starlette.types import ASGIApp
 
 from bridge import log
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 HEADERS = 16 * 1024  # bytes of a request's line and headers
 IDLE = 5.0  # seconds that a connection has for its headers, and from one request to the next

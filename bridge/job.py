@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -203,12 +204,16 @@ class Book:
                 after = RETRY_AFTER_MS if math.isinf(wait) else max(1, round(wait * 1000))
                 raise BridgeError(ErrorCode.OVERLOADED, f"{count} {what}", retry_after_ms=after)
 
-    def next_job(self) -> Job | None:
-        """To be begun now: of the owner who has fewest running, the one that came first."""
+    def next_job(self, at_once: Callable[[str], int] = lambda owner: 0) -> Job | None:
+        """To be begun now: of the owner who has fewest running, the one that came first.
+
+        Of no owner more than ``at_once`` says; 0 is no limit.
+        """
         running = Counter(job.owner for job in self.running)
         if running.total() >= self.limits.running:
             return None
-        queued = (job for job in self.jobs.values() if job.state is JobState.QUEUED)
+        full = {owner for owner, count in running.items() if 0 < at_once(owner) <= count}
+        queued = (job for job in self.jobs.values() if job.state is JobState.QUEUED and job.owner not in full)
         return min(queued, key=lambda job: running[job.owner], default=None)
 
     def expired(self, now: float) -> list[Job]:

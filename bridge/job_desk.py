@@ -39,14 +39,15 @@ class _Running:
 
 
 class JobDesk:
-    """``answer`` has a job's request answered, just as any other is.
+    """``answer`` has a job's request answered, just as any other is; of an owner ``at_once`` at once, 0 being no limit.
 
     Resource handling: ``run`` is a task for the daemon's life; what it began ends with it. ``close`` has all stored.
     """
 
-    def __init__(self, settings: Settings, answer: Answer) -> None:
+    def __init__(self, settings: Settings, answer: Answer, at_once: Callable[[str], int]) -> None:
         self.book = Book(settings)
         self._answer = answer
+        self._at_once = at_once
         folder = (
             Path(os.path.expanduser(settings.dir)) if settings.dir else platformdirs.user_state_path("llama-bridge")
         )
@@ -66,6 +67,17 @@ class JobDesk:
         """From now on; what is there stays."""
         self.book.limits = settings
         self._notify()
+
+    @property
+    def owners(self) -> set[str]:
+        """Whose jobs wait or run."""
+        return {job.owner for job in self.book.jobs.values() if not job.state.over}
+
+    def refuse(self, owner: str, error: BridgeError) -> None:
+        """Ends his jobs: he may ask for nothing any more."""
+        for job in self.book.of(owner):
+            if not job.state.over:
+                self._fail(job, error)
 
     # -- what clients ask --------------------------------------------------------------------------------------
 
@@ -132,6 +144,8 @@ class JobDesk:
                 raise BridgeError(ErrorCode.NOT_FOUND, f"The job {job.id} was forgotten")
             if offset < job.length and (job.stored or over):
                 text = await self._disk.text(job, offset)
+                if not text:  # the disk has lost it
+                    return offset
                 offset += len(text)
                 say(Token(text, {"offset": offset}))
             elif over:
@@ -151,7 +165,7 @@ class JobDesk:
                 nursery.start_soon(self._disk.run)
                 nursery.start_soon(self._expire)
                 while True:
-                    while self._disk.is_open and not self._draining and (job := self.book.next_job()):
+                    while self._disk.is_open and not self._draining and (job := self.book.next_job(self._at_once)):
                         job.begin(time.monotonic())
                         self._disk.mark(job)
                         self._running[job] = _Running()
@@ -183,7 +197,7 @@ class JobDesk:
             self._log.exception("a job failed", job=job.id[:8], verb=job.verb)
             outcome = failure(BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"))
         del self._running[job]
-        if job.state.over:  # there was no room to store it
+        if job.state.over:  # see _fail
             self._notify()
         elif running.asking.cancelled or not running.scope.cancelled_caught:
             self._end(job, _state_of(outcome), outcome)
@@ -212,7 +226,7 @@ class JobDesk:
     def _end(self, job: Job, state: JobState, outcome: dict[str, Any]) -> None:
         job.end(state, outcome, time.monotonic())
         self._disk.mark(job, urgent=True)
-        self._log.info("job ended", job=job.id[:8], verb=job.verb, state=str(state))
+        self._log.info("job ended", job=job.id[:8], verb=job.verb, owner=job.owner, state=str(state))
         self._notify()
 
     def _on_stored(self, job: Job) -> None:
@@ -228,8 +242,10 @@ class JobDesk:
             self._tell_followers(job)
 
     def _fail(self, job: Job, error: BridgeError) -> None:
+        """Of itself it would go on, or begin."""
         self._end(job, JobState.FAILED, failure(error))
-        self._running[job].scope.cancel()
+        if running := self._running.get(job):  # not, where the daemon was stopped at once
+            running.scope.cancel()
 
     async def _expire(self) -> None:
         while True:

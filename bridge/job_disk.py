@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import trio
 
 from bridge import log
-from bridge.job import RETRY_AFTER_MS, Book, Job, JobState, read_request
+from bridge.job import RETRY_AFTER_MS, Book, Job, JobState, failure, read_request
 from protocol.errors import BridgeError, ErrorCode
 
 if TYPE_CHECKING:  # it brings SQLite and its memory, for those alone who have jobs
@@ -103,10 +103,10 @@ class JobDisk:
             except BridgeError:  # it was another version's
                 command = None
             job = Job(row.id, row.owner, row.request, command, row.ttl_s, monotonic(row.created))
-            job.state, job.beginnings = JobState(row.state), row.beginnings
+            (job.state, job.outcome), job.beginnings = _read_end(row), row.beginnings
             job.length = job.stored = row.length
             job.held = not row.length
-            job.outcome, job.outcome_size = msgspec.json.decode(row.outcome), len(row.outcome)
+            job.outcome_size = len(row.outcome)
             job.ended = None if row.ended is None else monotonic(row.ended)
             job.fetched = None if row.fetched is None else monotonic(row.fetched)
             self._book.jobs[job.id] = job
@@ -202,6 +202,17 @@ class JobDisk:
         except StoreError as error:
             message = f"Jobs cannot be stored: {error}"
             raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=RETRY_AFTER_MS) from None
+
+
+def _read_end(row: Row) -> tuple[JobState, dict[str, Any]]:
+    """Its state and outcome. One whose row was damaged where SQLite does not see it has failed."""
+    try:
+        state, outcome = JobState(row.state), msgspec.json.decode(row.outcome, type=dict[str, Any])
+        if "finish_reason" in outcome or not state.over:
+            return state, outcome
+    except ValueError:
+        pass
+    return JobState.FAILED, failure(BridgeError(ErrorCode.INTERRUPTED, "What the disk has of this job is damaged"))
 
 
 def _row(job: Job) -> Row:

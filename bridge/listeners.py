@@ -23,7 +23,7 @@ from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
 _BACKLOG = 1024
 _PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what passes, when others are done
 _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _ANY = ("0.0.0.0", "::")
 _LINGER = 1.0  # seconds for a peer to take last words
@@ -214,7 +214,7 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, Ori
             except BlockingIOError:
                 continue
             except OSError as error:
-                if error.errno in _EXHAUSTED:
+                if error.errno in EXHAUSTED:
                     log.get().warning("cannot accept", reason=error.strerror)
                     await trio.sleep(_PAUSE)
                 continue

@@ -178,6 +178,10 @@ async def _receive(pipe: IO[bytes] | None) -> bytes:
 # -- one run, many who wait ------------------------------------------------------------------------------------------
 
 
+def _about_to_stop() -> BridgeError:
+    return BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
+
+
 class _Run(Generic[T]):
     def __init__(self) -> None:
         self.scope = trio.CancelScope()
@@ -197,12 +201,14 @@ class Shared:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._shared: dict[Hashable, _Run[Any]] = {}
+        self._stopped = False
 
     def __len__(self) -> int:
         return len(self._shared)
 
     def stop(self) -> None:
-        """Ends all that run; who waits for one is told that the daemon is about to stop."""
+        """Ends all that run, and none begins any more; who waits for one is told that the daemon is about to stop."""
+        self._stopped = True
         for run in self._shared.values():
             run.scope.cancel()
 
@@ -212,6 +218,8 @@ class Shared:
         Each gets the progress from now on, and the error, if it is one. When the last one who waits is cancelled, so
         is the run, and that one waits until it has ended.
         """
+        if self._stopped:
+            raise _about_to_stop()
         run: _Run[T] | None = self._shared.get(key)
         if run is None:
             run = _Run()
@@ -235,7 +243,7 @@ class Shared:
         return run.value  # type: ignore[return-value]
 
     async def _run(self, key: Hashable, run: _Run[T], start: Callable[[OnProgress], Awaitable[T]]) -> None:
-        run.error = BridgeError(ErrorCode.DRAINING, "The daemon is shutting down")  # unless it gets to its end
+        run.error = _about_to_stop()  # unless it gets to its end
         try:
             with run.scope:
                 run.value = await start(run.tell)

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 
 from bridge import log
-from bridge.daemon import Daemon, Peer
+from bridge.daemon import Daemon
 from bridge.metrics import GONE, model_of, outcome_of
+from bridge.peer import Peer
 from protocol import commands
 from protocol.errors import ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, Token

@@ -36,7 +36,7 @@ from bridge.systemd import Manager
 @click.option("--insecure", is_flag=True, default=None, help="Let other machines in without a token.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def serve(path: Path | None, **flags: Any) -> None:
-    """Runs the daemon in the foreground until SIGTERM or SIGINT; a second one stops it at once."""
+    """Run the daemon in the foreground until SIGTERM or SIGINT; a second one stops it at once."""
     manager = Manager(os.environ)
     try:
         config = _config(path, flags, manager)

@@ -13,12 +13,12 @@ from typing import Any
 import trio
 
 from bridge import log
-from bridge.access import Identity, Origin
+from bridge.access import Origin
 from bridge.adapters import Adapters
 from bridge.call import Call
 from bridge.config import Config
 from bridge.configured import Configured
-from bridge.daemon import Daemon, Peer
+from bridge.daemon import Daemon
 from bridge.dispatch import LASTING
 from bridge.gate import Gate
 from bridge.job import Job
@@ -26,6 +26,8 @@ from bridge.job_desk import JobDesk
 from bridge.library import Library
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
 from bridge.metrics import Metrics
+from bridge.peer import Peer
+from bridge.permission import permitted
 from bridge.pool import ModelPool
 from bridge.ports import Ports
 from bridge.providers.base import Asking
@@ -64,7 +66,7 @@ class Server:
         self._config = config
         self._read = read or (lambda: config)
         self._log = log.get()
-        self._jobs = JobDesk(config.jobs, self._answer_job)
+        self._jobs = JobDesk(config.jobs, self._answer_job, self._gate.at_once)
         self._sessions: set[Session] = set()
         self._numbers = itertools.count(CONFIGURATION + 1)
         self._stopping = trio.Event()
@@ -184,11 +186,13 @@ class Server:
         self._standing.changed()
 
     async def _answer_job(self, job: Job, asking: Asking, say: Callable[[Reply], None]) -> Ok | Final:
-        """As it would be had its owner a connection."""
-        asking.bill = partial(self._gate.charge, job.owner)
-        peer = Peer(0, identity=Identity(job.owner))
-        call = Call(self._daemon, peer, Totals(), None, job.received, asking, say)
-        return await LASTING[type(job.command)](call, job.command)  # type: ignore[index]
+        """As it would be had its owner a connection: with what he may do now, not when he sent it."""
+        assert job.command is not None
+        identity = await self._gate.identify_owner(job.owner)
+        asking.bill = partial(self._gate.charge, identity)
+        call = Call(self._daemon, Peer(0, identity=identity), Totals(), None, job.received, asking, say)
+        command = permitted(call, job.command)
+        return await LASTING[type(command)](call, command)
 
     def _check_welcome(self) -> None:
         """Raises BridgeError. Those whom we are still getting to know count, too."""

@@ -18,13 +18,14 @@ from functools import partial
 import trio
 
 from bridge import access, log
-from bridge.admission import admit
 from bridge.call import Call, Caller
-from bridge.daemon import Daemon, Peer
+from bridge.daemon import Daemon
 from bridge.dispatch import INSTANT, LASTING
 from bridge.gate import MOST_FAILURES
-from bridge.listeners import say_goodbye
+from bridge.listeners import EXHAUSTED, say_goodbye
 from bridge.outbox import Outbox
+from bridge.peer import Peer
+from bridge.permission import admit
 from bridge.providers.base import Asking
 from bridge.quota import Grant
 from bridge.receipts import Totals
@@ -86,6 +87,8 @@ class Session:
                     self._nursery.cancel_scope.cancel()
                 await say_goodbye(self._sock)
         finally:
+            if reason := self._outbox.broken:
+                self._log.info("client cut", reason=reason)
             self._daemon.pool.gone(self._peer.number)
             self._daemon.intake.hold(self, 0)
             self._sock.close()
@@ -109,8 +112,8 @@ class Session:
         for asking in list(self._asking.values()):
             asking.give_up()
 
-    def _on_broken(self, reason: str) -> None:
-        self._log.info("client cut", reason=reason)
+    def _on_broken(self, _reason: str) -> None:
+        """`run` tells of it: what is logged here is an event, and may break the next subscriber's outbox, and so on."""
         self._scope.cancel()
 
     def _end_with(self, error: BridgeError) -> None:
@@ -231,6 +234,7 @@ class Session:
 
     def _start(self, exchange: Exchange, command: commands.Command, received: float) -> None:
         """Answers at once where that can be done, else in a task."""
+        reply: Reply | None
         record = self._record(command, received)
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
             error = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
@@ -238,11 +242,14 @@ class Session:
             return
         try:
             command, grant = admit(self._caller, command)
-            if handler := INSTANT.get(type(command)):
-                self._end(exchange, record, handler(self._caller, command))
-                return
+            handler = INSTANT.get(type(command))
+            reply = handler(self._caller, command) if handler else None
         except BridgeError as error:
-            self._end(exchange, record, Failed.of(error))
+            reply = self._failure(exchange, error, record)
+        except Exception as error:
+            reply = self._unforeseen(error, exchange, command, record)
+        if reply is not None:
+            self._end(exchange, record, reply)
             return
         scope = trio.CancelScope()
         asking = self._asking[exchange] = Asking(scope.cancel, grant.charge)
@@ -261,7 +268,7 @@ class Session:
         record: Record,
         grant: Grant,
     ) -> None:
-        reply: Reply
+        reply: Reply | None = None
         log.of_request(record.id, exchange.id)
         try:
             with scope:
@@ -271,14 +278,13 @@ class Session:
                 reply = self._failure(exchange, error, record)
         except BridgeError as error:
             reply = self._failure(exchange, error, record)
-        except Exception:
-            self._log.exception("a handler failed", verb=command.VERB)
-            reply = self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
-        except trio.Cancelled:
-            record.end(None)
-            raise
+        except Exception as error:
+            reply = self._unforeseen(error, exchange, command, record)
         finally:
             grant.end(time.monotonic())
+            if reply is None:  # it was cancelled, alone or as a group: nobody is there to take an answer
+                record.end(None)
+        assert reply is not None  # or the scope was cancelled
         del self._asking[exchange]
         self._end(exchange, record, reply)
         if self._answering is exchange:
@@ -295,6 +301,16 @@ class Session:
             return Failed.of(error)
         code = ErrorCode(error.code)
         return Final("", "error", {"code": code, "blame": code.blame, "reason": error.message, **error.details})
+
+    def _unforeseen(self, error: Exception, exchange: Exchange, command: commands.Command, record: Record) -> Reply:
+        """While it is handled. A bug, which must not take the connection's other requests with it, unless the process
+        has no file descriptor left: that may happen anywhere, and passes.
+        """
+        if isinstance(error, OSError) and error.errno in EXHAUSTED:
+            message = f"The daemon is at a limit: {error.strerror}"
+            return self._failure(exchange, BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000), record)
+        self._log.exception("a handler failed", verb=command.VERB, **{log.REQUEST: record.id})
+        return self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
 
     def _cancel(self, command: commands.Cancel) -> Ok | Failed:
         exchange = self._answering if command.id is None else self._connection.find(command.id)

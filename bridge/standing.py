@@ -23,23 +23,23 @@ class Standing:
         self._daemon = daemon
         self._manager = manager
         self._changed = trio.Event()
+        self._idle_since: float | None = None  # when it was first seen to be, by trio's clock
 
     def changed(self) -> None:
         """Clients came or went, or the configuration is another one. Of models the pool tells."""
+        self._idle_since = None  # also for who came and left between two looks
         self._changed.set()
 
     async def run(self) -> None:
         """Ends by itself where nobody wants to know."""
-        told, busy = "", trio.current_time()  # when it was not idle, the last time
+        told = ""
         while self._manager.listens or self._manager.sockets:
             self._changed = trio.Event()
             events = (self._changed, self._daemon.pool.changed)
             if (line := describe(self._daemon)) != told:
                 self._manager.notify(STATUS=line)
                 told = line
-            if not is_idle(self._daemon):
-                busy = trio.current_time()
-            ends = busy + (self._limit or math.inf)
+            ends = self._look()
             if ends <= trio.current_time():
                 log.get().info("nobody needs the daemon", idle_s=self._limit)
                 self._daemon.stop()
@@ -47,6 +47,15 @@ class Standing:
             with trio.move_on_at(ends):
                 await _first_of(*events)
             await trio.sleep(_PAUSE)
+
+    def _look(self) -> float:
+        """When it is idle for long enough; while it is not, when to look again, for not all that keeps it tells."""
+        now = trio.current_time()
+        if not is_idle(self._daemon):
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        return (now if self._idle_since is None else self._idle_since) + (self._limit or math.inf)
 
     @property
     def _limit(self) -> float:
@@ -65,9 +74,12 @@ async def _first_of(*events: trio.Event) -> None:
 
 
 def is_idle(daemon: Daemon) -> bool:
-    """No client is connected, no job waits or runs, nothing is fetched or converted, no model has or gets a process."""
+    """Nobody is connected, no job waits or runs, nothing is fetched or converted, no model has or gets a process.
+
+    Whoever is being let in still is no client yet, but would be told that the daemon stops.
+    """
     at_rest = all(entry.state in _WITHOUT_PROCESS and not entry.waiting for entry in daemon.pool.entries)
-    return at_rest and not daemon.clients and not daemon.jobs.busy and not daemon.library.busy
+    return at_rest and not daemon.gate.peers and not daemon.jobs.busy and not daemon.library.busy
 
 
 def describe(daemon: Daemon) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bridge.access import Role, check_role
-from bridge.admission import permitted
+from bridge.access import Role
 from bridge.call import Call
 from bridge.job import Job, read_request
+from bridge.permission import permitted
 from protocol import commands
 from protocol.command import Request
 from protocol.connection import encode_request
@@ -35,7 +35,7 @@ async def jobs(call: Call, command: commands.Jobs) -> Ok:
     desk = call.daemon.jobs
     if command.action == "list" and not command.job:
         if command.all:
-            check_role(call.daemon.gate.identity(call.peer), Role.OPERATOR, "JOBS all=true")
+            call.check_role(Role.OPERATOR, "JOBS all=true")
         listed = await desk.of(None if command.all else call.peer.owner)
         return Ok(f"{len(listed)} jobs", [_about(job) for job in listed])
     job = await desk.find(_named(command.job), call.peer.owner)

@@ -24,7 +24,7 @@ async def events(call: Call, command: commands.Events) -> Ok:
     try:
         for event in EVENTS.since(since, command.kinds):
             call.say(event)
-        if command.follow:
+        if command.follow and not call.daemon.draining:  # as it may be since this was let in; then no end is told
             await ended.wait()
     finally:
         if command.follow:

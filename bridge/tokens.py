@@ -25,7 +25,7 @@ from bridge.config_access import Allowance, Priority, Quantity
 
 PREFIX = "lb_"  # by which those who look for secrets in places where none should be know it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NO_NAME = "what stands first is no name; allowed: up to 64 letters, digits, dots, dashes and underscores"
+_NAMES = "up to 64 letters, digits, dots, dashes and underscores, the first a letter or a digit"
 _ISSUED = ("user", "operator", "admin")
 
 
@@ -132,7 +132,7 @@ def parse_line(line: str, where: str) -> Token | None:
         else:
             fields[key] = f"{value}T00:00:00" if key == "expires" and len(value) == len("2026-01-31") else value
     if not _NAME.fullmatch(words[0]):
-        raise TokenError(f"{where}: {_NO_NAME}")
+        raise TokenError(f"{where}: what stands first is no name; allowed: {_NAMES}")
     try:
         return msgspec.convert(fields, Token, strict=False)
     except msgspec.ValidationError as error:
@@ -144,7 +144,7 @@ def issue(path: str, name: str, role: str, settings: Iterable[str] = ()) -> str:
     secret = PREFIX + secrets.token_urlsafe(32)
     line = " ".join([name, role, f"sha256:{digest_of(secret)}", *settings])
     if not _NAME.fullmatch(name):
-        raise TokenError(_NO_NAME)
+        raise TokenError(f"{name!r} is no name of a token; allowed: {_NAMES}")
     if role not in _ISSUED or any(not setting or len(setting.split()) != 1 for setting in settings):
         raise TokenError(f"{role} is no role, or a setting has a blank; roles: {', '.join(_ISSUED)}")
     parse_line(line, name)

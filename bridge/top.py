@@ -36,10 +36,7 @@ def top(client: Client, interval: float, once: bool) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     watcher = Watcher(client)
     if once:
-        moment = watcher.look()
-        if moment.status is None:
-            raise BridgeError("unreachable", moment.why)
-        return console.print(frame(None, moment, console.size.height if console.is_terminal else None))
+        return console.print(frame(None, watcher.see(), console.size.height if console.is_terminal else None))
     with contextlib.suppress(KeyboardInterrupt):
         _watch(watcher, console, interval)
 
@@ -71,13 +68,18 @@ class Watcher:
         self._last = 0
 
     def look(self) -> Moment:
+        """Also of one that does not answer, and then of why."""
         try:
-            status = self._client.status()
-            requests = [one for model in status.models if model.running + model.queued for one in self._of(model.name)]
-            self._listen()
+            return self.see()
         except (BridgeError, TimeoutError) as error:
             self._client.close()
             return Moment(time.monotonic(), None, [], list(self._events), str(error))
+
+    def see(self) -> Moment:
+        """Raises what the client does."""
+        status = self._client.status()
+        requests = [one for model in status.models if model.running + model.queued for one in self._of(model.name)]
+        self._listen()
         return Moment(time.monotonic(), status, requests, list(self._events))
 
     def _of(self, model: str) -> Requests:

@@ -1,9 +1,8 @@
-"""The client for trio, which of this package only this module and its sockets import."""
+"""The client for trio, which of this package only this module and ``aio_link`` import."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
@@ -11,18 +10,18 @@ from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 import trio
 
 from client import calls
-from client.aio_sockets import AsyncTlsSocket, connect
+from client.aio_link import Link, connect, within
 from client.calls import Call
 from client.credentials import resolve_credentials
-from client.desk import Desk, Waiting
-from client.errors import ConnectionLost, error_of
+from client.desk import Waiting
+from client.errors import ConnectionLost
 from client.results import Completion
-from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve
+from client.sockets import CANCEL_WAIT, resolve
 from client.transcript import Chronicle, Transcript
 from protocol.address import Address
 from protocol.commands import Cancel, Command, Events
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Event, Failed, Ok, Progress, Reply
+from protocol.replies import Event, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,7 +36,7 @@ class _Lines(Generic[T]):
     def __init__(self, client: AsyncClient, command: Command) -> None:
         self._client = client
         self._command = command
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._waiting: Waiting | None = None
         self._over = False
 
@@ -56,7 +55,7 @@ class _Lines(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        with _within(self._timeout()):
+        with within(self._timeout()):
             while not self._over:
                 if piece := await self._read():
                     return piece
@@ -79,7 +78,7 @@ class _Lines(Generic[T]):
         self._over = True
         self._waiting.drop()
 
-    async def _start(self) -> tuple[_Link, Waiting]:
+    async def _start(self) -> tuple[Link, Waiting]:
         if self._link is None or self._waiting is None:
             self._link = await self._client._connected()
             self._waiting = self._link.ask(self._command, beside=True)
@@ -163,7 +162,7 @@ class AsyncEvents(_Lines[Event]):
         return None
 
     async def __aenter__(self) -> Self:
-        with _within(self._client.timeout):
+        with within(self._client.timeout):
             while self._follow and not (self._chronicle.subscribed or self._over):
                 await self._read()
         return self
@@ -219,7 +218,7 @@ class AsyncClient:
         self.address = resolve(address)
         self.timeout = timeout
         self._credentials = resolve_credentials(self.address, token, ca, certificate)
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._connecting = trio.Lock()
 
     ping = _asks(calls.ping)
@@ -277,7 +276,7 @@ class AsyncClient:
         await self.aclose()
 
     async def _ask(self, call: Call[T]) -> T:
-        with _within(self.timeout) as limit:
+        with within(self.timeout) as limit:
             link = await self._connected()
             repeat = call.repeatable and link.desk.reused
             try:
@@ -287,154 +286,21 @@ class AsyncClient:
                     raise
             return call.read(await (await self._connected()).answer(call, limit))
 
-    async def _connected(self) -> _Link:
+    async def _connected(self) -> Link:
         async with self._connecting:
             if self._link is None or not await self._link.alive():
                 if self._link is not None:
                     self._link.close()
-                link = _Link(await connect(self.address, self._credentials))
+                link = Link(await connect(self.address, self._credentials))
                 if self._credentials.token:
                     await self._authenticate(link)
                 self._link = link
             return self._link
 
-    async def _authenticate(self, link: _Link) -> None:
+    async def _authenticate(self, link: Link) -> None:
         try:
-            with _within(self.timeout) as limit:
+            with within(self.timeout) as limit:
                 await link.answer(calls.auth(self._credentials.token), limit)
         except BaseException:
             link.close()
             raise
-
-
-class _Link:
-    """One connection. Owns the socket; closed when the other end is."""
-
-    def __init__(self, connection: trio.socket.SocketType | AsyncTlsSocket) -> None:
-        self.desk = Desk()
-        self._socket = connection
-        self._outbox = bytearray()
-        self._sending = trio.Lock()
-        self._reading = False
-        self._asleep: dict[Waiting, trio.Event] = {}
-
-    async def alive(self) -> bool:
-        """Reads what has come meanwhile, unless a task does so already; says whether the other end is there."""
-        try:
-            while not self.desk.failed and not self._reading and readable(self._socket):
-                await self._receive()
-            return not self.desk.failed
-        finally:
-            self._hand_over()
-
-    async def answer(self, call: Call[T], limit: _within) -> Ok:
-        """Raises the BridgeError that the answer is. Left before that, it cancels the request at the daemon."""
-        waiting = self.ask(call.command, beside=True)
-        try:
-            await self.flush()
-            while isinstance(reply := await self.wait(waiting), Progress):
-                limit.renew()
-                if call.on_progress:
-                    call.on_progress(reply)
-        except BaseException:  # trio.Cancelled, or what on_progress raised
-            waiting.drop()
-            if waiting.id is not None and not self.desk.failed:
-                self.ask(Cancel(id=waiting.id), beside=False).drop()
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_WAIT):
-                    await self.flush()
-            raise
-        if isinstance(reply, Failed):
-            raise error_of(reply)
-        assert isinstance(reply, Ok)  # by the table of transitions
-        return reply
-
-    def ask(self, command: Command, *, beside: bool) -> Waiting:
-        """Puts the request's line where ``flush`` finds it."""
-        waiting, line = self.desk.ask(command, beside=beside)
-        self._outbox += line
-        return waiting
-
-    async def flush(self) -> None:
-        """Sends what is to be sent. Whole lines leave even if the task is cancelled in the midst of one.
-
-        A task that is cancelled here leaves the rest to the next.
-        """
-        async with self._sending:
-            try:
-                while self._outbox and not self.desk.failed:
-                    sent = await self._socket.send(self._outbox)
-                    del self._outbox[:sent]
-            except (OSError, trio.ClosedResourceError) as error:
-                await self.alive()  # the daemon's last word explains more than EPIPE does
-                self._wake(self.desk.lose(f"the connection broke: {error}"))
-
-    async def wait(self, waiting: Waiting) -> Reply:
-        """The next line of this answer. Reads for all while no other task does."""
-        await trio.lowlevel.checkpoint_if_cancelled()  # a line that came already would let no cancellation in
-        try:
-            while (reply := waiting.take()) is None:
-                if self._reading:
-                    await self._sleep(waiting)
-                else:
-                    await self._receive()
-            return reply
-        finally:
-            self._hand_over()
-
-    def close(self) -> None:
-        self._socket.close()
-        self._wake(self.desk.lose("the connection was closed at this end"))
-
-    async def _receive(self) -> None:
-        self._reading = True
-        try:
-            data = await self._socket.recv(CHUNK)
-        except (OSError, trio.ClosedResourceError) as error:
-            self._wake(self.desk.lose(f"the connection broke: {error}"))
-        else:
-            self._wake(self.desk.receive(data))
-        finally:
-            self._reading = False
-        if self.desk.failed:
-            self._socket.close()
-
-    async def _sleep(self, waiting: Waiting) -> None:
-        self._asleep[waiting] = trio.Event()
-        try:
-            await self._asleep[waiting].wait()
-        finally:
-            del self._asleep[waiting]
-
-    def _wake(self, waiting: list[Waiting]) -> None:
-        for one in waiting:
-            if one in self._asleep:
-                self._asleep[one].set()
-
-    def _hand_over(self) -> None:
-        """Whoever stops waiting sees to it that another one reads."""
-        if not self._reading and self._asleep:
-            next(iter(self._asleep.values())).set()
-
-
-class _within:
-    """Raises TimeoutError after ``seconds``; trio's own TooSlowError is for those who set scopes themselves."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds = math.inf if seconds is None else seconds
-        self._scope = trio.move_on_after(self._seconds)
-
-    def __enter__(self) -> _within:
-        self._scope.__enter__()
-        return self
-
-    def renew(self) -> None:
-        """Counts from now on."""
-        self._scope.deadline = trio.current_time() + self._seconds
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        suppressed = self._scope.__exit__(kind, error, trace)
-        if self._scope.cancelled_caught:
-            raise TimeoutError("the daemon did not answer in time")
-        return suppressed

@@ -1,27 +1,26 @@
-"""The client for scripts: sockets of the standard library, one thread."""
+"""The client for scripts, for one thread: its calls and streams, over a connection of ``blocking_link``."""
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from client import calls
+from client.blocking_link import Link
 from client.calls import Call
-from client.credentials import Credentials, resolve_credentials
-from client.desk import Desk, Waiting
-from client.errors import ConnectionLost, error_of
+from client.credentials import resolve_credentials
+from client.errors import ConnectionLost
 from client.results import Completion
-from client.sockets import CANCEL_WAIT, CHUNK, readable, resolve, unreachable
+from client.sockets import CANCEL_WAIT, resolve
 from client.transcript import Chronicle, Transcript
 from protocol import commands
-from protocol.address import Address, Tls, Unix
+from protocol.address import Address
 from protocol.commands import Cancel, Command
 from protocol.errors import BridgeError, RemoteProtocolError
-from protocol.replies import Event, Failed, Ok, Progress, Reply
+from protocol.replies import Event, Reply
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +33,7 @@ class _Lines(Generic[T]):
     line, so that the connection is good for the next call.
     """
 
-    def __init__(self, link: _Link, command: Command) -> None:
+    def __init__(self, link: Link, command: Command) -> None:
         self._link = link
         self._over = False
         self._waiting = link.send(command, beside=True)
@@ -102,7 +101,7 @@ class Stream(_Lines[str]):
     after the end. Iterating raises what ``Client`` raises, and the BridgeError that the stream ended with.
     """
 
-    def __init__(self, link: _Link, command: Command) -> None:
+    def __init__(self, link: Link, command: Command) -> None:
         self._transcript = Transcript()
         super().__init__(link, command)
 
@@ -137,7 +136,7 @@ class Events(_Lines[Event]):
     ``last`` is what ``since`` takes, to go on with another connection.
     """
 
-    def __init__(self, link: _Link, command: commands.Events) -> None:
+    def __init__(self, link: Link, command: commands.Events) -> None:
         self._chronicle = Chronicle()
         super().__init__(link, command)
         while command.follow and not (self._chronicle.subscribed or self._over):
@@ -211,7 +210,7 @@ class Client:
         self.address = resolve(address)
         self.timeout = timeout
         self._credentials = resolve_credentials(self.address, token, ca, certificate)
-        self._link: _Link | None = None
+        self._link: Link | None = None
 
     ping = _asks(calls.ping)
     hello = _asks(calls.hello)
@@ -276,115 +275,9 @@ class Client:
                 raise
         return call.read(self._connected().answer(call))
 
-    def _connected(self) -> _Link:
+    def _connected(self) -> Link:
         if self._link is None or not self._link.alive():
             self.close()
-            self._link = _Link(self.address, self.timeout, self._credentials)
+            self._link = Link(self.address, self.timeout, self._credentials)
         self._link.timeout = self.timeout
         return self._link
-
-
-class _Link:
-    """One connection. Owns the socket; closed when the other end is, or when nobody knows its state."""
-
-    def __init__(self, address: Address, timeout: float | None, credentials: Credentials) -> None:
-        self.desk = Desk()
-        self.timeout = timeout
-        self._socket = _connect(address, timeout, credentials)
-        if credentials.token:
-            try:
-                self.answer(calls.auth(credentials.token))
-            except BaseException:
-                self.close()
-                raise
-
-    def deadline(self) -> float | None:
-        return None if self.timeout is None else time.monotonic() + self.timeout
-
-    def alive(self) -> bool:
-        """Reads what has come meanwhile, and so learns whether the other end is gone."""
-        while not self.desk.failed and readable(self._socket):
-            self._receive()
-        return not self.desk.failed
-
-    def answer(self, call: Call[T]) -> Ok:
-        """Raises the BridgeError that the answer is."""
-        try:
-            waiting = self.send(call.command, beside=False)
-            while isinstance(reply := self.wait(waiting, self.deadline()), Progress):
-                if call.on_progress:
-                    call.on_progress(reply)
-        except BaseException:
-            self.close()
-            raise
-        if isinstance(reply, Failed):
-            raise error_of(reply)
-        assert isinstance(reply, Ok)  # by the table of transitions
-        return reply
-
-    def send(self, command: Command, *, beside: bool) -> Waiting:
-        waiting, line = self.desk.ask(command, beside=beside)
-        try:
-            self._socket.settimeout(self.timeout)
-            self._socket.sendall(line)
-        except TimeoutError:
-            self.close()
-            raise
-        except OSError as error:
-            self.alive()  # the daemon's last word explains more than EPIPE does
-            self.desk.lose(f"the connection broke: {error.strerror or error}")
-        return waiting
-
-    def wait(self, waiting: Waiting, deadline: float | None) -> Reply:
-        """The next line of this answer. Those of others that come first are kept for them."""
-        while (reply := waiting.take()) is None:
-            remaining = None if deadline is None else deadline - time.monotonic()
-            if remaining is not None and remaining <= 0:
-                self.close()
-                raise TimeoutError("the daemon did not answer in time")
-            self._socket.settimeout(remaining)
-            with contextlib.suppress(TimeoutError):
-                self._receive()
-        return reply
-
-    def close(self) -> None:
-        self._socket.close()
-        self.desk.lose("the connection was closed at this end")
-
-    def _receive(self) -> None:
-        try:
-            data = self._socket.recv(CHUNK)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            self.desk.lose(f"the connection broke: {error.strerror or error}")
-        else:
-            self.desk.receive(data)
-        if self.desk.failed:
-            self._socket.close()
-
-
-def _connect(address: Address, timeout: float | None, credentials: Credentials) -> socket.socket:
-    try:
-        if isinstance(address, Unix):
-            connection = socket.socket(socket.AF_UNIX)
-            try:
-                connection.settimeout(timeout)
-                connection.connect(address.path)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-        connection = socket.create_connection((address.host, address.port), timeout)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if not isinstance(address, Tls):
-            return connection
-        try:
-            return credentials.secure(connection, address, handshake=True)
-        except BaseException:
-            connection.close()
-            raise
-    except TimeoutError:
-        raise TimeoutError(f"no bridge answered at {address} in time") from None
-    except OSError as error:
-        raise unreachable(address, error) from None

@@ -76,7 +76,10 @@ connect() { # standard input to the daemon, its answer to standard output; $1 is
     case $1 in
         socat) # -t: after the half-close wait for the answer however long it takes, not half a second
             case $tcp in
-                tls:*) exec socat -t 86400 - "OPENSSL:${tcp#tls:}${LLAMA_BRIDGE_CA:+,cafile=$LLAMA_BRIDGE_CA},nodelay" ;;
+                tls:*)
+                    ca=${LLAMA_BRIDGE_CA:+,cafile=$LLAMA_BRIDGE_CA}
+                    exec socat -t 86400 - "OPENSSL:${tcp#tls:}$ca,nodelay"
+                    ;;
             esac
             if [ -n "$tcp" ]; then
                 exec socat -t 86400 - "TCP:$tcp,nodelay"

@@ -11,8 +11,8 @@ from protocol.command import Command, Id
 EventKind = Literal[
     "listening", "loading", "loaded", "load_failed", "waiting", "evicted", "idle", "unloaded", "crashed", "resting",
     "warning", "adapter_loaded", "adapter_unloaded", "pulling", "pulled", "pull_failed", "converting", "converted",
-    "convert_failed", "reloaded", "reload_failed", "client_cut", "refused", "auth_failed", "slow", "failed", "unwell",
-    "draining",
+    "convert_failed", "job_submitted", "job_ended", "reloaded", "reload_failed", "client_cut", "refused",
+    "auth_failed", "slow", "failed", "unwell", "draining",
 ]  # fmt: skip
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
 Job = Annotated[str, Meta(max_length=64)]

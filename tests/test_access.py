@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bridge.access import COMPUTING, NEEDED, NOBODY, Identity, Origin, Role, check_role, is_loopback
+from bridge.access import COMPUTING, NEEDED, NOBODY, Identity, Origin, Role, check_role, is_loopback, origin_of
 from bridge.access import tcp_identity as tcp
 from bridge.access import unix_identity as unix
 from bridge.config_access import Access, Allowances, UserAllowance
@@ -99,6 +99,27 @@ def test_a_user_without_a_name() -> None:
 def test_a_host(settings: dict[str, Any], origin: Origin, owner: str, role: Role) -> None:
     identity = tcp(Access(**settings), origin)
     assert (identity.owner, identity.role) == (owner, role)
+
+
+@pytest.mark.parametrize(
+    ("settings", "owner", "role"),
+    [
+        ({}, "tcp", Role.OPERATOR),
+        ({"loopback": "none"}, "tcp", Role.NONE),
+        ({"loopback": "none", "insecure": True}, "tcp", Role.USER),
+        ({"loopback": "user", "insecure": True}, "tcp", Role.USER),
+        ({"certificates": {"a": "admin"}}, "certificate:a", Role.ADMIN),
+        ({"certificates": {"b": "admin"}}, "certificate:a", Role.NONE),
+        ({"certificates": {"*": "user"}}, "certificate:a", Role.USER),
+    ],
+)
+def test_whom_somebody_would_be_taken_for_who_is_not_there(settings: dict[str, Any], owner: str, role: Role) -> None:
+    access = Access(**settings)
+    assert tcp(access, origin_of(access, owner)).role == role
+
+
+def test_an_owner_that_is_a_user_of_this_machine() -> None:
+    assert origin_of(Access(), "uid:1000") == Origin(uid=1000)
 
 
 @pytest.mark.parametrize(

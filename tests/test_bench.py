@@ -583,3 +583,13 @@ def test_the_table_and_the_warnings() -> None:
         "llama-server, 8 clients: 4 prompt tokens came from a cache",
     ]
     assert found.failed == 0
+
+
+def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**flags: object) -> None:
+        raise BaseExceptionGroup("of a nursery", [KeyboardInterrupt()])
+
+    monkeypatch.setattr("bridge.bench.cli.run", interrupted)
+    result = CliRunner().invoke(bench, [])
+    assert result.exit_code == 1
+    assert (result.stdout, result.stderr.strip()) == ("", "Aborted!")

@@ -195,6 +195,16 @@ def test_a_number_that_is_none() -> None:
     assert "'many' is neither a whole number nor auto" in result.stderr
 
 
+def test_a_job_whose_connection_breaks_says_how_to_go_on() -> None:
+    def breaks(peer: Peer) -> None:
+        peer.reply(peer.expect().exchange, Started(), Token("so far", {"offset": 11}))
+
+    with scripted(breaks) as server:
+        result = run("attach", "--offset", "5", "0f", "--socket", server.address)
+    assert (result.exit_code, result.stdout) == (1, "so far\n")
+    assert result.stderr.startswith("(with --offset 11 it goes on from here)\nerror: the daemon closed the connection")
+
+
 @pytest.mark.parametrize("arguments", [["infer"], ["infer", "-"]], ids=["none", "dash"])
 def test_the_prompt_from_standard_input(arguments: list[str]) -> None:
     with scripted() as server:

@@ -669,7 +669,7 @@ def test_a_bridge_that_does_not_cancel_is_left(monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_line_of_progress_renews_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = itertools.count()  # each look at the clock finds a second gone
-    monkeypatch.setattr("client.blocking.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr("client.blocking_link.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     told = threading.Semaphore(0)
 
     def one_by_one(peer: Peer) -> None:
@@ -710,7 +710,7 @@ def test_an_interrupted_call_closes_the_connection(monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with scripted(ignores) as server, Client(server.address) as bridge:
-        monkeypatch.setattr("client.blocking._Link._receive", interrupt)
+        monkeypatch.setattr("client.blocking_link.Link._receive", interrupt)
         with pytest.raises(KeyboardInterrupt):
             bridge.infer("x")
         server.await_end(0)

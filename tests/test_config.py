@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,9 +121,18 @@ def test_the_shipped_example_is_right() -> None:
     read_config(ROOT / "systemd" / "config.toml", {})
 
 
+def test_the_example_has_every_key_where_it_belongs(tmp_path: Path) -> None:
+    text = (ROOT / "systemd" / "config.toml").read_text()
+    shown = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
+    (tmp_path / "shown.toml").write_text(shown)
+    read_config(tmp_path / "shown.toml", {})  # which refuses what it does not know
+    sections = tomllib.loads(shown)
+    for section in ("limits", "access", "tls", "pool", "store", "cache", "jobs", "http", "agent", "log"):
+        assert sections[section].keys() == {*getattr(Config(), section).__struct_fields__}, section
+
+
 def test_a_file_that_is_missing(file: Path) -> None:
-    assert str(file) in refusal(file)
-    assert "No such file" in refusal(file)
+    assert refusal(file) == f"configuration file {file}: No such file or directory"
 
 
 @pytest.mark.parametrize("content", [b"socket = ", b"\xff\xfe", b"a = 1\na = 2\n"])

@@ -148,6 +148,18 @@ def test_whose_turn_it_is() -> None:
     assert jobs.next_job() is jobs.jobs["b"]
 
 
+def test_no_more_of_an_owner_than_his_limits_allow() -> None:
+    most = {"uid:1": 1, "uid:2": 2, "uid:3": 0}
+    running = [made("a", "uid:1", JobState.RUNNING), made("b", "uid:2", JobState.RUNNING)]
+    jobs = book(*running, made("c", "uid:1"), made("d", "uid:2"))
+    chosen = jobs.next_job(most.__getitem__)
+    assert chosen is jobs.jobs["d"]
+    chosen.begin(0.0)
+    assert jobs.next_job(most.__getitem__) is None, "though there are places left"
+    unlimited = book(*(made(name, "uid:3", JobState.RUNNING) for name in "abc"), made("d", "uid:3"))
+    assert unlimited.next_job(most.__getitem__) is unlimited.jobs["d"]
+
+
 def test_others_jobs_are_not_found() -> None:
     jobs = book(made("a", "uid:1"))
     assert jobs.find("a", "uid:1").id == "a"

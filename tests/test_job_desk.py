@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
@@ -9,13 +10,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
-from helpers import Line, Place, Wire, daemon, eventually, spawned
+from helpers import Inside, Line, Place, Wire, daemon, eventually, spawned
 
-from bridge import job_disk
+from bridge import job_disk, job_store
 from bridge.config import Jobs
-from bridge.config_access import Access
+from bridge.config_access import Access, Allowances, UserAllowance
+from bridge.tokens import issue, revoke
 from protocol.options import LoadOptions
 
 SLOW = "echo?step_ms=20"
@@ -416,6 +419,77 @@ async def test_reload_changes_their_bounds() -> None:
         assert await wire.code("SUBMIT INFER a") == "overloaded"
 
 
+# -- whose they are --------------------------------------------------------------------------------------------
+
+
+async def reload(place: Inside, access: Access) -> None:
+    server = place.server
+    new = msgspec.structs.replace(server._daemon.config, access=access)
+    server._configured._read = lambda: new
+    await server.reload()
+
+
+async def everybodys(place: Place) -> list[Line]:
+    async with await place.unix() as wire:
+        jobs: list[Line] = (await wire.ask("JOBS all=true"))["data"]
+        return jobs
+
+
+async def until_states(place: Place, *expected: str) -> None:
+    async def look() -> bool:
+        return [job["state"] for job in await everybodys(place)] == [*expected]
+
+    await eventually(look)
+
+
+async def test_a_token_that_is_revoked_ends_its_jobs(tmp_path: Path) -> None:
+    tokens = str(tmp_path / "tokens")
+    access = Access(loopback="none", tokens=tokens)
+    secrets = [issue(tokens, name, "user") for name in ("gone", "stays")]
+    async with daemon(SLOW, access=access, jobs={"running": 2}) as place:
+        for secret in secrets:
+            async with await place.tcp() as wire:
+                await wire.ask(f"AUTH {secret}")
+                await submitted(wire, f"{LONG} a")
+        async with await place.tcp() as wire:
+            await wire.ask(f"AUTH {secrets[0]}")
+            await submitted(wire, f"{LONG} b")
+        await until_states(place, "running", "running", "queued")
+        revoke(tokens, "gone")
+        await reload(place, access)
+        await until_states(place, "failed", "running", "failed")
+        await place.until(lambda models: models["echo"]["running"] == 1)
+
+
+def narrow(tokens: str) -> None:
+    line = Path(tokens).read_text()
+    Path(tokens).write_text(line.replace("running=1", "running=1 models=other"))
+
+
+async def test_one_that_waited_is_begun_with_what_its_owner_may_by_then(tmp_path: Path) -> None:
+    secret = issue(tokens := str(tmp_path / "tokens"), "ci", "user", ["running=1"])
+    async with daemon(SLOW, access=Access(tokens=tokens)) as place, await place.tcp() as wire:
+        await wire.ask(f"AUTH {secret}")
+        first, second = [await submitted(wire, f"{LONG} {word}") for word in "ab"]
+        await until_states(place, "running", "queued")
+        narrow(tokens)
+        await reload(place, Access(tokens=tokens))
+        await wire.ask(f"JOBS cancel {first}")
+        _, final = await attached(wire, second)
+        assert (final["finish_reason"], final["code"]) == ("error", "forbidden")
+
+
+async def test_what_is_computed_for_it_is_charged_also_to_who_was_not_seen_yet() -> None:
+    access = Access(loopback="user", limits=Allowances(user=UserAllowance(tokens_per_minute=1000)))
+    async with daemon("echo?step_ms=5", access=access) as place, await place.tcp() as wire:
+        quotas = place.server._gate._quotas
+        job = await submitted(wire, "INFER max_tokens=100 ignore_eos=true a")
+        quotas.clear()  # as they are in a daemon that has just begun
+        await attached(wire, job)
+        left = (await wire.ask("STATUS"))["you"]["limits"]["tokens_per_minute"]["left"]
+        assert 890 <= left <= 910
+
+
 async def test_no_prompt_in_the_log() -> None:
     with spawned("--load", "echo") as place:
         await place.until_ready()
@@ -424,3 +498,40 @@ async def test_no_prompt_in_the_log() -> None:
             assert await wire.code("SUBMIT INFER max_tokens=0 cherry") == "bad_argument"
         assert "cherry" not in place.stderr
         assert {"job submitted", "job ended"} <= {line["event"] for line in place.log}
+
+
+@pytest.mark.faults
+async def test_fault_29_text_that_the_disk_has_lost(tmp_path: Path) -> None:
+    """Who follows it gets what there is and the end, not nothing for ever."""
+    settings = {"dir": str(tmp_path)}
+    async with daemon("echo", jobs=settings) as place, await place.unix() as wire:
+        job = await submitted(wire, "INFER max_tokens=2 a b")
+        assert (await attached(wire, job))[0] == "a b"
+    with closing(sqlite3.connect(tmp_path / "jobs.db")) as database, database:
+        database.execute("DELETE FROM piece")
+    async with daemon("echo", jobs=settings) as place, await place.unix() as wire:
+        text, final = await attached(wire, job)
+        assert (text, final["finish_reason"], final["offset"]) == ("", "length", 0)
+
+
+@pytest.mark.faults
+async def test_fault_29_stopped_at_once_with_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ran ended with the daemon; that it cannot be stored either ends nothing more."""
+
+    def write(_self: object, _changes: object) -> None:
+        raise job_store.StoreError("database or disk is full")
+
+    async with daemon(SLOW) as place:
+        async with await place.unix() as wire:
+            job = await submitted(wire, f"{LONG} a")
+            await until(place, job, state="running")
+        monkeypatch.setattr(job_store.JobStore, "write", write)
+
+
+async def test_no_file_descriptor_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_nothing(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with daemon("echo") as place, await place.unix() as wire:
+        monkeypatch.setattr(place.server._jobs, "submit", open_nothing)
+        assert await wire.code("SUBMIT INFER a") == "overloaded"

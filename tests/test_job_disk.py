@@ -80,6 +80,19 @@ async def test_a_request_of_another_version(tmp_path: Path) -> None:
         assert (job.verb, job.state, job.outcome["code"]) == ("DREAM", JobState.INTERRUPTED, "interrupted")
 
 
+@pytest.mark.parametrize(
+    ("state", "outcome"), [("dome", '{"finish_reason":"stop"}'), ("done", '{"finish'), ("done", "[]"), ("done", "{}")]
+)
+async def test_a_damaged_row_is_a_job_that_failed(tmp_path: Path, state: str, outcome: str) -> None:
+    await ended(tmp_path, ago=10.0)
+    store = JobStore(tmp_path)
+    store._db.execute("UPDATE job SET state = ?, outcome = ?", (state, outcome))
+    store.close()
+    async with disk(tmp_path) as (_, book):
+        [job] = book.jobs.values()
+        assert (job.state, job.outcome["code"]) == (JobState.FAILED, "interrupted")
+
+
 async def test_nothing_is_opened_once_it_is_closed(tmp_path: Path) -> None:
     async with disk(tmp_path) as (one, _):
         await one.close()

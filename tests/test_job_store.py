@@ -126,6 +126,44 @@ def test_what_is_not_ours_is_moved_aside(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("place", ["a request", "the schema", "a name in the schema", "the format", "a page of text"])
+def test_fault_29_bytes_of_the_database_are_damaged(tmp_path: Path, place: str) -> None:
+    """Once, and not at each start anew: a daemon that cannot read its jobs goes on without them."""
+    with opened(tmp_path) as store:
+        store.add(row("a"))
+        store.write([change("a", 0, "Once" * 5000)])
+    path = tmp_path / "jobs.db"
+    content = bytearray(path.read_bytes())
+    match place:
+        case "a request":
+            content[content.index(b"INFER prompt")] = 0xFF
+        case "the schema":
+            content[content.index(b"REAL NOT NULL")] = ord("?")
+        case "a name in the schema":  # which SQLite repeats in its message
+            content[content.index(b"NOT NULL")] = 0xFF
+        case "the format":
+            content[19] = 99  # "file format read version", https://sqlite.org/fileformat.html
+        case _:
+            content[4096 * 3 : 4096 * 4] = b"\xff" * 4096
+    path.write_bytes(content)
+    with opened(tmp_path) as store:
+        assert store.moved == str(tmp_path / "jobs.db.1.bad")
+        store.add(row("a"))
+    with opened(tmp_path) as store:
+        assert [one.id for one in store.found] == ["a"]
+
+
+def test_text_that_cannot_be_read(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.add(row("a"))
+        store.write([change("a", 0, "Once")])
+    path = tmp_path / "jobs.db"
+    path.write_bytes(path.read_bytes().replace(b"Once", b"On\xffe"))
+    with opened(tmp_path) as store, pytest.raises(StoreError, match="UTF-8"):
+        store.text("a")
+
+
+@pytest.mark.faults
 def test_fault_29_the_disk_is_full(tmp_path: Path) -> None:
     """Nothing of what was there is lost, and when there is room again it goes on."""
     with opened(tmp_path) as store:

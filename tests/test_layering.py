@@ -76,7 +76,7 @@ def test_the_wire_knows_nobody() -> None:
 
 def test_clients_know_the_wire_alone() -> None:
     assert not who_imports("bridge") & inside("client")
-    assert who_imports("trio") & inside("client") == {"client.aio", "client.aio_sockets"}
+    assert who_imports("trio") & inside("client") == {"client.aio", "client.aio_link"}
 
 
 def test_the_thin_client_needs_msgspec_and_orjson_alone() -> None:
@@ -115,12 +115,33 @@ def test_the_engine_is_behind_one_door() -> None:
 
 def test_what_only_some_install_is_imported_when_it_is_asked_for() -> None:
     assert who_imports("prometheus_client") == {"bridge.prometheus"}
-    assert who_imports("starlette") == {"bridge.http_app", "bridge.http_port"}
+    assert who_imports("starlette") == {"bridge.http_app"}
     assert who_imports("hypercorn") == {"bridge.http_port"}
     lazy = "hypercorn", "prometheus_client", "starlette", "huggingface_hub", "llama_cpp"
     program = f"import sys, bridge.serve; print(sys.modules.keys() & set({lazy}))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout == "set()\n"
+
+
+def test_who_has_no_port_for_it_loads_neither_tls_nor_http() -> None:
+    """They take memory. The program that fetches models is a process of its own."""
+    assert who_imports("ssl") == {"bridge.tls", "bridge.models.download", "client.tls", "client.aio_link"}
+    assert who_imports("bridge.tls") == {"bridge.gate"}
+    assert who_imports("bridge.http_port") == who_imports("bridge.http_app") == {"bridge.ports"}
+    assert who_imports("bridge.prometheus") == {"bridge.http_app", "bridge.monitoring"}
+    late = "bridge.tls", "bridge.http_app", "bridge.http_port", "bridge.prometheus", "bridge.job_store"
+    program = f"import sys, bridge.serve; print(sys.modules.keys() & set({late}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout == "set()\n"
+
+
+def test_who_somebody_is_and_what_he_may_has_one_door_each() -> None:
+    assert who_imports("bridge.users") == who_imports("bridge.guard") == {"bridge.gate"}
+    assert who_imports("bridge.tokens") == {"bridge.gate", "bridge.cli_token"}
+    assert who_imports("pwd") == {"bridge.users"}
+    assert who_imports("hmac") == {"bridge.tokens"}
+    assert who_imports("bridge.permission") == {"bridge.session", "bridge.server", "bridge.submit"}
+    assert who_imports("bridge.gate") == {"bridge.daemon", "bridge.server", "bridge.session"}
 
 
 def test_only_handlers_translate_between_wire_and_worker() -> None:
@@ -144,8 +165,13 @@ def test_the_log_has_one_door() -> None:
         "bridge.entry",
         "bridge.room",
         "bridge.access",
+        "bridge.config_access",
         "bridge.guard",
+        "bridge.health",
+        "bridge.histogram",
+        "bridge.intake",
         "bridge.job",
+        "bridge.providers.turnover",
         "bridge.quota",
         "bridge.models.fit",
         "bridge.worker.scheduler",

@@ -101,13 +101,15 @@ async def test_of_the_daemon() -> None:
         assert sum(told["request_seconds"]["PING"]["counts"]) == 1
 
 
-async def test_who_left_before_the_answer() -> None:
+@pytest.mark.parametrize("line", [f"{LONG} a", LONG.replace("INFER_STREAM", "INFER_MULTI") + " a||b"])
+async def test_who_left_before_the_answer(line: str) -> None:
     async with daemon("echo") as place:
         async with await place.unix() as wire:
-            await wire.start(f"{LONG} a")
+            await wire.send(line)
+            await place.until(lambda models: models["echo"]["running"])
 
         async def counted() -> bool:
-            return (await requests(place))["INFER_STREAM", "echo", "disconnected"] == 1
+            return (await requests(place))[line.split()[0], "echo", "disconnected"] == 1
 
         await eventually(counted)
 

@@ -311,6 +311,14 @@ async def test_when_the_daemon_ends_nobody_waits_for_ever() -> None:
     assert work.cancelled == 1
 
 
+async def test_stopped_it_begins_none_any_more(nursery: trio.Nursery) -> None:
+    shared, work = Shared(nursery), Work()
+    shared.stop()
+    with trio.fail_after(PATIENCE), pytest.raises(BridgeError) as caught:
+        await shared.join("key", work, ignore)
+    assert (caught.value.code, work.started) == ("draining", 0)
+
+
 async def test_a_real_program_ends_with_its_last_listener(program: Program, nursery: trio.Nursery) -> None:
     shared, pids = Shared(nursery), []
     name = program(FAMILY.format(first="", last="time.sleep(1000)"))

@@ -10,8 +10,10 @@ import pytest
 from helpers import daemon
 
 import protocol
+from bridge.access import NEEDED, Role
 from protocol.commands import COMMANDS
 from protocol.errors import ErrorCode
+from protocol.operations import EVENT_KINDS
 
 SPEC = Path(protocol.__file__).with_name("PROTOCOL.md")
 TRANSCRIPT = re.compile(r"^```transcript\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -55,3 +57,18 @@ def test_every_command_and_code_is_described() -> None:
         assert re.search(rf"^### .*\b{verb}\b", text, re.MULTILINE), verb
     for code in ErrorCode:
         assert re.search(rf"^\| `{code}` \| {code.blame} \|", text, re.MULTILINE), code
+    for kind in EVENT_KINDS:
+        assert re.search(rf"^\| .*`{kind}`.* \|.*\|.*\|$", text, re.MULTILINE), kind
+
+
+def test_every_command_stands_beside_the_role_that_it_needs() -> None:
+    rows = dict(re.findall(r"^\| (none|`\w+`) \| (.*) \|$", SPEC.read_text(), re.MULTILINE))
+    for role in Role:
+        verbs = {verb for verb, needed in NEEDED.items() if needed is role}
+        row = rows["none" if role is Role.NONE else f"`{role}`"]
+        assert set(re.findall(r"[A-Z_]{4,}", re.sub("JOBS with", "", row))) == verbs, role
+
+
+def test_prose_is_wrapped() -> None:
+    as_it_is = ("|", "C:", "S:", "S*:", "    S:")
+    assert [line for line in SPEC.read_text().splitlines() if len(line) > 120 and not line.startswith(as_it_is)] == []

@@ -126,7 +126,7 @@ def test_a_path_in_a_url_that_leads_elsewhere(web: Web, store: Path) -> None:
 def test_no_source(store: Path, text: str) -> None:
     error = failure(text, store)
     assert error.code == "bad_argument"
-    assert "says no source" in error.message
+    assert "is no source" in error.message
 
 
 @pytest.mark.parametrize("digest", ["", "abc", "Z" * 64, "A" * 63])

@@ -16,7 +16,7 @@ from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually
 from bridge import dispatch, generation, ipc, log
 from bridge.call import Call
 from bridge.config import Limits
-from bridge.daemon import Peer
+from bridge.peer import Peer
 from bridge.providers.base import Asking
 from bridge.receipts import Totals
 from protocol.commands import Ping, Show
@@ -390,15 +390,22 @@ async def test_a_bug_in_a_handler_is_told_and_logged_without_the_prompt(
     assert line["request"] == reply["request"] == "1.1"
 
 
-async def test_a_bug_in_an_instant_handler_costs_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bug_in_an_instant_handler_costs_one_answer(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def broken(_call: object, _command: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    async with daemon("echo") as place, await place.unix() as wire, await place.unix() as other:
+    async with daemon("echo") as place, await place.unix() as wire:
         monkeypatch.setitem(dispatch.INSTANT, Ping, broken)  # type: ignore[misc]
-        await wire.send("PING")
-        await wire.raw_line()
-        assert (await other.ask("INFER max_tokens=1 a"))["data"] == "a"
+        reply = await wire.ask("PING")
+        assert (reply["code"], reply["blame"], reply["request"]) == ("internal", "bug", "1.1")
+        assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
+        assert (await wire.ask("METRICS"))["data"]["requests"][0]["outcome"] == "internal"
+    log.flush(PATIENCE)
+    lines = [orjson.loads(line) for line in capfd.readouterr().err.splitlines()]
+    [line] = [line for line in lines if line["event"] == "a handler failed"]
+    assert (line["request"], line["exception"][0]["exc_type"]) == ("1.1", "ZeroDivisionError")
 
 
 # -- the end ---------------------------------------------------------------------------------------------------

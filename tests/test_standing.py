@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
 import trio
 import trio.testing
 from helpers import Inside, daemon, eventually
 
 from bridge.config import Model
 from bridge.daemon import Daemon
-from bridge.standing import describe, is_idle
+from bridge.gate import Gate
+from bridge.standing import Standing, describe, is_idle
 
 
 def inside(place: Inside) -> Daemon:
@@ -84,3 +89,73 @@ async def test_while_something_is_fetched_it_is_not_idle() -> None:
             return is_idle(inside(place))
 
         await eventually(idle)
+
+
+async def test_who_is_being_let_in_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = trio.Event()
+    recognise = Gate.recognise
+
+    async def slowly(gate: Gate, peer: Any) -> None:
+        await known.wait()
+        await recognise(gate, peer)
+
+    monkeypatch.setattr(Gate, "recognise", slowly)
+    async with daemon() as place, await place.unix() as wire:
+        await trio.testing.wait_all_tasks_blocked()
+        assert inside(place).clients == 0
+        assert not is_idle(inside(place))
+        known.set()
+        assert (await wire.ask("PING"))["data"] == "pong"
+
+
+# -- the end of a daemon that nobody needs, in virtual time ----------------------------------------------------
+
+
+class Unneeded:
+    """A daemon without models, to be idle for ten seconds at most, and when it was stopped."""
+
+    def __init__(self) -> None:
+        self.peers: set[object] = set()
+        self.stopped: float | None = None
+        pool = SimpleNamespace(entries=[], changed=trio.Event())
+        nothing = SimpleNamespace(busy=False)
+        daemon = SimpleNamespace(
+            pool=pool, gate=SimpleNamespace(peers=self.peers), jobs=nothing, library=nothing, clients=0,
+            draining=False, leaving=False, config=SimpleNamespace(idle_exit=10.0), stop=self.stop,
+        )  # fmt: skip
+        manager = SimpleNamespace(listens=False, sockets=["one"], notify=lambda **_: None)
+        self.standing = Standing(cast(Daemon, daemon), cast(Any, manager))
+        self.began = trio.current_time()
+
+    @property
+    def now(self) -> float:
+        return trio.current_time() - self.began
+
+    def stop(self) -> None:
+        self.stopped = self.stopped or self.now
+
+    async def visit(self, begin: float, end: float) -> None:
+        await trio.sleep_until(self.began + begin)
+        self.peers.add("somebody")
+        self.standing.changed()
+        await trio.sleep_until(self.began + end)
+        self.peers.clear()
+        self.standing.changed()
+
+
+@pytest.mark.parametrize(
+    ("visits", "earliest"),
+    [([], 10), ([(0, 9.5)], 19.5), ([(3, 25)], 35), ([(9.1, 9.2)], 19.2), ([(4, 5), (5.1, 5.2)], 15.2)],
+)
+async def test_it_ends_so_long_after_the_last_one_left(
+    visits: list[tuple[float, float]], earliest: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    unneeded = Unneeded()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(unneeded.standing.run)
+        for begin, end in visits:
+            await unneeded.visit(begin, end)
+        await trio.sleep(60)
+        nursery.cancel_scope.cancel()
+    assert unneeded.stopped is not None
+    assert earliest <= unneeded.stopped <= earliest + 2, "two looks are a second apart"

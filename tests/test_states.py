@@ -133,9 +133,9 @@ async def test_a_folder_that_cannot_be_used_is_a_warning(tmp_path: Path) -> None
             assert await cached(wire) == 0
         place.signal(signal.SIGTERM)
         assert await place.exited() == 0
-        told = [line["event"] for line in warnings(place)]
-        assert any(event.startswith("cache.dir: ") for event in told)
-        assert any("could not be saved" in event for event in told)
+        told = [line["reason"] for line in warnings(place)]
+        assert any(reason.startswith("cache.dir: ") for reason in told)
+        assert any("could not be saved" in reason for reason in told)
         assert all(line["model"] == "echo" for line in warnings(place))
 
 
@@ -150,7 +150,7 @@ async def test_a_damaged_state_is_a_warning(tmp_path: Path) -> None:
             await wire.ask("LOAD echo")
             answer = await wire.ask(TURN)
             assert (answer["data"], answer["usage"]["cached_tokens"]) == ("word", 0)
-        assert any("is damaged and was removed" in line["event"] for line in warnings(place))
+        assert any("is damaged and was removed" in line["reason"] for line in warnings(place))
         assert states(tmp_path) == []
 
 

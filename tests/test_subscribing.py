@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from helpers import Inside, Line, Wire, daemon, eventually, spawned
+import trio
+from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually, spawned
 
-from bridge import log
+from bridge import log, subscribing
+from bridge.call import Call
 from bridge.config import Limits, Log, Pool
 from bridge.config_access import Access
 from bridge.events import EVENTS
+from bridge.peer import Peer
+from bridge.providers.base import Asking
+from bridge.receipts import Totals
+from protocol.commands import Events
 
 
 @pytest.fixture(params=["debug", "error"])
@@ -169,6 +177,15 @@ async def test_a_drain_is_told_and_not_held_up() -> None:
         assert await other.at_end()
 
 
+async def test_who_subscribes_as_the_drain_begins_does_not_hold_it_up() -> None:
+    told: list[Any] = []
+    draining: Any = SimpleNamespace(draining=True)  # it was let in just before
+    with trio.fail_after(PATIENCE):
+        call = Call(draining, Peer(1), Totals(), None, 0.0, Asking(lambda: None), told.append)
+        assert (await subscribing.events(call, Events())).message == "The events end here"
+    assert [line.kind for line in told[:1]] == ["subscribed"]
+
+
 async def test_a_slow_reader_is_cut_and_holds_up_nobody() -> None:
     def burst() -> None:
         for _ in range(2000):
@@ -182,6 +199,20 @@ async def test_a_slow_reader_is_cut_and_holds_up_nobody() -> None:
         async with await subscribe(place, "loaded"):
             await eventually(cut)
         assert (await other.line())["reason"] == "the reader is too slow"
+
+
+async def test_many_slow_readers_are_cut_at_once() -> None:
+    """Each cut is an event for the others, whose last straw it may be."""
+    async with daemon(limits=Limits(output=1)) as place:
+        deaf = [await subscribe(place) for _ in range(120)]
+
+        async def cut() -> bool:
+            log.get().info("model loaded", model="m" * 5000, path="p", load_ms=1.0, restarts=0)
+            return not EVENTS._subscriptions
+
+        await eventually(cut)
+        for wire in deaf:
+            wire.close()
 
 
 async def test_who_is_no_operator_may_not_know() -> None:

@@ -203,6 +203,7 @@ def test_new_list_and_revoke(path: str) -> None:
     assert (about["name"], about["running"]) == ("ci", 2)
     assert run("revoke", "ci", "--file", path).exit_code == 0
     assert json.loads(run("list", "--json", "--file", path).stdout) == []
+    assert run("list", "--file", path).stdout == f"no tokens in {path}\n"
 
 
 def test_an_error_of_the_commands(path: str) -> None:
@@ -210,5 +211,6 @@ def test_an_error_of_the_commands(path: str) -> None:
     again = run("new", "ci", "--file", path)
     assert (again.exit_code, again.stdout) == (1, "")
     assert again.stderr.startswith("error: ")
+    assert "error: 'a b' is no name of a token; allowed: " in run("new", "a b", "--file", path).stderr
     assert run("revoke", "nobody", "--file", path).exit_code == 1
     assert run("new", "ci", "--file", "/nowhere/at/all").exit_code == 1

@@ -49,7 +49,7 @@ def test_once() -> None:
 def test_once_without_a_bridge(tmp_path: object) -> None:
     result = CliRunner().invoke(cli, ["top", "--once", "--socket", f"{tmp_path}/nothing"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: no bridge answers at")
+    assert result.stderr == f"error: no bridge answers at {tmp_path}/nothing: No such file or directory [unreachable]\n"
 
 
 def test_who_may_not_know_the_events_sees_the_rest() -> None:

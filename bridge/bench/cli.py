@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -76,11 +78,14 @@ def bench(as_json: bool, kind: str | None, **flags: Any) -> None:
     wrong.
     """
     if kind is not None:
-        sys.exit(not trial(kind, flags, _progress, as_json=as_json))
+        with _interruptible():
+            well = trial(kind, flags, _progress, as_json=as_json)
+        sys.exit(not well)
     if any(flags.pop(name) is not None for name in ("seconds", "connections", "rate")):
         raise click.UsageError("--seconds, --connections and --rate are for --chaos and --soak")
     try:
-        report = run(**flags)
+        with _interruptible():
+            report = run(**flags)
     except TargetError as error:
         raise click.ClickException(str(error)) from None
     if as_json:
@@ -89,6 +94,17 @@ def bench(as_json: bool, kind: str | None, **flags: Any) -> None:
         show(report)
     if report.failed:
         sys.exit(1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C comes out of trio's nurseries in a group, which click would show with all its tracebacks."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is None:
+            raise
+        raise KeyboardInterrupt from None
 
 
 def run(

