@@ -246,12 +246,17 @@ deb() { # [FOLDER]
 
 # -- tests, and what this machine has -----------------------------------------------------------------------------
 
-lacking_tools() { # as Debian packages; the nc of netcat-traditional speaks no Unix sockets
+# As Debian packages; the nc of netcat-traditional speaks no Unix sockets. Not lintian, which brings 150 packages, nor
+# man-db, which makes an index of all pages whenever anything is installed: their tests run where these are.
+lacking_tools() {
     [[ $(nc -h 2>&1) == *-U* ]] || echo netcat-openbsd
     has socat || echo socat
     has shellcheck || echo shellcheck
     has haproxy || echo haproxy
     has systemd-nspawn || echo systemd-container
+    has fish || echo fish
+    has zsh || echo zsh
+    has mandoc || echo mandoc
 }
 
 tests() {
