@@ -16,6 +16,7 @@ import trio.testing
 from helpers import Line, Place, Spawned, Wire, daemon, eventually, spawned
 
 from bridge.config import Config, Model
+from bridge.configured import NEEDS_RESTART, _keep
 
 MODELS = '[[models]]\npath = "{}"\n'
 
@@ -176,6 +177,21 @@ async def test_limits_and_budget_are_in_force_at_once(place: Spawned, file: Path
             assert (await third.line())["code"] == "too_many_clients"
         assert await wire.code(f"INFER {'y' * 200}") == "bad_argument", "of a model that was there before"
         assert await wire.code("LOAD big?mb=100") == "load_failed"
+
+
+@pytest.mark.parametrize("key", NEEDS_RESTART)
+def test_each_that_needs_a_restart_is_kept_and_what_stands_beside_it_is_not(key: str) -> None:
+    section, _, inner = key.partition(".")
+    old = new = Config(socket="/s")
+    if inner:
+        changed = msgspec.structs.replace(getattr(old, section), **{inner: "other"})
+        new = msgspec.structs.replace(new, **{section: changed})
+    else:
+        new = msgspec.structs.replace(new, **{key: ["other"] if key == "tcp" else "other"})
+    new = msgspec.structs.replace(new, idle_exit=5.0, jobs=msgspec.structs.replace(new.jobs, running=3))
+    assert _keep(old, new) == msgspec.structs.replace(
+        old, idle_exit=5.0, jobs=msgspec.structs.replace(old.jobs, running=3)
+    )
 
 
 async def test_what_needs_a_restart_is_named_and_not_done(place: Spawned, file: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from bridge.guard import Guard
 from bridge.peer import Peer
 from bridge.server import Server
 from bridge.tokens import Token, Tokens, issue, revoke
+from protocol.errors import BridgeError, ErrorCode
 
 OTHER = 65534
 STRANGERS = Access(loopback="none")  # TCP then is as it would be from another machine
@@ -509,6 +510,21 @@ async def test_a_token_that_expires_in_use(tokens: str, monkeypatch: pytest.Monk
 
 
 # -- the gate itself -------------------------------------------------------------------------------------------
+
+
+async def test_an_owner_who_is_not_there_is_whom_he_would_be_taken_for() -> None:
+    gate = Gate(Config(socket="/s", access=limited(running=2)))
+    assert gate.at_once("tcp") == 2, "whoever it is"
+    identity = await gate.identify_owner("tcp")
+    assert (identity.owner, identity.role) == ("tcp", Role.USER)
+    gate.quota(Identity("token:ci", "ci", Role.OPERATOR, Allowance(running=5)))
+    assert gate.at_once("token:ci") == 5
+    assert (await gate.identify_owner(f"uid:{os.getuid()}")).role is Role.ADMIN
+    strict = Gate(Config(socket="/s", access=STRANGERS))
+    for owner in ("tcp", "token:ci", "certificate:node1"):
+        with pytest.raises(BridgeError) as caught:
+            await strict.identify_owner(owner)
+        assert caught.value.code == ErrorCode.UNAUTHORIZED
 
 
 def test_quotas_that_nobody_uses_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
