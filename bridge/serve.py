@@ -37,6 +37,7 @@ from bridge.systemd import Manager
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def serve(path: Path | None, **flags: Any) -> None:
     """Run the daemon in the foreground until SIGTERM or SIGINT; a second one stops it at once."""
+    _fill_standard_descriptors()
     manager = Manager(os.environ)
     try:
         config = _config(path, flags, manager)
@@ -51,6 +52,13 @@ def serve(path: Path | None, **flags: Any) -> None:
         print(f"llama-bridge: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status)
+
+
+def _fill_standard_descriptors() -> None:
+    """Where a parent has closed 0, 1 or 2, a client's socket would get the number, and what C libraries print there."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 def _config(path: Path | None, flags: dict[str, Any], manager: Manager) -> Config:

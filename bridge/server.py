@@ -144,7 +144,7 @@ class Server:
             self._daemon.metrics.turned_away(error.code)
             await say_goodbye(client, encode_reply(Failed.of(error)))
         except (OSError, trio.TooSlowError) as error:
-            self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error))
+            self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error) or "it took too long")
             client.close()
         except Exception:
             # A bug must not take the other clients with it.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from click.testing import CliRunner
-from helpers import PATIENCE, Spawned, Wire, daemon, eventually, serve, spawned, until_gone
+from helpers import PATIENCE, SERVE, Spawned, Wire, daemon, eventually, serve, spawned, until_gone
 
 from bridge.serve import serve as serve_command
 
@@ -317,3 +317,11 @@ def test_no_resource_is_left_behind() -> None:
     with spawned("--load", "echo", environ={"PYTHONWARNINGS": "default", "PYTHONDEVMODE": "1"}) as place:
         trio.run(use, place)
         assert "Warning" not in place.stderr
+
+
+async def test_no_client_gets_the_number_of_a_closed_standard_stream() -> None:
+    with spawned("--load", "echo", command=("sh", "-c", 'exec "$@" <&- >&-', "sh", *SERVE)) as place:
+        await place.until_ready()
+        async with await place.unix() as wire:
+            assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
+            assert [os.readlink(f"/proc/{place.process.pid}/fd/{number}") for number in (0, 1)] == [os.devnull] * 2
