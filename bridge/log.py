@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +25,7 @@ from bridge.log_writer import LogWriter
 Logger = structlog.typing.FilteringBoundLogger
 Renderers = list[Processor]
 REQUEST = "request"  # the key under which lines have the request's id
+_STANDARD_ERROR = 2  # its file descriptor; bridge.serve sees to it that it is no client's
 _AT_EXIT = 0.5  # seconds for a slow pipe to take the last lines
 _writer: LogWriter | None = None
 
@@ -113,11 +113,10 @@ def _factory(format: str) -> Callable[..., Any]:
     """Makes what structlog hands rendered lines to."""
     global _writer
     flush()
-    stderr = _standard_error()
     if format == "journal":
         logger = journal.JournalLogger(journal.SOCKET)
         return lambda *_: logger
-    _writer = LogWriter(stderr, _note(RENDERERS[format]()))
+    _writer = LogWriter(_STANDARD_ERROR, _note(RENDERERS[format]()))
     lines = _Lines(_writer.put)
     return lambda *_: lines
 
@@ -155,15 +154,3 @@ def _note(renderers: Renderers) -> Callable[[int], str]:
         return str(line)
 
     return note
-
-
-def _standard_error() -> int:
-    """Its file descriptor. If it was closed at the start, nothing else may come to have its number."""
-    try:
-        os.fstat(2)
-    except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        if null != 2:
-            os.dup2(null, 2)
-            os.close(null)
-    return 2
