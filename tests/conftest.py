@@ -131,6 +131,13 @@ def _logs() -> None:
     log.configure(Log(format="json"))
 
 
+@pytest.fixture(autouse=True)
+def each_test_writes_its_own_log() -> Iterator[None]:
+    """What it logs is shown with it if it fails, and nowhere else."""
+    yield
+    log.flush()
+
+
 def pytest_report_header() -> list[str]:
     lacks = [reason for need in REMEDIES if (reason := lack(need))]
     return [f"LACKING: {reason}" for reason in lacks] or [f"all there: {', '.join(REMEDIES)}"]
