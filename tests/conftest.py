@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -131,11 +131,13 @@ def _logs() -> None:
     log.configure(Log(format="json"))
 
 
-@pytest.fixture(autouse=True)
-def each_test_writes_its_own_log() -> Iterator[None]:
-    """What it logs is shown with it if it fails, and nowhere else."""
-    yield
-    log.flush()
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside what captures the output
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """What a test logs is shown with it if it fails, and nowhere else."""
+    try:
+        return (yield)
+    finally:
+        log.flush()
 
 
 def pytest_report_header() -> list[str]:
