@@ -76,15 +76,22 @@ class Farm:
                 haproxy.kill()
                 haproxy.wait()
 
-    async def status(self) -> dict[str, str]:
-        """What HAProxy takes each daemon for."""
+    async def rows(self) -> dict[str, dict[str, str]]:
+        """What HAProxy's ``show stat`` says of each daemon."""
         text = b""
         with contextlib.suppress(OSError):
             async with await trio.open_unix_socket(str(self._folder / "admin.sock")) as stream:
                 await stream.send_all(b"show stat\n")
                 text = b"".join([data async for data in stream])
         rows = csv.DictReader(text.decode().removeprefix("# ").splitlines())
-        return {row["svname"]: row["status"] for row in rows if row["svname"] in DAEMONS}
+        return {row["svname"]: row for row in rows if row["svname"] in DAEMONS}
+
+    async def status(self) -> dict[str, str]:
+        """What HAProxy takes each daemon for: it takes one for ``UP`` that it has not looked at yet, we do not."""
+        rows = await self.rows()
+        return {
+            name: "no check" if row["check_status"].endswith("INI") else row["status"] for name, row in rows.items()
+        }
 
     async def until(self, **states: str) -> None:
         found: dict[str, str] = {}
@@ -189,3 +196,9 @@ async def test_one_that_is_loading_gets_nobody(tmp_path: Path) -> None:
                 await behind.ask()
             await behind.until(one="UP", two="DOWN")
             assert behind.answers == {"one": CLIENTS}
+
+            async def told() -> bool:
+                """That it answered, and what: not that it was silent until the check's timeout."""
+                return (await behind.rows())["two"]["check_status"] == "L7RSP"
+
+            await eventually(told)
