@@ -12,11 +12,11 @@ OURS = ("protocol", "client", "bridge")
 def main() -> None:
     """Runs the command line. Exits with 1 and what to do about it when the daemon's dependencies are missing."""
     try:
-        from bridge.cli import cli
-        from bridge.lazy import COMPLETION
+        from bridge.cli.lazy import COMPLETION
+        from bridge.cli.main import cli
 
         if COMPLETION in os.environ:
-            importlib.import_module("bridge.cli_completion")  # which knows bash better than click does
+            importlib.import_module("bridge.cli.completion")  # which knows bash better than click does
         cli(prog_name="llama-bridge")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

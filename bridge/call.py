@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.access import Role, check_role
+from bridge.access.peer import Peer
+from bridge.access.roles import Role, check_role
 from bridge.daemon import Daemon
 from bridge.models.reference import LocalPath, parse
-from bridge.peer import Peer
 from bridge.providers.base import Asking
-from bridge.receipts import Totals
+from bridge.telemetry.receipts import Totals
 from protocol.errors import BridgeError
 from protocol.replies import Reply
 

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from bridge.access import is_loopback
-from bridge.config_access import Access as Access
-from bridge.config_access import Tls as Tls
-from bridge.config_access import tokens_file
+from bridge.access.config import Access as Access
+from bridge.access.config import Tls as Tls
+from bridge.access.config import tokens_file
+from bridge.access.roles import is_loopback
 from protocol import address as addresses
 from protocol.address import Unix, default_socket, parse_address
 from protocol.commands import KeepAlive, Load

@@ -11,8 +11,8 @@ import trio
 from bridge import log
 from bridge.config import Config, ConfigError, Model
 from bridge.daemon import Daemon
-from bridge.entry import Terms
-from bridge.registry import CONFIGURATION
+from bridge.pool.entry import Terms
+from bridge.pool.registry import CONFIGURATION
 from protocol.errors import BridgeError, ErrorCode
 
 NEEDS_RESTART = (

@@ -7,15 +7,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bridge.adapters import Adapters
+from bridge.access.gate import Gate
 from bridge.config import Config
-from bridge.gate import Gate
 from bridge.intake import Intake
-from bridge.job_desk import JobDesk
-from bridge.library import Library
-from bridge.metrics import Metrics
-from bridge.pool import ModelPool
-from bridge.refusals import Refusals
+from bridge.jobs.desk import JobDesk
+from bridge.pool.adapters import Adapters
+from bridge.pool.library import Library
+from bridge.pool.pool import ModelPool
+from bridge.telemetry.metrics import Metrics
+from bridge.telemetry.refusals import Refusals
 
 
 @dataclass

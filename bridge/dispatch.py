@@ -18,9 +18,10 @@ from typing import Any
 import msgspec
 import trio
 
-from bridge import __version__, auth, generation, ipc, loading, lora, monitoring, submit, subscribing
+from bridge import __version__, ipc
 from bridge.call import Call, Caller
-from bridge.entry import State
+from bridge.handlers import auth, generation, loading, lora, monitoring, submit, subscribing
+from bridge.pool.entry import State
 from bridge.providers.base import Answer, Ask
 from protocol import PROTOCOL_VERSION, commands
 from protocol.errors import BridgeError, ErrorCode

@@ -16,9 +16,9 @@ from typing import Any
 import trio
 
 from bridge import log
-from bridge.access import Origin
+from bridge.access.roles import Origin
 from bridge.config import Config, ConfigError, check_open
-from bridge.systemd import Inherited
+from bridge.service.systemd import Inherited
 from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
 _BACKLOG = 1024

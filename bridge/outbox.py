@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import trio
 
-from bridge.metrics import Traffic
+from bridge.telemetry.metrics import Traffic
 
 
 class Outbox:

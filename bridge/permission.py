@@ -8,12 +8,12 @@ from typing import TypeVar
 
 import msgspec
 
-from bridge.access import COMPUTING, NEEDED, Identity, Role, check_role
+from bridge.access.quota import UNCOUNTED, Grant
+from bridge.access.roles import COMPUTING, NEEDED, Identity, Role, check_role
 from bridge.call import Caller
-from bridge.entry import Entry
 from bridge.models.lora import parse_lora
 from bridge.models.reference import Name, parse
-from bridge.quota import UNCOUNTED, Grant
+from bridge.pool.entry import Entry
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
 

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from bridge import log
+from bridge.access.peer import Peer
 from bridge.daemon import Daemon
-from bridge.metrics import GONE, model_of, outcome_of
-from bridge.peer import Peer
+from bridge.telemetry.metrics import GONE, model_of, outcome_of
 from protocol import commands
 from protocol.errors import ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, Token

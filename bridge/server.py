@@ -13,30 +13,30 @@ from typing import Any
 import trio
 
 from bridge import log
-from bridge.access import Origin
-from bridge.adapters import Adapters
+from bridge.access.gate import Gate
+from bridge.access.peer import Peer
+from bridge.access.roles import Origin
 from bridge.call import Call
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon
 from bridge.dispatch import LASTING
-from bridge.gate import Gate
-from bridge.job import Job
-from bridge.job_desk import JobDesk
-from bridge.library import Library
+from bridge.jobs.desk import JobDesk
+from bridge.jobs.job import Job
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
-from bridge.metrics import Metrics
-from bridge.peer import Peer
 from bridge.permission import permitted
-from bridge.pool import ModelPool
-from bridge.ports import Ports
+from bridge.pool.adapters import Adapters
+from bridge.pool.library import Library
+from bridge.pool.pool import ModelPool
+from bridge.pool.registry import CONFIGURATION
 from bridge.providers.base import Asking
-from bridge.receipts import Totals
-from bridge.registry import CONFIGURATION
+from bridge.service.standing import Standing
+from bridge.service.systemd import Manager
+from bridge.service.watchdog import feed
 from bridge.session import Session
-from bridge.standing import Standing
-from bridge.systemd import Manager
-from bridge.watchdog import feed
+from bridge.telemetry.metrics import Metrics
+from bridge.telemetry.receipts import Totals
+from bridge.watching.ports import Ports
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, encode_reply
 

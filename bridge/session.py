@@ -17,19 +17,20 @@ from functools import partial
 
 import trio
 
-from bridge import access, log
+from bridge import log
+from bridge.access import roles
+from bridge.access.gate import MOST_FAILURES
+from bridge.access.peer import Peer
+from bridge.access.quota import Grant
 from bridge.call import Call, Caller
 from bridge.daemon import Daemon
 from bridge.dispatch import INSTANT, LASTING
-from bridge.gate import MOST_FAILURES
 from bridge.listeners import EXHAUSTED, say_goodbye
 from bridge.outbox import Outbox
-from bridge.peer import Peer
 from bridge.permission import admit
 from bridge.providers.base import Asking
-from bridge.quota import Grant
-from bridge.receipts import Totals
 from bridge.request_log import Record
+from bridge.telemetry.receipts import Totals
 from protocol import commands
 from protocol.connection import Closed, Connection, Exchange, Refused, Requested, Role, State
 from protocol.errors import BridgeError, ErrorCode
@@ -127,9 +128,9 @@ class Session:
 
     async def _expect_to_know(self) -> None:
         """Who has not said in time who he is has to leave."""
-        if self._peer.identity.role is access.Role.NONE:
+        if self._peer.identity.role is roles.Role.NONE:
             await trio.sleep(self._daemon.config.limits.auth)
-            if self._peer.identity.role is access.Role.NONE:
+            if self._peer.identity.role is roles.Role.NONE:
                 self._end_with(BridgeError(ErrorCode.UNAUTHORIZED, "Nobody said in time who is asking: AUTH"))
 
     # -- reading -----------------------------------------------------------------------------------------------

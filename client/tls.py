@@ -1,4 +1,4 @@
-"""TLS connections that behave as plain sockets do, for both ends: ``bridge.tls`` has the daemon's contexts."""
+"""TLS connections that behave as plain sockets do, for both ends: ``bridge.access.tls`` has the daemon's contexts."""
 
 from __future__ import annotations
 

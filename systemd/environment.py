@@ -95,7 +95,7 @@ def make(folder: Path, python: str, packages: list[Distribution]) -> None:
     command.write_text(COMMAND.format(python=folder / "bin" / "python"))
     command.chmod(0o755)
     compileall.compile_dir(library, quiet=2)
-    subprocess.run([folder / "bin/python", "-I", "-c", "import bridge.cli, llama_cpp"], check=True)
+    subprocess.run([folder / "bin/python", "-I", "-c", "import bridge.cli.main, llama_cpp"], check=True)
     (folder / COMPLETE).touch()
 
 

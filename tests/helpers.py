@@ -21,8 +21,8 @@ from typing import Any
 import orjson
 import trio
 
-from bridge import loading
 from bridge.config import Config, Jobs, Limits, Model, Store
+from bridge.handlers import loading
 from bridge.server import Server
 from protocol.address import Tcp
 from protocol.options import LoadOptions

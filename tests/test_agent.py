@@ -6,10 +6,10 @@ import pytest
 import trio
 from helpers import PATIENCE, Inside, daemon, eventually
 
-from bridge.agent import line_of
 from bridge.config import Agent, Limits
-from bridge.health import Condition, Health
-from bridge.ports import MOST
+from bridge.watching.agent import line_of
+from bridge.watching.health import Condition, Health
+from bridge.watching.ports import MOST
 
 HERE = Agent(listen="127.0.0.1:0")
 

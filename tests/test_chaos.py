@@ -16,17 +16,18 @@ import pytest
 import trio
 import trio.testing
 
-from bridge import ipc, keeper
-from bridge.adapters import Adapters
+from bridge import ipc
 from bridge.config import Config, Limits, Pool
-from bridge.entry import Spec, State, Terms
-from bridge.library import Library
-from bridge.metrics import Metrics
 from bridge.models.stamp import FileStamp
-from bridge.planner import Planner
-from bridge.pool import ModelPool
-from bridge.registry import Registry
-from bridge.room import NONE, Memory
+from bridge.pool import keeper
+from bridge.pool.adapters import Adapters
+from bridge.pool.entry import Spec, State, Terms
+from bridge.pool.library import Library
+from bridge.pool.planner import Planner
+from bridge.pool.pool import ModelPool
+from bridge.pool.registry import Registry
+from bridge.pool.room import NONE, Memory
+from bridge.telemetry.metrics import Metrics
 from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions
 

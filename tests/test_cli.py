@@ -16,8 +16,8 @@ from helpers import spawned
 from scripted import MODEL, PIECES, SHA256, Peer, ignores, once, raw, scripted, until_cancelled
 
 from bridge import __version__
-from bridge.cli import cli
-from bridge.tokens import issue
+from bridge.access.tokens import issue
+from bridge.cli.main import cli
 from protocol.commands import (
     Attach,
     Chat,
@@ -364,7 +364,7 @@ def test_an_interrupted_stream_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> 
             raise KeyboardInterrupt
 
     with scripted(until_cancelled) as server:
-        monkeypatch.setattr("bridge.cli.click.echo", interrupt)
+        monkeypatch.setattr("bridge.cli.main.click.echo", interrupt)
         result = run("infer", "x", "--socket", server.address)
         assert result.exit_code == 1
         assert [command.VERB for command in server.seen] == ["INFER_STREAM", "CANCEL"]

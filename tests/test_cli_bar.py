@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from scripted import FETCHING, PULLED, scripted
 
-from bridge.cli_bar import amount_of, clock, progress_bar
+from bridge.cli.bar import amount_of, clock, progress_bar
 from client import Progress
 from protocol.commands import Load, Pull
 

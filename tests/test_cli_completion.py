@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 from scripted import hang_up, ignores, once, scripted
 
-from bridge.cli import cli
-from bridge.cli_completion import SHELLS
-from bridge.lazy import LazyGroup
+from bridge.cli.completion import SHELLS
+from bridge.cli.lazy import LazyGroup
+from bridge.cli.main import cli
 from protocol.commands import Models
 from protocol.errors import ErrorCode
 from protocol.replies import Failed, Ok

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from helpers import ROOT
 from scripted import AT, EVENTS, Peer, once, scripted
 
-from bridge.cli import cli
-from bridge.cli_events import line_of
+from bridge.cli.events import line_of
+from bridge.cli.main import cli
 from protocol.commands import Events
 from protocol.replies import Event, Failed
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bridge.cli_tables import MOST_LISTED, in_bytes, in_time, print_models, print_table
+from bridge.cli.tables import MOST_LISTED, in_bytes, in_time, print_models, print_table
 from client.results import ModelState
 
 

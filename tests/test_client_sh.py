@@ -14,7 +14,7 @@ import trustme
 from helpers import Spawned, spawned
 from scripted import FETCHING, PIECES, SHA256, Peer, honest, raw, scripted
 
-from bridge.tokens import issue
+from bridge.access.tokens import issue
 from protocol.commands import (
     Attach,
     Command,

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from bridge.access.config import tokens_file
 from bridge.config import Access, Config, ConfigError, Limits, read_config
-from bridge.config_access import tokens_file
 from protocol.address import default_socket
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from bridge import doctor
-from bridge.cli import cli
-from bridge.doctor import Advice, Facts, advise
+from bridge.cli import doctor
+from bridge.cli.doctor import Advice, Facts, advise
+from bridge.cli.main import cli
 from bridge.models.hardware import Build, Device, Gpu, Hardware
 
 GB = 10**9

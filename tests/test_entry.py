@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from bridge.entry import Entry, Spec, State
 from bridge.models.stamp import FileStamp
+from bridge.pool.entry import Entry, Spec, State
 from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions
 

@@ -44,7 +44,7 @@ def test_a_python_in_somebodys_home_is_for_his_own_service_alone(
 
 def test_all_packages_of_ours_are_installed_without_what_python_leaves_there(environment: ModuleType) -> None:
     names = {str(path.relative_to(ROOT)) for path in environment.sources()}
-    assert {"bridge/serve.py", "bridge/worker/__main__.py", "client/bridge.sh", "protocol/PROTOCOL.md"} <= names
+    assert {"bridge/cli/serve.py", "bridge/worker/__main__.py", "client/bridge.sh", "protocol/PROTOCOL.md"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
 
 

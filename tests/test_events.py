@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge.events import LAST_KIND, REMEMBERED, TABLE, Events, Subscription, time_of_day
+from bridge.log.events import LAST_KIND, REMEMBERED, TABLE, Events, Subscription, time_of_day
 from protocol.operations import EVENT_KINDS
 from protocol.replies import Event
 

@@ -17,15 +17,15 @@ import trio
 import trio.testing
 from helpers import Inside, Wire, daemon, eventually
 
-from bridge import gate as gate_module
-from bridge.access import Identity, Role
+from bridge.access import gate as gate_module
+from bridge.access.config import Allowance, Allowances, UserAllowance
+from bridge.access.gate import Gate
+from bridge.access.guard import Guard
+from bridge.access.peer import Peer
+from bridge.access.roles import Identity, Role
+from bridge.access.tokens import Token, Tokens, issue, revoke
 from bridge.config import Access, Config, ConfigError, Limits
-from bridge.config_access import Allowance, Allowances, UserAllowance
-from bridge.gate import Gate
-from bridge.guard import Guard
-from bridge.peer import Peer
 from bridge.server import Server
-from bridge.tokens import Token, Tokens, issue, revoke
 from protocol.errors import BridgeError, ErrorCode
 
 OTHER = 65534
@@ -222,7 +222,7 @@ async def test_fault_26_wrong_tokens_one_connection(tokens: str, monkeypatch: py
 async def test_fault_26_ten_thousand_wrong_tokens(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From many connections, many at a time on each: all are refused, nothing stays of them, the right one gets in."""
     secret = issue(tokens, "ci", "user")
-    monkeypatch.setattr("bridge.guard.FIRST", 0.0)  # the delay, which has a test of its own, would take hours
+    monkeypatch.setattr("bridge.access.guard.FIRST", 0.0)  # the delay, which has a test of its own, would take hours
     looked_at: list[str] = []
     find = Tokens.find
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.guard import FORGOTTEN, LONGEST, REMEMBERED, Guard
+from bridge.access.guard import FORGOTTEN, LONGEST, REMEMBERED, Guard
 
 
 def test_each_failure_makes_the_next_wait_longer() -> None:

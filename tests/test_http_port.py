@@ -20,8 +20,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from bridge.config import Http
-from bridge.http_port import HEADERS, HttpPort
-from bridge.ports import MOST
+from bridge.watching.http_port import HEADERS, HttpPort
+from bridge.watching.ports import MOST
 
 LOTS = 50_000_000  # bytes, more than sockets take without a reader
 GET = b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.config import Jobs
-from bridge.job import Book, Job, JobState, failure, read_request
+from bridge.jobs.job import Book, Job, JobState, failure, read_request
 from protocol.commands import ChatStream, Embed, Infer, InferMulti, InferStream
 from protocol.errors import BridgeError, ErrorCode
 

@@ -15,10 +15,10 @@ import pytest
 import trio
 from helpers import Inside, Line, Place, Wire, daemon, eventually, spawned
 
-from bridge import job_disk, job_store
+from bridge.access.config import Access, Allowances, UserAllowance
+from bridge.access.tokens import issue, revoke
 from bridge.config import Jobs
-from bridge.config_access import Access, Allowances, UserAllowance
-from bridge.tokens import issue, revoke
+from bridge.jobs import disk, store
 from protocol.options import LoadOptions
 
 SLOW = "echo?step_ms=20"
@@ -249,7 +249,7 @@ async def test_switched_off(tmp_path: Path) -> None:
 @pytest.mark.faults
 async def test_fault_29_no_room_for_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """SUBMIT is told, what runs fails, and all else goes on; when there is room again, so do jobs."""
-    monkeypatch.setattr(job_disk, "_RETRY", 0.05)
+    monkeypatch.setattr(disk, "_RETRY", 0.05)
     async with daemon(SLOW) as place, await place.unix() as wire, await place.unix() as other:
         job = await submitted(wire, f"{LONG} {'a' * 5000}")
         await other.start(f"ATTACH {job}")
@@ -387,7 +387,7 @@ async def test_a_drain_whose_time_is_over(tmp_path: Path) -> None:
 
 async def test_two_daemons_and_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is told, and has the jobs as soon as the first is gone."""
-    monkeypatch.setattr(job_disk, "_RETRY", 0.05)
+    monkeypatch.setattr(disk, "_RETRY", 0.05)
     jobs = {"dir": str(tmp_path)}
     async with daemon("echo", jobs=jobs) as first, await first.unix() as wire:
         job = await submitted(wire, "INFER max_tokens=1 a")
@@ -519,13 +519,13 @@ async def test_fault_29_stopped_at_once_with_a_full_disk(monkeypatch: pytest.Mon
     """What ran ended with the daemon; that it cannot be stored either ends nothing more."""
 
     def write(_self: object, _changes: object) -> None:
-        raise job_store.StoreError("database or disk is full")
+        raise store.StoreError("database or disk is full")
 
     async with daemon(SLOW) as place:
         async with await place.unix() as wire:
             job = await submitted(wire, f"{LONG} a")
             await until(place, job, state="running")
-        monkeypatch.setattr(job_store.JobStore, "write", write)
+        monkeypatch.setattr(store.JobStore, "write", write)
 
 
 async def test_no_file_descriptor_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from bridge import job_disk
 from bridge.config import Jobs
-from bridge.job import Book, Job, JobState, read_request
-from bridge.job_disk import JobDisk
-from bridge.job_store import JobStore, StoreError
+from bridge.jobs import disk as disk_module
+from bridge.jobs.disk import JobDisk
+from bridge.jobs.job import Book, Job, JobState, read_request
+from bridge.jobs.store import JobStore, StoreError
 from protocol.errors import BridgeError, ErrorCode
 
 YEAR = 365 * 86_400.0
@@ -63,7 +63,7 @@ async def test_fault_29_the_clock_moved_a_year_between_two_daemons(
     """Put back, nothing is older than it is new; put forward, it looks like a year. What runs does not look at it."""
     await ended(tmp_path, ago=10.0)
     now = time.time()
-    monkeypatch.setattr(job_disk.time, "time", lambda: now + moved)
+    monkeypatch.setattr(disk_module.time, "time", lambda: now + moved)
     async with disk(tmp_path) as (_, book):
         [job] = book.jobs.values()
         assert bool(book.expired(time.monotonic())) == expired
@@ -127,7 +127,7 @@ class Told(list[str]):
 
 
 async def test_that_another_daemon_has_them_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_disk, "_RETRY", 0.0)
+    monkeypatch.setattr(disk_module, "_RETRY", 0.0)
     other = JobStore(tmp_path)
     one = JobDisk(tmp_path, Book(Jobs()), lambda job: None, lambda jobs, error: None)
     one._log = told = Told()  # type: ignore[assignment]
@@ -148,7 +148,7 @@ async def test_that_another_daemon_has_them_is_told_once(tmp_path: Path, monkeyp
 
 
 async def test_that_the_disk_is_full_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_disk, "_RETRY", 0.0)
+    monkeypatch.setattr(disk_module, "_RETRY", 0.0)
     async with disk(tmp_path) as (one, book):
         one._log = told = Told()  # type: ignore[assignment]
         job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, time.monotonic())

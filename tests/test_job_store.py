@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bridge.job_store import Change, JobStore, Row, StoreError, StoreLocked
+from bridge.jobs.store import Change, JobStore, Row, StoreError, StoreLocked
 
 CHARACTERS = st.text(st.characters(codec="utf-8"), max_size=20)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import structlog
 
-from bridge import journal, log
+from bridge import log
 from bridge.config import Log
-from bridge.journal import JournalLogger, encode, standard_error_goes_there
+from bridge.log import journal
+from bridge.log.journal import JournalLogger, encode, standard_error_goes_there
 
 SECRET = "what a client said"
 

@@ -114,65 +114,79 @@ def test_the_engine_is_behind_one_door() -> None:
 
 
 def test_what_only_some_install_is_imported_when_it_is_asked_for() -> None:
-    assert who_imports("prometheus_client") == {"bridge.prometheus"}
-    assert who_imports("starlette") == {"bridge.http_app"}
-    assert who_imports("hypercorn") == {"bridge.http_port"}
+    assert who_imports("prometheus_client") == {"bridge.watching.prometheus"}
+    assert who_imports("starlette") == {"bridge.watching.http_app"}
+    assert who_imports("hypercorn") == {"bridge.watching.http_port"}
     lazy = "hypercorn", "prometheus_client", "starlette", "huggingface_hub", "llama_cpp"
-    program = f"import sys, bridge.serve; print(sys.modules.keys() & set({lazy}))"
+    program = f"import sys, bridge.cli.serve; print(sys.modules.keys() & set({lazy}))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout == "set()\n"
 
 
 def test_who_has_no_port_for_it_loads_neither_tls_nor_http() -> None:
     """They take memory. The program that fetches models is a process of its own."""
-    assert who_imports("ssl") == {"bridge.tls", "bridge.models.download", "client.tls", "client.aio_link"}
-    assert who_imports("bridge.tls") == {"bridge.gate"}
-    assert who_imports("bridge.http_port") == who_imports("bridge.http_app") == {"bridge.ports"}
-    assert who_imports("bridge.prometheus") == {"bridge.http_app", "bridge.monitoring"}
-    late = "bridge.tls", "bridge.http_app", "bridge.http_port", "bridge.prometheus", "bridge.job_store"
-    program = f"import sys, bridge.serve; print(sys.modules.keys() & set({late}))"
+    assert who_imports("ssl") == {"bridge.access.tls", "bridge.models.download", "client.tls", "client.aio_link"}
+    assert who_imports("bridge.access.tls") == {"bridge.access.gate"}
+    assert (
+        who_imports("bridge.watching.http_port") == who_imports("bridge.watching.http_app") == {"bridge.watching.ports"}
+    )
+    assert who_imports("bridge.watching.prometheus") == {"bridge.watching.http_app", "bridge.handlers.monitoring"}
+    late = (
+        "bridge.access.tls",
+        "bridge.watching.http_app",
+        "bridge.watching.http_port",
+        "bridge.watching.prometheus",
+        "bridge.jobs.store",
+    )
+    program = f"import sys, bridge.cli.serve; print(sys.modules.keys() & set({late}))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout == "set()\n"
 
 
 def test_who_somebody_is_and_what_he_may_has_one_door_each() -> None:
-    assert who_imports("bridge.users") == who_imports("bridge.guard") == {"bridge.gate"}
-    assert who_imports("bridge.tokens") == {"bridge.gate", "bridge.cli_token"}
-    assert who_imports("pwd") == {"bridge.users"}
-    assert who_imports("hmac") == {"bridge.tokens"}
-    assert who_imports("bridge.permission") == {"bridge.session", "bridge.server", "bridge.submit"}
-    assert who_imports("bridge.gate") == {"bridge.daemon", "bridge.server", "bridge.session"}
+    assert who_imports("bridge.access.users") == who_imports("bridge.access.guard") == {"bridge.access.gate"}
+    assert who_imports("bridge.access.tokens") == {"bridge.access.gate", "bridge.cli.token"}
+    assert who_imports("pwd") == {"bridge.access.users"}
+    assert who_imports("hmac") == {"bridge.access.tokens"}
+    assert who_imports("bridge.permission") == {"bridge.session", "bridge.server", "bridge.handlers.submit"}
+    assert who_imports("bridge.access.gate") == {"bridge.daemon", "bridge.server", "bridge.session"}
 
 
 def test_only_handlers_translate_between_wire_and_worker() -> None:
-    # bridge.planner makes of LOAD's options, with what suits the machine, the worker's.
+    # bridge.pool.planner makes of LOAD's options, with what suits the machine, the worker's.
     both = who_imports("protocol.commands") & who_imports("bridge.ipc")
-    assert both <= {"bridge.dispatch", "bridge.generation", "bridge.loading", "bridge.lora", "bridge.planner"}
+    assert both <= {
+        "bridge.dispatch",
+        "bridge.handlers.generation",
+        "bridge.handlers.loading",
+        "bridge.handlers.lora",
+        "bridge.pool.planner",
+    }
 
 
 def test_the_log_has_one_door() -> None:
     """Who logs asks bridge.log; what is logged is what EVENTS tells; and the writer knows nothing of either."""
-    assert who_imports("structlog") == {"bridge.log", "bridge.events"}
-    assert who_imports("bridge.log_writer") == {"bridge.log"}
-    assert who_imports("bridge.events") == {"bridge.log", "bridge.subscribing"}
-    assert not imports("bridge.log_writer") & MODULES.keys()
+    assert who_imports("structlog") == {"bridge.log", "bridge.log.events"}
+    assert who_imports("bridge.log.writer") == {"bridge.log"}
+    assert who_imports("bridge.log.events") == {"bridge.log", "bridge.handlers.subscribing"}
+    assert not imports("bridge.log.writer") & MODULES.keys()
 
 
 @pytest.mark.parametrize(
     "module",
     [
-        "bridge.registry",
-        "bridge.entry",
-        "bridge.room",
-        "bridge.access",
-        "bridge.config_access",
-        "bridge.guard",
-        "bridge.health",
+        "bridge.pool.registry",
+        "bridge.pool.entry",
+        "bridge.pool.room",
+        "bridge.access.roles",
+        "bridge.access.config",
+        "bridge.access.guard",
+        "bridge.watching.health",
         "bridge.histogram",
         "bridge.intake",
-        "bridge.job",
+        "bridge.jobs.job",
         "bridge.providers.turnover",
-        "bridge.quota",
+        "bridge.access.quota",
         "bridge.models.fit",
         "bridge.worker.scheduler",
     ],
@@ -183,18 +197,18 @@ def test_what_decides_does_not_act(module: str) -> None:
 
 def test_the_database_is_behind_one_door() -> None:
     """And is not opened for who has no jobs: it takes memory."""
-    assert who_imports("sqlite3") == {"bridge.job_store"}
-    assert who_imports("bridge.job_store") == {"bridge.job_disk"}
-    code = "import sys, bridge.server; assert 'bridge.job_disk' in sys.modules; assert 'sqlite3' not in sys.modules"
+    assert who_imports("sqlite3") == {"bridge.jobs.store"}
+    assert who_imports("bridge.jobs.store") == {"bridge.jobs.disk"}
+    code = "import sys, bridge.server; assert 'bridge.jobs.disk' in sys.modules; assert 'sqlite3' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_service_manager_is_spoken_to_by_few() -> None:
-    assert not imports("bridge.systemd") & MODULES.keys()
-    assert not imports("bridge.journal") & MODULES.keys()
-    assert who_imports("bridge.journal") == {"bridge.log"}
-    assert who_imports("bridge.systemd") == {
-        f"bridge.{name}" for name in ("listeners", "serve", "server", "standing", "watchdog")
+    assert not imports("bridge.service.systemd") & MODULES.keys()
+    assert not imports("bridge.log.journal") & MODULES.keys()
+    assert who_imports("bridge.log.journal") == {"bridge.log"}
+    assert who_imports("bridge.service.systemd") == {
+        f"bridge.{name}" for name in ("listeners", "cli.serve", "server", "service.standing", "service.watchdog")
     }
 
 
@@ -211,6 +225,21 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
     for module in MODULES:
         walk(module, ())
+
+
+def room(module: str) -> str:
+    """The folder a module of the daemon is in; one that lies beside the folders is a room of its own."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_rooms_know_each_other_one_way() -> None:
+    """But for the two pairs named here: a section of the configuration is described where it is used, and what METRICS
+    tells of models is what MODELS does."""
+    known = {room(module): set[str]() for module in inside("bridge")}
+    for module in inside("bridge"):
+        known[room(module)] |= {room(name) for name in imports(module) & inside("bridge")}
+    both = {(a, b) for a in known for b in known[a] if a < b and a in known[b]}
+    assert both == {("bridge.access", "bridge.config"), ("bridge.handlers", "bridge.watching")}
 
 
 @pytest.mark.parametrize("module", ["pickle", "marshal", "shelve", "dill"])

@@ -19,9 +19,9 @@ from tiny_models import tiny_model
 from web import Page, Web, gguf
 
 from bridge.config import Pool, Store
-from bridge.library import Found, Library
 from bridge.models.converted import Converted
 from bridge.models.weights import examine
+from bridge.pool.library import Found, Library
 from protocol.options import LoadOptions
 
 FAST = LoadOptions(n_ctx=64, n_parallel=1, n_threads=1)

@@ -17,11 +17,11 @@ import trio
 import trio.testing
 from helpers import PATIENCE, daemon, eventually
 
-from bridge.access import Origin
+from bridge.access.config import Access
+from bridge.access.roles import Origin
 from bridge.config import Config, ConfigError, Limits
-from bridge.config_access import Access
 from bridge.listeners import Listener, ListenError, accept_forever, open_listeners
-from bridge.systemd import Inherited
+from bridge.service.systemd import Inherited
 from protocol.address import Tcp, Unix
 
 Accepted = list[tuple[socket.socket, Origin]]

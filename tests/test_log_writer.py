@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import PATIENCE
 
-from bridge.log_writer import LogWriter
+from bridge.log.writer import LogWriter
 
 
 def note(lost: int) -> str:

@@ -13,10 +13,10 @@ from helpers import Inside, Line, Wire, daemon
 from test_llama_lora import adapter
 from tiny_models import tiny_model
 
-from bridge.adapters import Adapters
 from bridge.config import Config, Pool, Store
-from bridge.entry import Entry, Spec
-from bridge.library import Library
+from bridge.pool.adapters import Adapters
+from bridge.pool.entry import Entry, Spec
+from bridge.pool.library import Library
 from protocol.errors import BridgeError
 from protocol.options import LoadOptions
 
@@ -316,7 +316,7 @@ async def test_a_check_is_made_once_and_again_when_either_file_changed(
 async def test_a_bounded_number_of_checks_is_remembered(
     tmp_path: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.adapters._REMEMBERED", 2)
+    monkeypatch.setattr("bridge.pool.adapters._REMEMBERED", 2)
     model = tiny_model(tmp_path, "llama")
     adapters = Adapters(library)
     for number in range(4):

@@ -9,7 +9,7 @@ import click
 import pytest
 from manual import FOLDER, PAGES, commands, escape, listed, paragraphs
 
-from bridge.cli import cli
+from bridge.cli.main import cli
 
 
 @pytest.mark.parametrize("name", PAGES)

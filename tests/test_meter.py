@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from bridge.meter import INTERVAL, Meter, Reading
-from bridge.programs import Progress
+from bridge.pool.meter import INTERVAL, Meter, Reading
+from bridge.pool.programs import Progress
 
 
 class Clock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bridge import ipc
-from bridge.metrics import MOST_MODELS, Metrics, ModelMetrics, model_of, outcome_of
+from bridge.telemetry.metrics import MOST_MODELS, Metrics, ModelMetrics, model_of, outcome_of
 from protocol.replies import Failed, Final, Ok, Reply
 
 

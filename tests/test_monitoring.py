@@ -11,8 +11,8 @@ import pytest
 from helpers import Inside, Line, daemon, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
+from bridge.access.config import Access
 from bridge.config import Limits, Model, Pool
-from bridge.config_access import Access
 from protocol.options import LoadOptions
 
 LONG = "INFER_STREAM max_tokens=100000 ignore_eos=true"
@@ -201,8 +201,8 @@ async def test_prometheus_says_the_same() -> None:
 
 
 async def test_without_the_library_prometheus_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "bridge.prometheus", raising=False)
-    monkeypatch.delattr("bridge.prometheus", raising=False)
+    monkeypatch.delitem(sys.modules, "bridge.watching.prometheus", raising=False)
+    monkeypatch.delattr("bridge.watching.prometheus", raising=False)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     async with daemon("echo") as place, await place.unix() as wire:
         reply = await wire.ask("METRICS prometheus")

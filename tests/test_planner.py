@@ -9,10 +9,10 @@ import trio
 from tiny_models import N_CTX_TRAIN, tiny_model
 
 from bridge.config import Config, Store
-from bridge.entry import Spec
-from bridge.library import Library
-from bridge.planner import Planned, Planner
-from bridge.room import Memory
+from bridge.pool.entry import Spec
+from bridge.pool.library import Library
+from bridge.pool.planner import Planned, Planner
+from bridge.pool.room import Memory
 from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions
 

@@ -13,7 +13,7 @@ import trio.testing
 from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually, until_gone
 
 from bridge.config import Limits
-from bridge.entry import Entry, Spec, Terms
+from bridge.pool.entry import Entry, Spec, Terms
 from bridge.providers.local import LocalProvider
 
 LONG = "INFER_STREAM max_tokens=100000 ignore_eos=true"

@@ -11,8 +11,8 @@ from helpers import daemon
 
 from bridge.config import Agent, Config, Http
 from bridge.listeners import ListenError
-from bridge.ports import Ports
 from bridge.server import Server
+from bridge.watching.ports import Ports
 
 pytest.importorskip("hypercorn")
 ANY = "127.0.0.1:0"

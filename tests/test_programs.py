@@ -14,8 +14,8 @@ import trio
 import trio.testing
 from helpers import PATIENCE
 
-from bridge import programs
-from bridge.programs import OnProgress, Progress, Shared, run_program
+from bridge.pool import programs
+from bridge.pool.programs import OnProgress, Progress, Shared, run_program
 from protocol.errors import BridgeError
 
 Program = Callable[[str], str]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from bridge.histogram import FirstToken
-from bridge.measured import Distribution, Measured, MeasuredModel, Requests
+from bridge.watching.measured import Distribution, Measured, MeasuredModel, Requests
 
 parser = pytest.importorskip("prometheus_client.parser")
-prometheus = pytest.importorskip("bridge.prometheus")
+prometheus = pytest.importorskip("bridge.watching.prometheus")
 
 KNOWN = {  # name: type, as the projects have them that people's dashboards are made for
     "llamacpp:prompt_tokens_total": "counter",

@@ -10,7 +10,7 @@ import pytest
 from helpers import daemon
 
 import protocol
-from bridge.access import NEEDED, Role
+from bridge.access.roles import NEEDED, Role
 from protocol.commands import COMMANDS
 from protocol.errors import ErrorCode
 from protocol.operations import EVENT_KINDS

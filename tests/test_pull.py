@@ -30,7 +30,7 @@ from web import HEAD, Page, Web, gguf
 
 from bridge.models import download
 from bridge.models.store import SOURCES, locked, sources
-from bridge.programs import Progress, run_program
+from bridge.pool.programs import Progress, run_program
 from protocol.errors import BridgeError
 
 SHARDS = [gguf(50_000 + number, fill=number) for number in range(3)]

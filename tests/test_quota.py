@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import ipc
-from bridge.config_access import Allowance
-from bridge.quota import UNCOUNTED, Bucket, Quota
+from bridge.access.config import Allowance
+from bridge.access.quota import UNCOUNTED, Bucket, Quota
 from protocol.errors import BridgeError
 
 TIMINGS = ipc.Timings(0.0, 0.0, 0.0, 0.0)

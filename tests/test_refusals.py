@@ -9,7 +9,7 @@ import structlog
 import trio
 from trio.testing import MockClock
 
-from bridge.refusals import EVERY, Refusals
+from bridge.telemetry.refusals import EVERY, Refusals
 from protocol.errors import ErrorCode
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from bridge.entry import Entry, Spec, State, Terms
 from bridge.models.stamp import FileStamp
-from bridge.registry import (
+from bridge.pool.entry import Entry, Spec, State, Terms
+from bridge.pool.registry import (
     ALL,
     CONFIGURATION,
     CRASH_WINDOW,
@@ -20,7 +20,7 @@ from bridge.registry import (
     Stop,
     name_of,
 )
-from bridge.room import Memory
+from bridge.pool.room import Memory
 from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions
 

@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from bridge.entry import Entry, Spec, State, Terms
 from bridge.models.stamp import FileStamp
-from bridge.registry import ALL, CONFIGURATION, MOST_NAMES, Effect, Registry, Start
-from bridge.room import NONE, Memory
+from bridge.pool.entry import Entry, Spec, State, Terms
+from bridge.pool.registry import ALL, CONFIGURATION, MOST_NAMES, Effect, Registry, Start
+from bridge.pool.room import NONE, Memory
 from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions
 

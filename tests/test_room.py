@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.room import Memory, Resident, Room, make_room
+from bridge.pool.room import Memory, Resident, Room, make_room
 
 OLD = Resident("old", Memory(100), last_used=1.0)
 NEW = Resident("new", Memory(100), last_used=2.0)

@@ -16,7 +16,7 @@ import trio
 from click.testing import CliRunner
 from helpers import PATIENCE, SERVE, Spawned, Wire, daemon, eventually, serve, spawned, until_gone
 
-from bridge.serve import serve as serve_command
+from bridge.cli.serve import serve as serve_command
 
 LONG = "INFER_STREAM max_tokens=100000 ignore_eos=true a"
 SECRET = "cherry-blossom"

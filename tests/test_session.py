@@ -13,12 +13,13 @@ import trio
 import trio.testing
 from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually
 
-from bridge import dispatch, generation, ipc, log
+from bridge import dispatch, ipc, log
+from bridge.access.peer import Peer
 from bridge.call import Call
 from bridge.config import Limits
-from bridge.peer import Peer
+from bridge.handlers import generation
 from bridge.providers.base import Asking
-from bridge.receipts import Totals
+from bridge.telemetry.receipts import Totals
 from protocol.commands import Ping, Show
 from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions

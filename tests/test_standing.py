@@ -10,10 +10,10 @@ import trio
 import trio.testing
 from helpers import Inside, daemon, eventually
 
+from bridge.access.gate import Gate
 from bridge.config import Model
 from bridge.daemon import Daemon
-from bridge.gate import Gate
-from bridge.standing import Standing, describe, is_idle
+from bridge.service.standing import Standing, describe, is_idle
 
 
 def inside(place: Inside) -> Daemon:

@@ -10,14 +10,15 @@ import pytest
 import trio
 from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually, spawned
 
-from bridge import log, subscribing
+from bridge import log
+from bridge.access.config import Access
+from bridge.access.peer import Peer
 from bridge.call import Call
 from bridge.config import Limits, Log, Pool
-from bridge.config_access import Access
-from bridge.events import EVENTS
-from bridge.peer import Peer
+from bridge.handlers import subscribing
+from bridge.log.events import EVENTS
 from bridge.providers.base import Asking
-from bridge.receipts import Totals
+from bridge.telemetry.receipts import Totals
 from protocol.commands import Events
 
 

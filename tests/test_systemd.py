@@ -18,7 +18,7 @@ import pytest
 import trio
 from helpers import PATIENCE, ROOT, SERVE, Place, Spawned, eventually, serve, spawned, until_gone
 
-from bridge.systemd import Inherited, Manager
+from bridge.service.systemd import Inherited, Manager
 
 UNITS = ROOT / "systemd"
 OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")

@@ -18,9 +18,9 @@ import trio
 import trustme
 from helpers import PATIENCE, Inside, Wire, daemon, eventually
 
-from bridge import tls
+from bridge.access import tls
+from bridge.access.tokens import issue
 from bridge.config import Access, ConfigError, Limits, Tls, read_config
-from bridge.tokens import issue
 from client import AsyncClient, Client, ConnectionLost, Unauthorized, Unreachable
 from client.tls import TlsSocket
 from protocol.address import Tls as TlsAddress

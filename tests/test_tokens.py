@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.cli_token import token as token_command
-from bridge.config_access import Allowance
-from bridge.tokens import PREFIX, TokenError, Tokens, digest_of, issue, parse_line, read_tokens, revoke
+from bridge.access.config import Allowance
+from bridge.access.tokens import PREFIX, TokenError, Tokens, digest_of, issue, parse_line, read_tokens, revoke
+from bridge.cli.token import token as token_command
 
 HEX = "a" * 64
 

@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from helpers import PATIENCE, ROOT, spawned
 from scripted import Peer, answers, honest, once, scripted
 
-from bridge.cli import cli
-from bridge.top import Watcher
+from bridge.cli.main import cli
+from bridge.cli.top import Watcher
 from client import Client
 from protocol.commands import Events, Queue, Status
 from protocol.replies import Failed, Ok

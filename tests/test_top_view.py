@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from bridge.top_view import MOST_EVENTS, Moment, frame, speeds
+from bridge.cli.top_view import MOST_EVENTS, Moment, frame, speeds
 from client.results import ModelState, QueuedRequest, Status, Totals
 from protocol.replies import Event
 

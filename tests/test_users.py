@@ -11,8 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from bridge import users
-from bridge.users import Users, names_of
+from bridge.access import users
+from bridge.access.users import Users, names_of
 
 
 def test_oneself() -> None:

@@ -13,9 +13,9 @@ import trio
 import trio.testing
 from helpers import PATIENCE, daemon, eventually
 
-from bridge import watchdog
-from bridge.systemd import Manager
-from bridge.watchdog import examine, feed
+from bridge.service import watchdog
+from bridge.service.systemd import Manager
+from bridge.service.watchdog import examine, feed
 
 
 class Pool:

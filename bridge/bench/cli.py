@@ -18,7 +18,7 @@ from bridge.bench.report import Report
 from bridge.bench.rounds import Plan, measure
 from bridge.bench.targets import Bridge, LlamaServer, Sampling, Target, TargetError
 from bridge.bench.trials import trial
-from bridge.cli_types import ModelName
+from bridge.cli.types import ModelName
 from protocol.address import Address, Unix, default_socket, parse_address
 
 

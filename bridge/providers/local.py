@@ -22,7 +22,6 @@ import trio
 from bridge import ipc, log
 from bridge.config import Limits
 from bridge.frames import FrameBuffer, decode_to_daemon, encode
-from bridge.metrics import Metrics
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
 from bridge.providers.admission import Admission
@@ -30,7 +29,8 @@ from bridge.providers.base import Answer, Ask, Asking, Bill, Crashed, Progress
 from bridge.providers.chatter import Chatter
 from bridge.providers.liveness import Liveness
 from bridge.providers.peers import absent
-from bridge.receipts import Totals
+from bridge.telemetry.metrics import Metrics
+from bridge.telemetry.receipts import Totals
 from protocol.errors import BridgeError, ErrorCode
 
 _REAP_SECONDS = 2.0

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from bridge import __version__
-from bridge.cli import cli
+from bridge.cli.main import cli
 
 FOLDER = Path(__file__).resolve().parent
 CONFIG = FOLDER.parent / "config.toml"

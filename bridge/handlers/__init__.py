@@ -1,0 +1,1 @@
+"""What answers the commands: a module for each kind, tabled in ``bridge.dispatch``."""
