@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from bridge.daemon import Daemon
-from bridge.handlers.monitoring import exposition
 from bridge.watching.health import Condition, look
 from bridge.watching.measured import measure
-from bridge.watching.prometheus import CONTENT_TYPE
+from bridge.watching.prometheus import CONTENT_TYPE, exposition
 
 _FIT = (Condition.READY, Condition.OVERLOADED)
 
 
 def make_app(daemon: Daemon) -> Starlette:
     async def metrics(_request: Request) -> Response:
-        return Response(await exposition(measure(daemon)), media_type=CONTENT_TYPE)
+        return Response(await trio.to_thread.run_sync(exposition, measure(daemon)), media_type=CONTENT_TYPE)
 
     async def healthz(_request: Request) -> Response:
         """That it answers is the answer."""
