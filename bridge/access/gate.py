@@ -122,7 +122,7 @@ class Gate:
             if token is None or _expired(token.ends):
                 raise _revoked(name)
             return self._identity_of(token)
-        absent = Peer(0, roles.origin_of(self._config.access, owner))
+        absent = Peer(0, roles.origin_of(owner))
         absent.identity = await self.identify(absent)
         if absent.identity.role is Role.NONE:
             raise BridgeError(ErrorCode.UNAUTHORIZED, f"{owner} may not use this bridge any more")
