@@ -6,9 +6,9 @@ import itertools
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -39,6 +39,8 @@ from bridge.telemetry.receipts import Totals
 from bridge.watching.ports import Ports
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, encode_reply
+
+T = TypeVar("T")
 
 LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts off
 _BURIAL = 15.0  # seconds, more than it takes until all workers are gone
@@ -82,6 +84,7 @@ class Server:
         listeners = self._listeners
         try:
             async with trio.open_nursery() as workers:
+                self._workers = workers
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
                 metrics = Metrics()
@@ -123,7 +126,12 @@ class Server:
         self._log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:
-        """Reads the configuration anew. Raises BridgeError (bad_config)."""
+        """Reads the configuration anew, to the end, whether who asks waits for that or not. Raises BridgeError
+        (bad_config).
+        """
+        return await _to_its_end(self._workers, self._reload)
+
+    async def _reload(self) -> dict[str, Any]:
         self._manager.reloading()
         try:
             return await self._configured.reload()
@@ -258,6 +266,28 @@ class Server:
         while self._sessions:
             self._all_gone = trio.Event()
             await self._all_gone.wait()
+
+
+async def _to_its_end(nursery: trio.Nursery, work: Callable[[], Awaitable[T]]) -> T:
+    """What ``work`` comes to, or raises. It goes on in ``nursery`` when who waits for it here is cancelled."""
+    ended = trio.Event()
+    error: Exception | None = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")  # unless it gets there
+    value: T
+
+    async def go_on() -> None:
+        nonlocal error, value
+        try:
+            value, error = await work(), None
+        except Exception as raised:
+            error = raised
+        finally:
+            ended.set()
+
+    nursery.start_soon(go_on)
+    await ended.wait()
+    if error is not None:
+        raise error
+    return value
 
 
 async def run(config: Config, read: Callable[[], Config], manager: Manager) -> int:
