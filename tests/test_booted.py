@@ -181,6 +181,8 @@ async def test_one_of_several_bridges(service: Machine) -> None:
     try:
         assert await service.daemon_pid() != first
         assert service.show("ActiveState", "llama-bridge@two.service") == "active"
+        async with await service.unix() as wire:
+            assert (await wire.ask("JOBS"))["data"] == [], "it is not told that the first one has them"
     finally:
         service.path = service.inside("/run/llama-bridge/bridge.sock")
         service.systemctl("stop", "llama-bridge@two.socket", "llama-bridge@two.service")
@@ -191,6 +193,21 @@ async def test_a_bad_configuration_is_not_tried_again(service: Machine) -> None:
     assert service.try_run("systemctl", "start", "llama-bridge.service").returncode != 0
     assert service.show("ActiveState") == "failed"
     assert service.show("NRestarts") == "0"
+
+
+async def test_a_crash_at_each_start_is_never_given_up(service: Machine) -> None:
+    """As while an upgrade has taken its files away. Who connected meanwhile waits, and is answered at last."""
+    drop_in(service, "service", "[Service]\nExecStartPre=test -e /run/mended\n")
+    async with await service.unix() as wire:
+        await wire.send("PING")
+
+        async def tried() -> bool:
+            return int(service.show("NRestarts")) > 6
+
+        await eventually(tried, lambda: service.systemctl("show", "llama-bridge.service"))
+        service.run("touch", "/run/mended")
+        assert (await wire.line())["data"] == "pong"
+    service.run("rm", "/run/mended")
 
 
 async def test_tokens_are_a_credential(service: Machine) -> None:
