@@ -67,7 +67,7 @@ def good(*arguments: str, stdin: str = "") -> str:
     [
         ("ping", ["pong"]),
         ("hello", ["llama-bridge 9.9, protocol 1", "features: chat", "clients  4"]),
-        ("status", ["Model loaded: /models/tiny.gguf", "version 9.9", "tiny *"]),
+        ("status", ["Model loaded: /models/tiny.gguf", "version 9.9, pid 0, up 0 s, 0 clients", "tiny *"]),
         ("health", ["ready: 1 run and 0 wait, in 4 slots"]),
         ("metrics", ["up 60 s, 42.0 MB, 3 clients", "tiny", "500", "50%", "77", "125.0 ms", "(no command)", "70"]),
         ("metrics --prometheus", ["# TYPE a gauge\na 1\n"]),
