@@ -37,7 +37,7 @@ from scripted import (
 )
 
 import client
-from client import Client, aio, calls
+from client import Client, NotFound, aio, calls
 from client.errors import error_of
 from client.results import (
     Adapter,
@@ -517,13 +517,16 @@ def test_jobs() -> None:
         submitted = bridge.submit(Infer(prompt='a "b"\n', max_tokens=3), ttl_s=60)
         assert submitted == Submitted(job=JOB["job"], ttl_s=60)
         bridge.submit("EMBED a")
-        assert bridge.jobs(all=True) == [Job(**JOB)]
+        assert bridge.jobs(all=True) == bridge.jobs(JOB["job"]) == [Job(**JOB)]
+        with pytest.raises(NotFound):
+            bridge.jobs("another")
         assert bridge.jobs_cancel("x").state == "cancelled"
         assert bridge.jobs_forget("x") is None
         lines = [r'INFER {"max_tokens":3,"prompt":"a \"b\"\n"}', "EMBED a"]
         assert server.seen == [
             Submit(request=lines[0], ttl_s=60), Submit(request=lines[1]),
-            Jobs(all=True), Jobs(action="cancel", job="x"), Jobs(action="forget", job="x"),
+            Jobs(all=True), Jobs(job=JOB["job"]), Jobs(job="another"),
+            Jobs(action="cancel", job="x"), Jobs(action="forget", job="x"),
         ]  # fmt: skip
 
 
