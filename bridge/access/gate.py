@@ -88,7 +88,6 @@ class Gate:
 
         Raises BridgeError, which ``client`` is to be told; OSError, TooSlowError where TLS cannot be spoken with it.
         """
-        self.peers.add(peer)
         if peer.origin.tls:
             from bridge.access import tls
 
