@@ -465,13 +465,7 @@ def test_an_interrupted_pull_leaves_the_daemon_at_once() -> None:
 
     with scripted(fetches) as server:
         command = [sys.executable, "-m", "bridge", "pull", "x", "--socket", server.address]
-        # Who is started in the background may be made to ignore the signal, and its children would inherit that.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        finally:
-            signal.signal(signal.SIGINT, before)
-        with process:
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             out, err = process.communicate()
         assert (process.returncode, out, err.strip()) == (1, b"", b"Aborted!")
         server.await_end(0)
