@@ -25,7 +25,7 @@ from starlette.routing import Route
 from bridge.access.roles import NOWHERE
 from bridge.access.tls import server_context, shake_hands
 from bridge.config import Http, Tls
-from bridge.watching.http_port import HEADERS, HttpPort
+from bridge.watching.http_port import HEADERS, READ, HttpPort
 from bridge.watching.ports import MOST
 
 LOTS = 50_000_000  # bytes, more than sockets take without a reader
@@ -143,6 +143,16 @@ async def test_who_never_ends_its_body_is_cut(autojump_clock: trio.testing.MockC
     async with served() as (stream, _):
         await stream.send_all(b"POST /small HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1")
         assert (await answer(stream)).startswith(b"HTTP/1.1 405")
+
+
+async def test_who_says_that_it_will_speak_http2_and_says_no_more_is_cut(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with served() as (stream, _):
+        began = trio.current_time()
+        await stream.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        assert len(await answer(stream)) > 0  # its settings, by RFC 9113, 3.4
+        assert trio.current_time() - began <= READ < 30
 
 
 async def test_a_bug_is_its_own_requests_alone() -> None:

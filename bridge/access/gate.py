@@ -88,7 +88,6 @@ class Gate:
 
         Raises BridgeError, which ``client`` is to be told; OSError, TooSlowError where TLS cannot be spoken with it.
         """
-        self.peers.add(peer)
         if peer.origin.tls:
             self._check_strangers()
             client, peer.origin = await self.shake_hands(client, peer.origin)
@@ -126,7 +125,7 @@ class Gate:
             if token is None or _expired(token.ends):
                 raise _revoked(name)
             return self._identity_of(token)
-        absent = Peer(0, roles.origin_of(self._config.access, owner))
+        absent = Peer(0, roles.origin_of(owner))
         absent.identity = await self.identify(absent)
         if absent.identity.role is Role.NONE:
             raise BridgeError(ErrorCode.UNAUTHORIZED, f"{owner} may not use this bridge any more")

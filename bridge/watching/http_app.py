@@ -6,6 +6,7 @@ be there, or for the holder of a token, ``Authorization: Bearer TOKEN`` (RFC 675
 
 from __future__ import annotations
 
+import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -14,10 +15,9 @@ from starlette.routing import Route
 from bridge.access.peer import Peer
 from bridge.access.roles import NEEDED, check_role
 from bridge.daemon import Daemon
-from bridge.handlers.monitoring import exposition
 from bridge.watching.health import Condition, look
 from bridge.watching.measured import measure
-from bridge.watching.prometheus import CONTENT_TYPE
+from bridge.watching.prometheus import CONTENT_TYPE, exposition
 from protocol.errors import BridgeError, ErrorCode
 
 _FIT = (Condition.READY, Condition.OVERLOADED)
@@ -33,7 +33,7 @@ def make_app(daemon: Daemon) -> Starlette:
         except BridgeError as error:
             status = 401 if error.code == ErrorCode.UNAUTHORIZED else 403
             return PlainTextResponse(f"{error}\n{_HOW}\n", status, {"WWW-Authenticate": "Bearer"})
-        return Response(await exposition(measure(daemon)), media_type=CONTENT_TYPE)
+        return Response(await trio.to_thread.run_sync(exposition, measure(daemon)), media_type=CONTENT_TYPE)
 
     async def healthz(_request: Request) -> Response:
         """That it answers is the answer."""

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 HEADERS = 16 * 1024  # bytes of a request's line and headers
 IDLE = 5.0  # seconds that a connection has for its headers, and from one request to the next
-BODY = 30  # seconds in which something of a request's body comes
+READ = 10  # seconds for a piece of a body, the first request of HTTP/2, and an answer: Prometheus waits no longer
 
 
 class HttpPort:
@@ -64,7 +64,7 @@ def _configure() -> Config:
     config.logger_class = _Logger
     config.errorlog = None
     config.keep_alive_timeout = IDLE
-    config.read_timeout = BODY
+    config.read_timeout = READ
     config.h11_max_incomplete_size = HEADERS
     config.h2_max_header_list_size = HEADERS
     config.h2_max_concurrent_streams = 16
