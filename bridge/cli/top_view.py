@@ -6,12 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bridge.cli.events import about
-<<<<<<< HEAD
-from bridge.cli.tables import in_bytes, in_time
+from bridge.cli.tables import counted, in_bytes, in_time
 from bridge.cli.top_rates import ModelNow, Moment, Now, Requests, failed, tell
-=======
-from bridge.cli.tables import NOT_LOADED, counted, in_bytes, in_time, leaves
->>>>>>> main
 from client import Event
 
 if TYPE_CHECKING:
@@ -78,10 +74,10 @@ def frame(before: Moment | None, now: Moment, height: int | None, *, width: int 
     return Group(*parts, *_events(now.events))
 
 
-<<<<<<< HEAD
 def _head(now: Now) -> Iterable[RenderableType]:
     state = f", {now.state}" if now.state else ""
-    bridge = f"llama-bridge {now.version}{state}, pid {now.pid}, up {in_time(now.uptime_s)}, {now.clients} clients"
+    clients = counted(now.clients, "client")
+    bridge = f"llama-bridge {now.version}{state}, pid {now.pid}, up {in_time(now.uptime_s)}, {clients}"
     yield _line(bridge, "" if now.state in ("", "ready") else "yellow")
     yield _line(_work(now.models) + (_speed(now.models) if now.seconds else "") + _memory(now.models))
     if now.outcomes_per_s is not None:
@@ -104,19 +100,6 @@ def _speed(models: list[ModelNow]) -> str:
 
 
 def _memory(models: list[ModelNow]) -> str:
-=======
-def _head(now: Moment, models: list[ModelState], speed: dict[str, Speed]) -> Iterable[str]:
-    status = now.status
-    assert status
-    draining = ", draining" if status.draining else ""
-    yield (
-        f"llama-bridge {status.version}, pid {status.pid}, up {in_time(status.uptime_s)}, "
-        f"{counted(status.clients, 'client')}{draining}"
-    )
-    running = sum(model.running for model in models)
-    waiting = sum(model.queued + model.waiting for model in models)
-    host = in_bytes(sum(model.memory for model in models))
->>>>>>> main
     gpu = sum(model.gpu_memory for model in models)
     return f"; memory {in_bytes(sum(model.memory for model in models))}" + (f", GPU {in_bytes(gpu)}" if gpu else "")
 
