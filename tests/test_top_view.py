@@ -109,6 +109,8 @@ def test_who_may_not_know_is_told_so() -> None:
     lines = shown(replace(NOW, at=0.0), now)
     assert lines[2] == "you are alice, user: what METRICS and EVENTS tell is for others"
     assert "requests/s" not in "\n".join(lines)
+    assert lines[4].split() == ["model", "state", "slots", "wait", "tok/s", "died"]
+    assert "the last 10 s" in lines
 
 
 def test_a_model_that_cannot_be_loaded_is_shown_while_it_is_asked_for() -> None:

@@ -21,9 +21,12 @@ _AROUND = 7  # lines of a frame beside its head and its rows: titles, blank ones
 
 
 class _Column(NamedTuple):
+    """``wide`` is one that is shown where there is room, ``measured`` one that METRICS alone tells."""
+
     title: str
     cell: Callable[[ModelNow], Any]
-    wide: bool = False  # only where there is room
+    wide: bool = False
+    measured: bool = False
 
 
 _COLUMNS = (
@@ -35,16 +38,16 @@ _COLUMNS = (
     _Column("wait", lambda model: model.waiting),
     _Column("tok/s", lambda model: _number(model.tokens_per_s)),
     _Column("prompts", lambda model: _number(model.prompt_tokens_per_s), wide=True),
-    _Column("first", lambda model: _seconds(model.first_token_p50)),
-    _Column("p95", lambda model: _seconds(model.first_token_p95)),
-    _Column("next", lambda model: _seconds(model.between_tokens_p50), wide=True),
-    _Column("p95", lambda model: _seconds(model.between_tokens_p95), wide=True),
-    _Column("hits", lambda model: None if model.cached is None else f"{model.cached:.0%}"),
-    _Column("ok/s", lambda model: _number(model.ok_per_s)),
-    _Column("bad/s", lambda model: _number(model.failed_per_s)),
+    _Column("first", lambda model: _seconds(model.first_token_p50), measured=True),
+    _Column("p95", lambda model: _seconds(model.first_token_p95), measured=True),
+    _Column("next", lambda model: _seconds(model.between_tokens_p50), wide=True, measured=True),
+    _Column("p95", lambda model: _seconds(model.between_tokens_p95), wide=True, measured=True),
+    _Column("hits", lambda model: None if model.cached is None else f"{model.cached:.0%}", measured=True),
+    _Column("ok/s", lambda model: _number(model.ok_per_s), measured=True),
+    _Column("bad/s", lambda model: _number(model.failed_per_s), measured=True),
     _Column("died", lambda model: model.restarts),
 )
-_CAPTION = "the last {}; first token: median and p95; hits in the cache; bad: failed"
+_LEGEND = "first token: median and p95; hits in the cache; bad: failed"
 
 
 def frame(before: Moment | None, now: Moment, height: int | None, *, width: int = 80) -> RenderableType:
@@ -60,11 +63,10 @@ def frame(before: Moment | None, now: Moment, height: int | None, *, width: int 
     left = None if height is None else max(LEAST_ROWS, height - _AROUND - len(head) - len(told.models) - MOST_EVENTS)
     parts = [*head, Text("")]
     if told.models:
-        columns = [column for column in _COLUMNS if width >= WIDE or not column.wide]
-        rows = ([column.cell(model) for column in columns] for model in told.models)
-        parts.append(_table([column.title for column in columns], rows))
+        parts.append(_models(told, wide=width >= WIDE))
         if told.seconds:
-            parts.append(_line(_CAPTION.format(in_time(told.seconds)), "dim"))
+            legend = "" if "METRICS" in told.hidden else f"; {_LEGEND}"
+            parts.append(_line(f"the last {in_time(told.seconds)}{legend}", "dim"))
     else:
         parts.append(Text("no model is loaded"))
     if now.requests:
@@ -106,6 +108,13 @@ def _memory(models: list[ModelNow]) -> str:
 
 def _each(rates: Mapping[str, float]) -> str:
     return ": " + ", ".join(f"{_number(rate)} {what}" for what, rate in rates.items()) if rates else ""
+
+
+def _models(now: Now, *, wide: bool) -> Table:
+    measured = "METRICS" not in now.hidden
+    columns = [one for one in _COLUMNS if (wide or not one.wide) and (measured or not one.measured)]
+    rows = ([column.cell(model) for column in columns] for model in now.models)
+    return _table([column.title for column in columns], rows)
 
 
 def _line(text: str, style: str = "") -> RenderableType:
