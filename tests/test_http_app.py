@@ -227,6 +227,8 @@ async def test_over_tls(tokens: str, tmp_path: Path) -> None:
         assert (await ask(place, "/metrics", context=context, authorization=f"Bearer {secret}"))[0] == 200
         assert (await ask(place, "/metrics", context=named))[0] == 200, "a certificate says who it is, too"
         assert (await ask(place, "/healthz"))[::2] == (400, "This port speaks TLS alone\n")
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await ask(place, "/healthz", context=ssl.create_default_context())  # breaks off the handshake
         assert (await ask(place, "/healthz", context=context))[0] == 200
         assert not place.server._gate.peers, "who watches takes no client's place"
 

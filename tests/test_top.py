@@ -158,7 +158,7 @@ def test_a_user_of_a_daemon() -> None:
         result = CliRunner().invoke(cli, [*ONCE, "--json", "--tcp", f"127.0.0.1:{place.port}"])
         assert (result.exit_code, result.stderr) == (0, "")
         told = orjson.loads(result.stdout)
-        assert (told["name"], told["role"], told["hidden"]) == ("127.0.0.1", "user", ["METRICS", "EVENTS"])
+        assert (told["you"], told["role"], told["hidden"]) == ("127.0.0.1", "user", ["METRICS", "EVENTS"])
         [model] = told["models"]
         assert (model["tokens_per_s"], model["outcomes_per_s"], model["first_token_p50"]) == (0.0, None, None)
 

@@ -101,8 +101,7 @@ class ModelNow(Struct, frozen=True, kw_only=True):
 class Now(Struct, frozen=True, kw_only=True):
     """A bridge. ``seconds`` are those that rates and times are of; without any yet there are none of either.
 
-    ``name`` and ``role`` are of who asks, who may not use the commands ``hidden``. ``refused_per_s`` are clients that
-    were turned away, by code.
+    ``you`` is who asks, and may not use the commands ``hidden``. ``refused_per_s`` are clients turned away, by code.
     """
 
     version: str
@@ -110,7 +109,7 @@ class Now(Struct, frozen=True, kw_only=True):
     state: str
     uptime_s: float
     clients: int
-    name: str
+    you: str
     role: str
     hidden: tuple[str, ...]
     seconds: float | None
@@ -130,7 +129,7 @@ def tell(before: Moment | None, now: Moment) -> Now:
         state=now.health.state if now.health else "",
         uptime_s=status.uptime_s,
         clients=status.clients,
-        name=status.you.name,
+        you=status.you.name,
         role=status.you.role,
         hidden=now.hidden,
         seconds=round(between.seconds, 3) if between else None,

@@ -88,7 +88,7 @@ def _head(now: Now) -> Iterable[RenderableType]:
     if now.refused_per_s:
         yield _line("clients turned away a second" + _each(now.refused_per_s), "red")
     if now.hidden:
-        yield _line(f"you are {now.name}, {now.role}: what {' and '.join(now.hidden)} tell is for others")
+        yield _line(f"you are {now.you}, {now.role}: what {' and '.join(now.hidden)} tell is for others")
 
 
 def _work(models: list[ModelNow]) -> str:
