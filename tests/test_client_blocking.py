@@ -626,6 +626,19 @@ def test_the_daemons_last_word_is_what_the_caller_hears() -> None:
             CALLS[name](bridge)
 
 
+def test_the_daemons_last_word_in_the_middle_of_a_stream() -> None:
+    def revokes(peer: Peer) -> None:
+        exchange = peer.expect().exchange
+        for reply in (Started(), Token("a")):
+            peer.raw(peer.connection.reply(exchange, reply))
+        peer.raw(b'{"status":"error","message":"The token is revoked","code":"unauthorized","blame":"client"}\n')
+
+    with scripted(revokes) as server, Client(server.address) as bridge, bridge.stream("x") as stream:
+        assert next(stream) == "a"
+        with pytest.raises(client.Unauthorized):
+            next(stream)
+
+
 def test_an_answer_byte_by_byte() -> None:
     def slow(peer: Peer) -> None:
         for byte in peer.connection.reply(peer.expect().exchange, Ok("x", "é\U0001f999", {"finish_reason": "stop"})):
