@@ -45,7 +45,7 @@ class JobState(StrEnum):
 class Job:
     """``request`` is its line, ``command`` what that means, None where we understand it no longer. ``length`` counts
     the characters of its text, ``stored`` those of them that are on the disk; all are in ``pieces`` while it is
-    ``held``. ``outcome`` is what the last line of its answer says.
+    ``held``. It does not begin before it is ``on_disk`` itself. ``outcome`` is what the last line of its answer says.
     """
 
     id: str
@@ -54,6 +54,7 @@ class Job:
     command: Command | None
     ttl_s: float
     received: float
+    on_disk: bool = True
     state: JobState = JobState.QUEUED
     beginnings: int = 0
     pieces: list[str] = field(default_factory=list)
@@ -213,7 +214,8 @@ class Book:
         if running.total() >= self.limits.running:
             return None
         full = {owner for owner, count in running.items() if 0 < at_once(owner) <= count}
-        queued = (job for job in self.jobs.values() if job.state is JobState.QUEUED and job.owner not in full)
+        waiting = (job for job in self.jobs.values() if job.state is JobState.QUEUED and job.on_disk)
+        queued = (job for job in waiting if job.owner not in full)
         return min(queued, key=lambda job: running[job.owner], default=None)
 
     def expired(self, now: float) -> list[Job]:
