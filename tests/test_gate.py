@@ -406,6 +406,25 @@ async def test_running_at_once() -> None:
             await eventually(let_in)
 
 
+async def test_a_job_counts_as_what_it_asks_for() -> None:
+    """Else SUBMIT would be the way round all limits."""
+    async with daemon("echo", access=limited(requests_per_minute=5, running=4)) as place, await place.tcp() as wire:
+        assert await wire.code("SUBMIT INFER_MULTI max_tokens=1 a||b||c||d||e") == "forbidden", "more than may run"
+        assert (await wire.ask("SUBMIT INFER n=4 max_tokens=1 a"))["status"] == "ok"
+        assert (await you(wire))["limits"]["requests_per_minute"]["left"] == 1
+        assert await wire.code("SUBMIT INFER_MULTI max_tokens=1 a||b") == "rate_limited"
+        assert await wire.code("SUBMIT PING") == "bad_argument"
+
+
+async def test_jobs_run_beside_what_runs() -> None:
+    async with daemon("echo?step_ms=5", access=limited(running=1)) as place, await place.tcp() as wire:
+        await wire.send("INFER_STREAM id=a max_tokens=100000 a")
+        await wire.line()
+        async with await place.tcp() as other:
+            assert await other.code("INFER a") == "rate_limited"
+            assert (await other.ask("SUBMIT INFER max_tokens=1 a"))["status"] == "ok"
+
+
 async def test_models_and_priority() -> None:
     async with daemon("echo?step_ms=5", access=limited(models=["ECHO"], priority="low")) as place:
         async with await place.unix() as admin, await place.tcp() as wire:

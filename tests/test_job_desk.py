@@ -206,7 +206,10 @@ async def test_others_have_nothing_of_them() -> None:
         owners = {one["job"]: one["owner"] for one in (await wire.ask("JOBS all=true"))["data"]}
         assert owners == {job: f"uid:{os.getuid()}", its: "loopback"}
         assert list(await listed(place)) == [job]
-        assert await wire.code(f"ATTACH {its}") == "not_found"
+        for line in (f"ATTACH {its}", f"JOBS list {its}"):
+            assert await wire.code(line) == "not_found"
+        assert [one["job"] for one in (await wire.ask(f"JOBS all=true list {its}"))["data"]] == [its]
+        assert await other.code(f"JOBS all=true list {its}") == "forbidden"
 
 
 # -- bounds ----------------------------------------------------------------------------------------------------

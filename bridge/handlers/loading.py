@@ -29,7 +29,8 @@ AVAILABLE = "available"  # the state of a model that is on the disk and was not 
 async def load(call: Call, command: commands.Load) -> Ok:
     try:
         tell = _teller(call, command.progress)
-        found = await _find(call, command.path, call.daemon.library.prepare(command.path, command.quant, tell))
+        look = call.daemon.library.prepare(command.path, command.quant, tell, call.daemon.pool.names)
+        found = await _find(call, command.path, look)
         spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
         terms = Terms(command.keep_alive, command.pin)
         entry = call.daemon.pool.begin_load(command.name, spec, call.peer.number, terms, command.path)
@@ -78,7 +79,8 @@ def _rounded(value: float | None) -> float | None:
 
 
 async def plan(call: Call, command: commands.Plan) -> Ok:
-    found = await _find(call, command.path, call.daemon.library.find_prepared(command.path, command.quant))
+    look = call.daemon.library.find_prepared(command.path, command.quant, call.daemon.pool.names)
+    found = await _find(call, command.path, look)
     spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
     message = "It fits" if proposal.room.comes else "It does not fit"
@@ -160,10 +162,10 @@ async def show(call: Call, command: commands.Show) -> Ok:
     pool = call.daemon.pool
     try:
         entry = pool.pick(command.model)
-    except BridgeError as unknown:
-        if command.model is None:
+    except BridgeError:
+        if command.model is None or call.daemon.library.fake:
             raise
-        found = await call.daemon.library.find_prepared(command.model, unknown=unknown)
+        found = await call.daemon.library.find_prepared(command.model, loaded=pool.names)
         return await _show_file(call, found.name or command.model, found.path, AVAILABLE)
     if entry.state is State.UNLOADED:
         return await _show_file(call, entry.name, entry.spec.path, entry.state)

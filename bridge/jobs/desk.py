@@ -99,8 +99,8 @@ class JobDesk:
         self._notify()
         return job
 
-    async def find(self, job_id: str, owner: str) -> Job:
-        """Raises BridgeError (not_found)."""
+    async def find(self, job_id: str, owner: str | None) -> Job:
+        """One of this owner; of None anybody's. Raises BridgeError (not_found)."""
         await self._disk.open_if_there()
         return self.book.find(job_id, owner)
 
