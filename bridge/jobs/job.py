@@ -194,6 +194,12 @@ class Book:
     def size(self) -> int:
         return sum(job.size for job in self.jobs.values())
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many wait, run, and are over and ``kept`` until they are fetched or expire."""
+        states = Counter("kept" if job.state.over else str(job.state) for job in self.jobs.values())
+        return {state: states[state] for state in ("queued", "running", "kept")}
+
     def of(self, owner: str) -> list[Job]:
         return [job for job in self.jobs.values() if job.owner == owner]
 
