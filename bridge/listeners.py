@@ -47,8 +47,12 @@ class Listener:
         self.socket.setblocking(False)
         self._inode = os.stat(address.path).st_ino if isinstance(address, Unix) and not inherited else None
 
+    @property
+    def closed(self) -> bool:
+        return self.socket.fileno() < 0
+
     def close(self) -> None:
-        if self.socket.fileno() < 0:
+        if self.closed:
             return
         if isinstance(self.address, Unix) and self._inode:  # before it is closed, for then its inode may be another's
             with contextlib.suppress(OSError):
@@ -204,7 +208,7 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, Ori
     is not the listener's concern; with no file descriptors left it pauses.
     """
     async with trio.open_nursery() as nursery:
-        while listener.socket.fileno() >= 0:
+        while not listener.closed:
             try:
                 await trio.lowlevel.wait_readable(listener.socket)
                 client, address = listener.socket.accept()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import itertools
 import socket
@@ -54,6 +55,7 @@ from client.results import (
     Removed,
     Submitted,
 )
+from client.sockets import unreachable
 from protocol.address import Tcp, Unix
 from protocol.commands import (
     Attach,
@@ -450,6 +452,11 @@ def test_a_name_of_several_models_tells_which(details: dict[str, Any], candidate
         with pytest.raises(client.Ambiguous) as caught:
             bridge.infer("x", model="a")
         assert caught.value.candidates == ["a:Q4_0", "a:Q8_0"][:candidates]
+
+
+def test_a_socket_that_is_not_open_to_this_user_is_told_from_none() -> None:
+    why = unreachable(Unix("/run/s"), PermissionError(errno.EACCES, "Permission denied"))
+    assert str(why).startswith("this user may not connect to /run/s: Permission denied")
 
 
 def test_nobody_there(tmp_path: Any) -> None:

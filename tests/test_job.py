@@ -160,6 +160,16 @@ def test_no_more_of_an_owner_than_his_limits_allow() -> None:
     assert unlimited.next_job(most.__getitem__) is unlimited.jobs["d"]
 
 
+def test_a_job_of_several_answers_is_as_many() -> None:
+    running, several, one = made("a", state=JobState.RUNNING), made("b"), made("c")
+    several.command = Infer(prompt="x", n=3)
+    jobs = book(running, several, one)
+    assert jobs.next_job(lambda owner: 3) is one, "with the other they would be four"
+    running.end(JobState.DONE, {}, 0.0)
+    assert jobs.next_job(lambda owner: 3) is several
+    assert jobs.next_job(lambda owner: 2) is several, "his limits were others, and it is not to wait for ever"
+
+
 def test_others_jobs_are_not_found() -> None:
     jobs = book(made("a", "uid:1"))
     assert jobs.find("a", "uid:1").id == "a"

@@ -212,7 +212,7 @@ async def test_others_have_nothing_of_them() -> None:
         assert await other.code("JOBS all=true") == "forbidden"
         its = await submitted(other, "INFER max_tokens=1 b")
         owners = {one["job"]: one["owner"] for one in (await wire.ask("JOBS all=true"))["data"]}
-        assert owners == {job: f"uid:{os.getuid()}", its: "tcp"}
+        assert owners == {job: f"uid:{os.getuid()}", its: "loopback"}
         assert list(await listed(place)) == [job]
         for line in (f"ATTACH {its}", f"JOBS list {its}"):
             assert await wire.code(line) == "not_found"

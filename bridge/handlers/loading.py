@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -20,6 +18,7 @@ from bridge.pool.library import Found
 from bridge.pool.meter import Meter
 from bridge.pool.planner import given
 from bridge.pool.pool import ModelPool
+from bridge.watching.measured import resident
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Ok, Progress
@@ -156,14 +155,6 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
         "idle_s": 0.0 if entry.busy else round(now - entry.last_used, 1),
         "usage": msgspec.structs.asdict(entry.totals),
     }
-
-
-def resident(pid: int | Literal["self"]) -> int:
-    """Bytes of RAM that a process has, the pages of its mapped files among them."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # it has just died
-        return 0
 
 
 async def show(call: Call, command: commands.Show) -> Ok:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from bridge.config import Jobs
-from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferMulti, InferStream
+from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferMulti, InferStream, answers_of
 from protocol.errors import BridgeError, ErrorCode
 from protocol.parse import parse_request
 
@@ -106,6 +106,10 @@ class Job:
     @property
     def verb(self) -> str:
         return self.request.split(maxsplit=1)[0]
+
+    @property
+    def answers(self) -> int:
+        return 1 if self.command is None else answers_of(self.command)
 
     @property
     def size(self) -> int:
@@ -228,13 +232,20 @@ class Book:
     def next_job(self, at_once: Callable[[str], int] = lambda owner: 0) -> Job | None:
         """To be begun now: of the owner who has fewest running, the one that came first.
 
-        Of no owner more than ``at_once`` says; 0 is no limit.
+        Of no owner more answers than ``at_once`` says; 0 is no limit. A job that alone has more waits for no other.
         """
-        running = Counter(job.owner for job in self.running)
-        if running.total() >= self.limits.running:
+        if len(self.running) >= self.limits.running:
             return None
-        full = {owner for owner, count in running.items() if 0 < at_once(owner) <= count}
-        queued = (job for job in self.jobs.values() if job.state is JobState.QUEUED and job.owner not in full)
+        running: Counter[str] = Counter()
+        for job in self.running:
+            running[job.owner] += job.answers
+        most = {owner: at_once(owner) or math.inf for owner in running}
+        queued = (
+            job
+            for job in self.jobs.values()
+            if job.state is JobState.QUEUED
+            and (job.owner not in most or running[job.owner] + job.answers <= most[job.owner])
+        )
         return min(queued, key=lambda job: running[job.owner], default=None)
 
     def expired(self, now: float) -> list[Job]:

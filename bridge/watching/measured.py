@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from msgspec import Struct
 
 from bridge import __version__
 from bridge.daemon import Daemon
-from bridge.handlers.loading import resident
 from bridge.histogram import Histogram
 from bridge.pool.entry import Entry
 from bridge.providers.base import Provider
@@ -139,3 +140,11 @@ def _model(name: str, metrics: ModelMetrics, entry: Entry | None, provider: Prov
         if key != "requests"
     }
     return MeasuredModel(name=name, loaded=provider is not None, **now, **counts)
+
+
+def resident(pid: int | Literal["self"]) -> int:
+    """Bytes of RAM that a process has, the pages of its mapped files among them."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # it has just died
+        return 0

@@ -73,6 +73,7 @@ _TIMES: list[tuple[str, str, Callable[[MeasuredModel], Distribution]]] = [
 
 
 def exposition(measured: Measured) -> str:
+    """Takes milliseconds where models are many, so it is called in a thread."""
     registry = CollectorRegistry()
     registry.register(_Families(measured))
     ProcessCollector(registry=registry)
