@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import grp
 import os
 import socket
@@ -18,12 +17,12 @@ import trio
 from bridge import log
 from bridge.access.roles import Origin
 from bridge.config import Config, ConfigError, check_open
+from bridge.exhausted import none_left
 from bridge.service.systemd import Inherited
 from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
 _BACKLOG = 1024
 _PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what passes, when others are done
 _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _ANY = ("0.0.0.0", "::")
 _LINGER = 1.0  # seconds for a peer to take last words
@@ -218,8 +217,8 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, Ori
             except BlockingIOError:
                 continue
             except OSError as error:
-                if error.errno in EXHAUSTED:
-                    log.get().warning("cannot accept", reason=error.strerror)
+                if lacking := none_left(error):
+                    log.get().warning("cannot accept", reason=lacking)
                     await trio.sleep(_PAUSE)
                 continue
             client.setblocking(False)
