@@ -20,7 +20,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from bridge.config import Http
-from bridge.watching.http_port import HEADERS, HttpPort
+from bridge.watching.http_port import HEADERS, IDLE, HttpPort
 from bridge.watching.ports import MOST
 
 LOTS = 50_000_000  # bytes, more than sockets take without a reader
@@ -106,6 +106,16 @@ async def test_who_dawdles_is_cut(autojump_clock: trio.testing.MockClock) -> Non
         await stream.send_all(b"GET / HTTP/1.1\r\n")
         assert await answer(stream) == b""
         assert trio.current_time() < PATIENCE
+
+
+@pytest.mark.parametrize("start", [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", GET % b"/small" + b"P"])
+async def test_no_beginning_gets_more_time_than_another(start: bytes, autojump_clock: trio.testing.MockClock) -> None:
+    """Connections are few: those of HTTP/2 were once kept for longer, though nothing was asked over them."""
+    async with served() as (stream, _):
+        began = trio.current_time()
+        await stream.send_all(start)
+        assert await answer(stream)
+        assert trio.current_time() - began < 2 * IDLE
 
 
 async def test_who_never_ends_its_body_is_cut(autojump_clock: trio.testing.MockClock) -> None:

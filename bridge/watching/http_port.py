@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 HEADERS = 16 * 1024  # bytes of a request's line and headers
-IDLE = 5.0  # seconds that a connection has for its headers, and from one request to the next
-BODY = 30  # seconds in which something of a request's body comes
+IDLE = 5  # seconds that a connection has for its headers, and from one request to the next; for more of a body, too
 
 
 class HttpPort:
@@ -57,7 +56,7 @@ def _configure() -> Config:
     config.logger_class = _Logger
     config.errorlog = None
     config.keep_alive_timeout = IDLE
-    config.read_timeout = BODY
+    config.read_timeout = IDLE  # without it what speaks HTTP/2 might be silent for ever
     config.h11_max_incomplete_size = HEADERS
     config.h2_max_header_list_size = HEADERS
     config.h2_max_concurrent_streams = 16
