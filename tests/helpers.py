@@ -313,6 +313,16 @@ def serve(
         process.wait()
 
 
+@contextmanager
+def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, by Popen's options. Killed at the end of the block, for a test that failed does not wait for it."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 async def until_gone(*pids: int, seconds: float = PATIENCE) -> None:
     """Waits for the end of processes, children or not."""
     with trio.fail_after(seconds):
