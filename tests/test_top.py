@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import pytest
 from click.testing import CliRunner, Result
-from helpers import PATIENCE, ROOT, spawned
+from helpers import PATIENCE, ROOT, running, spawned
 from scripted import Peer, answers, honest, once, scripted
 
 from bridge.cli.main import cli
@@ -224,7 +224,7 @@ def test_a_bridge_that_answers_with_an_error() -> None:
 def test_without_a_terminal_a_frame_follows_the_other() -> None:
     with (
         scripted(busy) as server,
-        subprocess.Popen([*TOP, server.address], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process,
+        running(*TOP, server.address, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process,
     ):
         assert process.stdout
         frames = 0
@@ -245,9 +245,7 @@ def test_lines_of_json_also_while_nobody_answers() -> None:
     program = (*TOP[:-1], "--json", "--socket")
     with (
         scripted(overrun, busy) as server,
-        subprocess.Popen(
-            [*program, server.address], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
-        ) as process,
+        running(*program, server.address, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process,
     ):
         assert process.stdout
         first, second, third, fourth = (orjson.loads(process.stdout.readline()) for _ in range(4))
