@@ -14,6 +14,7 @@ from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually, until_gone
 
 from bridge.config import Limits
 from bridge.pool.entry import Entry, Spec, Terms
+from bridge.pool.library import Library
 from bridge.providers.local import LocalProvider
 
 LONG = "INFER_STREAM max_tokens=100000 ignore_eos=true"
@@ -153,6 +154,17 @@ async def test_requests_that_waited_for_a_load_in_vain() -> None:
         await in_state(place, "loading")
         assert await other.code("INFER a b") == "load_failed"
         assert await other.code("INFER a b") == "no_model"
+
+
+async def test_a_deadline_passes_while_a_model_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the disk likes to take."""
+
+    async def look(*_: object, **__: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Library, "find_prepared", look)
+    async with daemon(backend="llama") as place, await place.unix() as wire:
+        assert await wire.code("INFER deadline_ms=50 model=somewhere a b") == "deadline"
 
 
 async def test_a_deadline_passes_while_a_model_loads() -> None:
