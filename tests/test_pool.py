@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -100,6 +101,9 @@ async def test_a_load_that_takes_too_long() -> None:
         reply = await wire.ask("LOAD echo?load_ms=60000")
         assert reply["code"] == "load_failed"
         assert "longer than 0.5 s" in reply["message"]
+        server = place.server
+        server._configured._read = lambda: msgspec.structs.replace(server._config, limits=Limits())
+        await server.reload()
         assert (await wire.ask("LOAD echo"))["message"] == "Model loaded successfully"
 
 
@@ -229,6 +233,7 @@ async def test_a_drain_ends_within_its_budget() -> None:
         assert (await other.ask("FREE echo"))["freed"] == ["echo"]
         final = await wire.final()
         assert (final["finish_reason"], final["code"]) == ("error", "model_crashed")
+        assert final["reason"] == "The worker of echo was told to end before it had answered", "and not that it died"
 
 
 async def test_free_that_does_not_wait() -> None:
