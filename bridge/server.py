@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import trio
@@ -16,15 +15,13 @@ from bridge import log
 from bridge.access.gate import Gate
 from bridge.access.peer import Peer
 from bridge.access.roles import Origin
-from bridge.call import Call
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon
-from bridge.dispatch import LASTING
+from bridge.job_answer import answer_job
 from bridge.jobs.desk import JobDesk
 from bridge.jobs.job import Job
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
-from bridge.permission import permitted
 from bridge.pool.adapters import Adapters
 from bridge.pool.library import Library
 from bridge.pool.pool import ModelPool
@@ -35,7 +32,6 @@ from bridge.service.systemd import Manager
 from bridge.service.watchdog import feed
 from bridge.session import Session
 from bridge.telemetry.metrics import Metrics
-from bridge.telemetry.receipts import Totals
 from bridge.watching.ports import Ports
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, encode_reply
@@ -213,13 +209,7 @@ class Server:
         self._standing.changed()
 
     async def _answer_job(self, job: Job, asking: Asking, say: Callable[[Reply], None]) -> Ok | Final:
-        """As it would be had its owner a connection: with what he may do now, not when he sent it."""
-        assert job.command is not None
-        identity = await self._gate.identify_owner(job.owner)
-        asking.bill = partial(self._gate.charge, identity)
-        call = Call(self._daemon, Peer(0, identity=identity), Totals(), None, job.received, asking, say)
-        command = permitted(call, job.command)
-        return await LASTING[type(command)](call, command)
+        return await answer_job(self._daemon, job, asking, say)
 
     def _check_welcome(self) -> None:
         """Raises BridgeError. Those whom we are still getting to know count, too."""

@@ -195,6 +195,13 @@ def test_others_jobs_are_not_found() -> None:
         assert caught.value.code == ErrorCode.NOT_FOUND
 
 
+def test_what_the_log_calls_them() -> None:
+    job = made("0123456789abcdef" * 2)
+    assert (job.short, job.asked) == ("01234567", "job.01234567")
+    job.submitted_by = "3.17"
+    assert job.asked == "3.17"
+
+
 def test_when_they_go() -> None:
     waits, kept = made("a"), made("b", state=JobState.DONE, ended=100.0)
     fetched = made("c", state=JobState.FAILED, ended=100.0, fetched=110.0)

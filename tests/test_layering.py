@@ -148,7 +148,7 @@ def test_who_somebody_is_and_what_he_may_has_one_door_each() -> None:
     assert who_imports("bridge.access.tokens") == {"bridge.access.gate", "bridge.cli.token"}
     assert who_imports("pwd") == {"bridge.access.users"}
     assert who_imports("hmac") == {"bridge.access.tokens"}
-    assert who_imports("bridge.permission") == {"bridge.session", "bridge.server", "bridge.handlers.submit"}
+    assert who_imports("bridge.permission") == {"bridge.session", "bridge.job_answer", "bridge.handlers.submit"}
     assert who_imports("bridge.access.gate") == {"bridge.daemon", "bridge.server", "bridge.session"}
 
 

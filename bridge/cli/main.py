@@ -167,10 +167,11 @@ def _limits(limits: Limits) -> str:
 @json_option
 @talks
 def reload(client: Client, as_json: bool) -> None:
-    """Have the daemon read its configuration anew."""
+    """Have the daemon read its configuration anew. Exit status 1: a model of it could not be loaded."""
     reloaded = client.reload()
     if as_json:
-        return print_json(reloaded)
+        print_json(reloaded)
+        sys.exit(bool(reloaded.failed))
     click.echo(f"changed: {', '.join(reloaded.changed) or 'nothing'}")
     for what, names in (("loaded", reloaded.loaded), ("freed", reloaded.freed), ("being fetched", reloaded.following)):
         if names:
@@ -179,3 +180,4 @@ def reload(client: Client, as_json: bool) -> None:
         click.echo(f"failed: {path}: {reason}", err=True)
     if reloaded.needs_restart:
         click.echo(f"only with a restart: {', '.join(reloaded.needs_restart)}", err=True)
+    sys.exit(bool(reloaded.failed))

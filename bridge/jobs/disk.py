@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from bridge import log
+from bridge.exhausted import overloaded
 from bridge.jobs.job import RETRY_AFTER_MS, Book, Job, JobState, failure, read_request
 from protocol.errors import BridgeError, ErrorCode
 
@@ -201,6 +202,8 @@ class JobDisk:
 
         try:
             return await trio.to_thread.run_sync(work, limiter=self._thread)
+        except (MemoryError, RuntimeError) as error:
+            raise overloaded(error) or error from None
         except StoreLocked as error:
             message = f"{error}; jobs.dir gives this one a folder of its own"
             raise BridgeError(ErrorCode.BUSY, message, retry_after_ms=RETRY_AFTER_MS) from None

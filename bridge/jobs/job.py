@@ -24,7 +24,10 @@ from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferMult
 from protocol.errors import BridgeError, ErrorCode
 from protocol.parse import parse_request
 
+CANCELLED = BridgeError(ErrorCode.CANCELLED, "Cancelled")
+INTERNAL = BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged")
 MOST_BEGINNINGS = 2  # of a job, for it may be what ends the daemon
+_SHORT = 8  # digits
 RETRY_AFTER_MS = 1000  # where it is not known when there will be room
 
 
@@ -46,6 +49,8 @@ class Job:
     """``request`` is its line, ``command`` what that means, None where we understand it no longer. ``length`` counts
     the characters of its text, ``stored`` those of them that are on the disk; all are in ``pieces`` while it is
     ``held``. It does not begin before it is ``on_disk`` itself. ``outcome`` is what the last line of its answer says.
+    ``submitted_by`` is the id that the request which submitted it has in this daemon's log, "" where that was another
+    daemon.
     """
 
     id: str
@@ -67,6 +72,17 @@ class Job:
     ended: float | None = None
     fetched: float | None = None  # when its last line was first sent to somebody
     followers: int = 0
+    submitted_by: str = ""
+
+    @property
+    def short(self) -> str:
+        """What the log has of its name: so much gives nobody its answer."""
+        return self.id[:_SHORT]
+
+    @property
+    def asked(self) -> str:
+        """The id of its request in the log."""
+        return self.submitted_by or f"job.{self.short}"
 
     def append(self, text: str) -> None:
         if text:
@@ -183,6 +199,12 @@ class Book:
     @property
     def size(self) -> int:
         return sum(job.size for job in self.jobs.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many wait, run, and are over and ``kept`` until they are fetched or expire."""
+        states = Counter("kept" if job.state.over else str(job.state) for job in self.jobs.values())
+        return {state: states[state] for state in ("queued", "running", "kept")}
 
     def of(self, owner: str) -> list[Job]:
         return [job for job in self.jobs.values() if job.owner == owner]

@@ -83,6 +83,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     refused: dict[str, int]  # clients that were not, by the code they were told
     bytes_received: int
     bytes_sent: int
+    jobs: dict[str, int]  # those of the models' requests that are jobs, and what is kept of others; by state
     requests: list[Requests]
     request_seconds: dict[str, Distribution]  # by verb
     models: list[MeasuredModel]
@@ -100,6 +101,7 @@ def measure(daemon: Daemon) -> Measured:
         refused=dict(metrics.refused),
         bytes_received=metrics.traffic.received,
         bytes_sent=metrics.traffic.sent,
+        jobs=daemon.jobs.book.counts,
         requests=[
             Requests(verb, model, outcome, count)
             for model, counts in [(None, metrics.requests), *((name, one.requests) for name, one in counted.items())]
