@@ -177,12 +177,14 @@ async def test_one_of_several_bridges(service: Machine) -> None:
     configure(service, name="two.toml")
     service.systemctl("start", "llama-bridge@two.socket")
     first = await service.daemon_pid()
+    async with await service.unix() as wire:
+        assert (await wire.ask("SUBMIT INFER a"))["message"] == "Submitted"
     service.path = service.inside("/run/llama-bridge-two/bridge.sock")
     try:
         assert await service.daemon_pid() != first
         assert service.show("ActiveState", "llama-bridge@two.service") == "active"
         async with await service.unix() as wire:
-            assert (await wire.ask("JOBS"))["data"] == [], "it is not told that the first one has them"
+            assert (await wire.ask("SUBMIT INFER a"))["message"] == "Submitted", "its jobs are its own"
     finally:
         service.path = service.inside("/run/llama-bridge/bridge.sock")
         service.systemctl("stop", "llama-bridge@two.socket", "llama-bridge@two.service")

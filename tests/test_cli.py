@@ -13,7 +13,7 @@ import click
 import pytest
 import trustme
 from click.testing import CliRunner, Result
-from helpers import spawned
+from helpers import running, spawned
 from scripted import MODEL, PIECES, SHA256, Peer, ignores, once, raw, scripted, until_cancelled
 
 from bridge import __version__
@@ -514,7 +514,7 @@ def test_a_reader_that_leaves_is_no_fault() -> None:
 
     with scripted(endless) as server:
         command = [sys.executable, "-m", "bridge", "infer", "x", "--socket", server.address]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with running(*command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout
             assert process.stderr
             assert process.stdout.read(4) == b"word"
@@ -531,7 +531,7 @@ def test_an_interrupted_pull_leaves_the_daemon_at_once() -> None:
 
     with scripted(fetches) as server:
         command = [sys.executable, "-m", "bridge", "pull", "x", "--socket", server.address]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with running(*command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             out, err = process.communicate()
         assert (process.returncode, out, err.strip()) == (1, b"", b"Aborted!")
         server.await_end(0)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import PATIENCE
 from scripted import (
     ADAPTER,
     AT,
@@ -626,6 +627,19 @@ def test_the_daemons_last_word_is_what_the_caller_hears() -> None:
             CALLS[name](bridge)
 
 
+def test_the_daemons_last_word_in_the_middle_of_a_stream() -> None:
+    def revokes(peer: Peer) -> None:
+        exchange = peer.expect().exchange
+        for reply in (Started(), Token("a")):
+            peer.raw(peer.connection.reply(exchange, reply))
+        peer.raw(b'{"status":"error","message":"The token is revoked","code":"unauthorized","blame":"client"}\n')
+
+    with scripted(revokes) as server, Client(server.address) as bridge, bridge.stream("x") as stream:
+        assert next(stream) == "a"
+        with pytest.raises(client.Unauthorized):
+            next(stream)
+
+
 def test_an_answer_byte_by_byte() -> None:
     def slow(peer: Peer) -> None:
         for byte in peer.connection.reply(peer.expect().exchange, Ok("x", "é\U0001f999", {"finish_reason": "stop"})):
@@ -700,9 +714,16 @@ def test_a_pull_that_stalls() -> None:
         ignores(peer)
 
     told: list[Progress] = []
-    with scripted(stalls) as server, Client(server.address, timeout=0.1) as bridge:
+
+    def tell(progress: Progress) -> None:
+        told.append(progress)
+        if told == FETCHING:  # from here on it stalls
+            assert bridge._link
+            bridge._link.timeout = 0.02
+
+    with scripted(stalls) as server, Client(server.address) as bridge:
         with pytest.raises(TimeoutError, match="in time"):
-            bridge.pull("x", on_progress=told.append)
+            bridge.pull("x", on_progress=tell)
         server.await_end(0)
         assert told == FETCHING
 
@@ -782,14 +803,21 @@ def nothing_happens(peer: Peer) -> None:
 
 
 def test_events_outlast_the_timeout_and_leaving_cancels_them() -> None:
+    listens = threading.Event()
+
     def late(peer: Peer) -> None:
         request = peer.expect()
         peer.reply(request.exchange, Event("subscribed", AT, 4))
-        time.sleep(0.2)
+        listens.wait(PATIENCE)
+        time.sleep(0.1)
         peer.reply(request.exchange, *EVENTS, Ok("The events end here"))
 
-    with scripted(late) as server, Client(server.address, timeout=0.1) as bridge:
-        assert len(list(bridge.events())) == 2
+    with scripted(late) as server, Client(server.address) as bridge:
+        happenings = bridge.events()
+        assert bridge._link
+        bridge._link.timeout = 0.02
+        listens.set()
+        assert len(list(happenings)) == 2
     with scripted(nothing_happens) as server, Client(server.address) as bridge:
         with bridge.events():
             pass

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from helpers import Spawned, spawned
+from helpers import Spawned, running, spawned
 from scripted import FETCHING, PIECES, SHA256, Peer, honest, raw, scripted
 
 from bridge.access.tokens import issue
@@ -272,7 +272,7 @@ def test_a_stream_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) ->
     with scripted(one_by_one) as server:
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAMA_BRIDGE_NC": tool}
         command = ["sh", str(SCRIPT), "-s", server.address, "stream", "x"]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
+        with running(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
             screen.append(process)
             server.await_end(0)
             assert process.stdout
@@ -313,7 +313,7 @@ def test_progress_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) ->
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAMA_BRIDGE_NC": tool}
         command = ["sh", str(SCRIPT), "-s", server.address, "pull", "x"]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
+        with running(*command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
             screen.append(process)
             assert process.stdout
             assert process.stdout.read() == b"done\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +243,9 @@ async def test_fault_27_a_bad_file_changes_nothing_and_says_why(place: Spawned, 
             assert why in reply["message"]
             place.signal(signal.SIGHUP)
             # Both, or the second might read the next file while that is written: an empty one is a good one.
-            await eventually(partial(logged, place, "reload failed", 2 * count))
+            await place.logged("reload failed", 2 * count)
             assert ((await wire.ask("HELLO"))["data"], await place.pid()) == before
         assert (await reload(wire, file, models("echo")))["changed"] == [], "and a good one is read again"
-
-
-async def logged(place: Spawned, event: str, count: int) -> bool:
-    return sum(line["event"] == event for line in place.log) >= count
 
 
 async def test_a_file_that_is_gone_changes_nothing(place: Spawned, file: Path) -> None:

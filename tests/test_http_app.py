@@ -113,15 +113,16 @@ def test_it_ends_with_the_daemon_which_keeps_its_signals(tmp_path: Path) -> None
     config = tmp_path / "config.toml"
     config.write_text('[http]\nlisten = "127.0.0.1:0"\n')
     with spawned("--config", str(config), "--load", "echo") as place:
-        [port] = [int(line["port"].rpartition(":")[2]) for line in place.log if line["event"] == "watched"]
+        [watched] = trio.run(place.logged, "watched")
+        port = int(watched["port"].rpartition(":")[2])
         idle = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         idle.request("GET", "/healthz")
         assert idle.getresponse().read() == b"ok\n"  # and stays open
         place.signal(signal.SIGHUP)
+        trio.run(place.logged, "configuration reloaded")
         assert get(port, "/healthz")[0] == 200
         place.signal(signal.SIGTERM)
         assert place.wait() == 0
-        assert any(line["event"] == "configuration reloaded" for line in place.log)
         idle.close()
 
 

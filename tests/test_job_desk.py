@@ -13,12 +13,15 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 from helpers import Inside, Line, Place, Wire, daemon, eventually, spawned
 
 from bridge.access.config import Access, Allowances, UserAllowance
 from bridge.access.tokens import issue, revoke
 from bridge.config import Jobs
 from bridge.jobs import disk, store
+from bridge.jobs.job import Job
+from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions
 
 SLOW = "echo?step_ms=20"
@@ -510,8 +513,9 @@ async def test_no_prompt_in_the_log() -> None:
         await answer(place, "INFER max_tokens=2 cherry blossom")
         async with await place.unix() as wire:
             assert await wire.code("SUBMIT INFER max_tokens=0 cherry") == "bad_argument"
+        await place.logged("job submitted")
+        await place.logged("job ended")
         assert "cherry" not in place.stderr
-        assert {"job submitted", "job ended"} <= {line["event"] for line in place.log}
 
 
 @pytest.mark.faults
@@ -540,6 +544,24 @@ async def test_fault_29_stopped_at_once_with_a_full_disk(monkeypatch: pytest.Mon
             job = await submitted(wire, f"{LONG} a")
             await until(place, job, state="running")
         monkeypatch.setattr(store.JobStore, "write", write)
+
+
+async def test_none_begins_before_it_is_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may never be there, and then nobody has it."""
+    async with daemon("echo") as place, await place.unix() as wire:
+        await answer(place, "INFER max_tokens=1 a")
+        desk, full = place.server._jobs, trio.Event()
+
+        async def add(_disk: disk.JobDisk, _job: Job) -> None:
+            desk._notify()  # as when another one ends just now
+            await trio.testing.wait_all_tasks_blocked()
+            assert not desk._running
+            full.set()
+            raise BridgeError(ErrorCode.OVERLOADED, "the disk is full")
+
+        monkeypatch.setattr(disk.JobDisk, "add", add)
+        assert await wire.code(f"SUBMIT {LONG} a") == "overloaded"
+        assert full.is_set()
 
 
 async def test_no_file_descriptor_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ class JobDesk:
         await self._disk.open()
         self.book.check_room(owner, request, time.monotonic())  # there may be more of them than was known
         longest = self.book.limits.expire_s
-        job = Job(secrets.token_hex(16), owner, request, command, min(ttl_s or longest, longest), received)
+        ttl_s = min(ttl_s or longest, longest)
+        job = Job(secrets.token_hex(16), owner, request, command, ttl_s, received, on_disk=False)
         job.submitted_by = log.whose().get(log.REQUEST, "")
         self.book.jobs[job.id] = job
         try:

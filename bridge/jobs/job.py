@@ -48,8 +48,9 @@ class JobState(StrEnum):
 class Job:
     """``request`` is its line, ``command`` what that means, None where we understand it no longer. ``length`` counts
     the characters of its text, ``stored`` those of them that are on the disk; all are in ``pieces`` while it is
-    ``held``. ``outcome`` is what the last line of its answer says. ``submitted_by`` is the id that the request which
-    submitted it has in this daemon's log, "" where that was another daemon.
+    ``held``. It does not begin before it is ``on_disk`` itself. ``outcome`` is what the last line of its answer says.
+    ``submitted_by`` is the id that the request which submitted it has in this daemon's log, "" where that was another
+    daemon.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Job:
     command: Command | None
     ttl_s: float
     received: float
+    on_disk: bool = True
     state: JobState = JobState.QUEUED
     beginnings: int = 0
     pieces: list[str] = field(default_factory=list)
@@ -219,15 +221,16 @@ class Book:
         limits = self.limits
         if not limits.max:
             raise BridgeError(ErrorCode.FORBIDDEN, "SUBMIT is switched off here, by jobs.max of the configuration")
-        for count, most, what in (
-            (len(self.jobs), limits.max, "jobs are kept, all that jobs.max allows"),
-            (len(self.of(owner)), limits.per_owner, "jobs of this owner are kept, all that jobs.per_owner allows"),
-            (self.size + len(request), limits.bytes + 1, "bytes of jobs are kept, all that jobs.bytes allows"),
+        there, own, size = list(self.jobs.values()), self.of(owner), self.size + len(request)
+        for count, most, in_the_way, what in (
+            (len(there), limits.max, there, "jobs are kept, all that jobs.max allows"),
+            (len(own), limits.per_owner, own, "jobs of this owner are kept, all that jobs.per_owner allows"),
+            (size, limits.bytes + 1, there, "bytes of jobs are kept, all that jobs.bytes allows"),
         ):
             if count >= most:
-                wait = min((job.expires(limits.keep_s) for job in self.jobs.values()), default=math.inf) - now
-                after = RETRY_AFTER_MS if math.isinf(wait) else max(1, round(wait * 1000))
-                raise BridgeError(ErrorCode.OVERLOADED, f"{count} {what}", retry_after_ms=after)
+                wait = min((job.expires(limits.keep_s) for job in in_the_way), default=math.inf) - now
+                after = round(wait * 1000) if 0 < wait < math.inf else RETRY_AFTER_MS
+                raise BridgeError(ErrorCode.OVERLOADED, f"{count} {what}", retry_after_ms=max(1, after))
 
     def next_job(self, at_once: Callable[[str], int] = lambda owner: 0) -> Job | None:
         """To be begun now: of the owner who has fewest running, the one that came first.
@@ -244,6 +247,7 @@ class Book:
             job
             for job in self.jobs.values()
             if job.state is JobState.QUEUED
+            and job.on_disk
             and (job.owner not in most or running[job.owner] + job.answers <= most[job.owner])
         )
         return min(queued, key=lambda job: running[job.owner], default=None)
