@@ -163,10 +163,9 @@ async def test_a_scraper_shows_a_token(tokens: str) -> None:
             assert "Authorization: Bearer TOKEN" in text
 
 
-async def test_wrong_tokens_are_slowed_down_and_right_ones_are_not(
-    tokens: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As AUTH's are, and counted together with them."""
+@pytest.mark.faults
+async def test_fault_26_wrong_tokens_over_http(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are slowed down as AUTH's are, and counted together with them; a right one is not."""
     secret = issue(tokens, "scraper", "operator")
     waits: list[float] = []
     guard_failed = Guard.failed
