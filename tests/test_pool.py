@@ -108,7 +108,7 @@ async def test_a_load_that_takes_too_long() -> None:
 
 
 async def test_a_worker_that_cannot_be_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process and no descriptor left is a failed load, and nobody else's concern."""
+    """Where no process is left, whoever wants a model may come again, and nobody else is concerned."""
 
     def spawn(*_: object, **__: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
@@ -117,7 +117,7 @@ async def test_a_worker_that_cannot_be_spawned(monkeypatch: pytest.MonkeyPatch) 
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", spawn)
             reply = await wire.ask("LOAD echo")
-            assert reply["code"] == "load_failed"
+            assert reply["code"] == "overloaded"
             assert "Resource temporarily unavailable" in reply["message"]
         assert (await wire.ask("LOAD echo"))["message"] == "Model loaded successfully"
 
