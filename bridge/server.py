@@ -7,8 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -16,15 +15,13 @@ from bridge import log
 from bridge.access.gate import Gate
 from bridge.access.peer import Peer
 from bridge.access.roles import Origin
-from bridge.call import Call
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon
-from bridge.dispatch import LASTING
+from bridge.job_answer import answer_job
 from bridge.jobs.desk import JobDesk
 from bridge.jobs.job import Job
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
-from bridge.permission import permitted
 from bridge.pool.adapters import Adapters
 from bridge.pool.library import Library
 from bridge.pool.pool import ModelPool
@@ -35,10 +32,11 @@ from bridge.service.systemd import Manager
 from bridge.service.watchdog import feed
 from bridge.session import Session
 from bridge.telemetry.metrics import Metrics
-from bridge.telemetry.receipts import Totals
 from bridge.watching.ports import Ports
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, encode_reply
+
+T = TypeVar("T")
 
 LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts off
 _BURIAL = 15.0  # seconds, more than it takes until all workers are gone
@@ -90,6 +88,7 @@ class Server:
         listeners = self._listeners
         try:
             async with trio.open_nursery() as workers:
+                self._workers = workers
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
                 metrics = Metrics()
@@ -131,7 +130,12 @@ class Server:
         self._log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:
-        """Reads the configuration anew. Raises BridgeError (bad_config)."""
+        """Reads the configuration anew, to the end, whether who asks waits for that or not. Raises BridgeError
+        (bad_config).
+        """
+        return await _to_its_end(self._workers, self._reload)
+
+    async def _reload(self) -> dict[str, Any]:
         self._manager.reloading()
         try:
             return await self._configured.reload()
@@ -205,13 +209,7 @@ class Server:
         self._standing.changed()
 
     async def _answer_job(self, job: Job, asking: Asking, say: Callable[[Reply], None]) -> Ok | Final:
-        """As it would be had its owner a connection: with what he may do now, not when he sent it."""
-        assert job.command is not None
-        identity = await self._gate.identify_owner(job.owner)
-        asking.bill = partial(self._gate.charge, identity)
-        call = Call(self._daemon, Peer(0, identity=identity), Totals(), None, job.received, asking, say)
-        command = permitted(call, job.command)
-        return await LASTING[type(command)](call, command)
+        return await answer_job(self._daemon, job, asking, say)
 
     def _check_welcome(self) -> None:
         """Raises BridgeError. Those whom we are still getting to know count, too."""
@@ -280,6 +278,28 @@ class Server:
         while self._sessions:
             self._all_gone = trio.Event()
             await self._all_gone.wait()
+
+
+async def _to_its_end(nursery: trio.Nursery, work: Callable[[], Awaitable[T]]) -> T:
+    """What ``work`` comes to, or raises. It goes on in ``nursery`` when who waits for it here is cancelled."""
+    ended = trio.Event()
+    error: Exception | None = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")  # unless it gets there
+    value: T
+
+    async def go_on() -> None:
+        nonlocal error, value
+        try:
+            value, error = await work(), None
+        except Exception as raised:
+            error = raised
+        finally:
+            ended.set()
+
+    nursery.start_soon(go_on)
+    await ended.wait()
+    if error is not None:
+        raise error
+    return value
 
 
 async def run(config: Config, read: Callable[[], Config], manager: Manager) -> int:

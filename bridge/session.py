@@ -220,7 +220,8 @@ class Session:
 
     def _on_request(self, request: Requested, received: float) -> None:
         exchange, command = request.exchange, request.command
-        record = Record(self._daemon, self._peer, next(self._numbers), command, received)
+        number = f"{self._peer.number}.{next(self._numbers)}"
+        record = Record(self._daemon, self._peer, number, command, received)
         if isinstance(command, commands.Cancel):
             reply = self._cancel(command)  # at once, though its reply has to wait for its turn
             record.end(reply)

@@ -224,8 +224,21 @@ class Spawned(Place):
 
     @property
     def log(self) -> list[Line]:
-        """Its lines, all of which are to be JSON."""
-        return [orjson.loads(line) for line in self.stderr.splitlines()]
+        """Its lines so far, all of which are to be JSON. It writes them a little later than it answers."""
+        whole, _, _ = self._stderr.read_bytes().rpartition(b"\n")
+        return [orjson.loads(line) for line in whole.splitlines()]
+
+    async def logged(self, event: str, count: int = 1) -> list[Line]:
+        """Waits until it has logged this so often; those lines."""
+        lines: list[Line] = []
+
+        async def look() -> bool:
+            nonlocal lines
+            lines = [line for line in self.log if line["event"] == event]
+            return len(lines) >= count
+
+        await eventually(look, lambda: f"{event!r} was logged {len(lines)} times")
+        return lines
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -298,6 +311,16 @@ def serve(
     finally:
         process.kill()  # its workers end when their pipe does
         process.wait()
+
+
+@contextmanager
+def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, by Popen's options. Killed at the end of the block, for a test that failed does not wait for it."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 async def until_gone(*pids: int, seconds: float = PATIENCE) -> None:

@@ -11,6 +11,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from helpers import running
 from scripted import FETCHING, PULLED, scripted
 
 from bridge.cli.bar import amount_of, clock, progress_bar
@@ -28,7 +29,7 @@ def on_a_terminal(*arguments: str) -> tuple[str, str]:
     termios.tcsetwinsize(end, (24, 80))
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     command = [sys.executable, "-m", "bridge", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end, env=environment) as process:
+    with running(*command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end, env=environment) as process:
         os.close(end)
         shown = b""
         try:

@@ -8,7 +8,7 @@ import sys
 
 import msgspec
 from click.testing import CliRunner
-from helpers import ROOT
+from helpers import ROOT, running
 from scripted import AT, EVENTS, Peer, once, scripted
 
 from bridge.cli.events import line_of
@@ -56,7 +56,7 @@ def test_ctrl_c_ends_it_in_good_order() -> None:
 
     with scripted(tells) as server:
         command = [sys.executable, "-m", "bridge", "events", "--socket", server.address]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with running(*command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout
             assert b"loaded" in process.stdout.readline()
             process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from helpers import Spawned, spawned
+from helpers import Spawned, running, spawned
 from scripted import FETCHING, PIECES, SHA256, Peer, honest, raw, scripted
 
 from bridge.access.tokens import issue
@@ -155,6 +155,7 @@ def test_every_way_there(sh: Sh, shell: str, tool: str, tcp: bool) -> None:
         ),
         (["attach", "-p", "offset=4", "0f"], Attach(job="0f", offset=4), " upon"),
         (["jobs"], Jobs(), '[{"job":"0f0f'),
+        (["jobs", "list", "0f" * 16], Jobs(job="0f" * 16), '[{"job":"0f0f'),
         (["jobs", "cancel", "0f"], Jobs(action="cancel", job="0f"), '{"job":"0f0f'),
         (["jobs", "forget", "0f"], Jobs(action="forget", job="0f"), '{"job":"0f0f'),
     ],
@@ -271,7 +272,7 @@ def test_a_stream_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) ->
     with scripted(one_by_one) as server:
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAMA_BRIDGE_NC": tool}
         command = ["sh", str(SCRIPT), "-s", server.address, "stream", "x"]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
+        with running(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
             screen.append(process)
             server.await_end(0)
             assert process.stdout
@@ -312,7 +313,7 @@ def test_progress_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) ->
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAMA_BRIDGE_NC": tool}
         command = ["sh", str(SCRIPT), "-s", server.address, "pull", "x"]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
+        with running(*command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
             screen.append(process)
             assert process.stdout
             assert process.stdout.read() == b"done\n"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import running
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCKS = ("bridge/build.lock", "bridge/requirements.lock")
@@ -228,7 +229,7 @@ def test_stop_waits_for_the_drain(checkout: Checkout) -> None:
     checkout.deploy("start-bridge")
     (checkout.home / "slow").touch()
     command = ["bash", str(checkout.root / "deploy.sh"), "stop"]
-    with subprocess.Popen(command, env=checkout.environ, stdout=subprocess.PIPE, text=True) as stopping:
+    with running(*command, env=checkout.environ, stdout=subprocess.PIPE, text=True) as stopping:
         assert stopping.stdout is not None
         assert "stopping" in stopping.stdout.readline()
         assert checkout.running() is not None
@@ -248,12 +249,11 @@ def test_stop_with_a_stale_pid_file(bare: Checkout, content: str) -> None:
 
 
 def test_stop_leaves_strangers_alone(bare: Checkout) -> None:
-    with subprocess.Popen(["sleep", "60"]) as stranger:
+    with running("sleep", "60") as stranger:
         bare.pid_file.write_text(f"{stranger.pid}\n")
         assert "no daemon" in bare.deploy("stop").stdout
         time.sleep(0.05)
         assert stranger.poll() is None
-        stranger.kill()
 
 
 def test_without_python_nothing_is_removed(checkout: Checkout) -> None:

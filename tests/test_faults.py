@@ -231,7 +231,7 @@ async def test_fault_08_no_descriptor_left() -> None:
             _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 2, hard))
             crowd = [await stack.enter_async_context(await place.unix()) for _ in range(10)]
-            await eventually(lambda: warned(place))
+            await place.logged("cannot accept")
             assert (await first.ask("INFER max_tokens=2 a b"))["data"] == "a b"
             await crowd[0].send("INFER max_tokens=2 a b")
             crowd[0].half_close()
@@ -246,10 +246,6 @@ async def test_fault_08_no_descriptor_left() -> None:
                 assert (await wire.ask("PING"))["data"] == "pong"
             assert (await first.ask("INFER max_tokens=1 a"))["data"] == "a", "it does not rest, for it was not to blame"
         assert len([line for line in place.log if line["event"] == "cannot accept"]) < 1000
-
-
-async def warned(place: Spawned) -> bool:
-    return any(line["event"] == "cannot accept" for line in place.log)
 
 
 async def fill(place: Inside, wire: Wire, count: int) -> None:

@@ -101,17 +101,17 @@ def test_no_grammar(text: str, reason: str) -> None:
 
 @pytest.mark.parametrize(("text", "reason"), HARMFUL.values(), ids=HARMFUL)
 def test_a_grammar_that_would_harm(text: str, reason: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(GrammarError) as caught:
         check(text)
     assert reason in str(caught.value)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_a_long_one_takes_no_time() -> None:
     rules = [f'r{i} ::= "a" r{i + 1} | [b-d]{{2,3}} (r{i + 1} "e")? .' for i in range(1200)]
     text = "\n".join(["root ::= r0", *rules, "r1200 ::= [z]"])
     assert 40_000 < len(text) < 65_536
-    started = time.monotonic()
+    started = time.process_time()
     gbnf.check.__wrapped__(text)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2

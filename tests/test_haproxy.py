@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -31,10 +33,23 @@ def test_the_example_is_in_order() -> None:
 
 
 def free_ports() -> dict[str, str]:
-    """One for each of the example's. Somebody else may take one meanwhile, if he is very quick."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
-        return {port: str(one.getsockname()[1]) for port, one in zip(PORTS, sockets, strict=True)}
+    """One for each of the example's.
+
+    None is of those that the kernel gives to who asks for any, if there are others: while a daemon is down, somebody
+    would get its port, if only for the end of a connection to another.
+    """
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ours = [port for port in range(10_000, 1 << 16) if not low <= port <= high] or range(low, high + 1)
+    free = filter(is_free, random.sample(ours, len(ours)))
+    return {port: str(next(free)) for port in PORTS}
+
+
+def is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 class Farm:
@@ -59,9 +74,7 @@ class Farm:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        text = CONFIG.read_text()
-        for port, ours in self.ports.items():
-            text = text.replace(port, ours)
+        text = re.sub("|".join(self.ports), lambda found: self.ports[found[0]], CONFIG.read_text())
         text = text.replace("global\n", f"global\n    stats socket {self._folder}/admin.sock level admin\n")
         file = self._folder / "haproxy.cfg"
         file.write_text(text)

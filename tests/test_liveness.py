@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from helpers import eventually
+from helpers import eventually, running
 
 from bridge.providers import liveness
 from bridge.providers.liveness import LOOK, LOOKS, Liveness, process_state
@@ -19,9 +19,8 @@ from bridge.providers.liveness import LOOK, LOOKS, Liveness, process_state
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "1000"]) as sleeper:
+    with running("sleep", "1000") as sleeper:
         yield sleeper
-        sleeper.kill()
 
 
 async def test_states(process: subprocess.Popen[bytes]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PATIENCE
+from helpers import PATIENCE, running
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.needs("llama_cpp")
@@ -246,7 +246,7 @@ def large(tmp_path: Path) -> Path:
 def test_stopped_it_leaves_nothing(number: signal.Signals, large: Path, tmp_path: Path) -> None:
     target = tmp_path / "x.gguf"
     command = [*PROGRAM, str(large), str(target), "q3_k_m", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+    with running(*command, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert b'"done": 0' in child.stdout.readline()
         part = next(_appears(tmp_path))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import running
 
 from bridge.models.report import Report, run
 from protocol.errors import BridgeError
@@ -79,7 +80,7 @@ def test_sigterm_unwinds(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_ends_with_its_reader() -> None:
     """A daemon that is killed closes its end of the pipe; what waits in silence for a server would never notice."""
     work = "import time; from bridge.models.report import run, say; run(lambda report: (say({}), time.sleep(600)))"
-    with subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE) as process:
+    with running(sys.executable, "-c", work, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline()
         process.stdout.close()

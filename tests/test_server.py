@@ -56,7 +56,7 @@ async def test_a_configured_model_that_fails_does_not_stop_it() -> None:
         await place.until(lambda models: list(models) == ["echo"] and models["echo"]["state"] == "ready")
         async with await place.unix() as wire:
             assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
-        failures = [line for line in place.log if line["level"] == "error"]
+        failures = await place.logged("load failed", 2)
         assert sorted(line["model"] for line in failures) == ["broken", "dead"]
         assert all(line["reason"] for line in failures)
 
@@ -66,7 +66,7 @@ async def test_a_configured_file_that_is_missing_does_not_stop_it() -> None:
         await place.until(lambda models: not models)
         async with await place.unix() as wire:
             assert (await wire.ask("STATUS"))["message"] == "No model loaded"
-        [failure] = [line for line in place.log if line["level"] == "error"]
+        [failure] = await place.logged("configured model failed")
         assert "No such file" in failure["reason"]
 
 
@@ -98,6 +98,16 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 def test_a_bad_configuration(tmp_path: Path) -> None:
     status, words = refused(tmp_path / "stderr", environ={"LLAMA_BRIDGE_SOKCET": "/x"})
     assert (status, words) == (2, "llama-bridge: environment: unknown variable LLAMA_BRIDGE_SOKCET\n")
+
+
+def test_a_configuration_whose_files_are_wrong(tmp_path: Path) -> None:
+    """They are read when it has been found good itself; the exit status is the same, for systemd not to try again."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("ci king\n")
+    environ = {"LLAMA_BRIDGE_ACCESS_TOKENS": str(tokens)}
+    status, words = refused(tmp_path / "stderr", "--socket", str(tmp_path / "s"), environ=environ)
+    assert status == 2
+    assert words.startswith(f"llama-bridge: access.tokens: {tokens}, line 1: ")
 
 
 @pytest.mark.parametrize(
@@ -180,14 +190,10 @@ async def test_a_second_signal_stops_at_once() -> None:
         pid = await place.pid()
         async with streams(place, 1, LONG):
             place.signal(signal.SIGTERM)
-            await eventually(lambda: said(place, "draining"))
+            await place.logged("draining")
             place.signal(signal.SIGTERM)
             assert await place.exited() == 1
         await until_gone(pid)
-
-
-async def said(place: Spawned, event: str) -> bool:
-    return any(line["event"] == event for line in place.log)
 
 
 async def test_fault_27_who_does_not_end_is_cut_off_after_the_budget() -> None:
@@ -263,7 +269,7 @@ async def test_a_daemon_that_takes_over_while_the_other_drains() -> None:
         await old.until_ready()
         async with streams(old, 1, LONG) as [wire]:
             old.signal(signal.SIGTERM)
-            await eventually(lambda: said(old, "draining"))
+            await old.logged("draining")
             with spawned(path=old.path) as new:
                 await wire.send("CANCEL")
                 assert (await wire.final())["finish_reason"] == "cancelled"

@@ -229,14 +229,10 @@ async def test_unknown_kinds_and_numbers() -> None:
 
 
 async def test_what_is_told_is_what_is_logged() -> None:
-    async def logged() -> bool:
-        return any(line["event"] == "model loaded" for line in place.log)
-
     with spawned("--load", "echo") as place:
         await place.until_ready()
         async with await place.unix() as wire:
             await wire.send("EVENTS since=0 follow=false loaded")
             loaded, _ = await wire.lines(2)
-        await eventually(logged)
-        [line] = [line for line in place.log if line["event"] == "model loaded"]
+        [line] = await place.logged("model loaded")
         assert (line["timestamp"], line["load_ms"]) == (loaded["time"], loaded["load_ms"])

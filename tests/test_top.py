@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from click.testing import CliRunner
-from helpers import PATIENCE, ROOT, spawned
+from helpers import PATIENCE, ROOT, running, spawned
 from scripted import Peer, answers, honest, once, scripted
 
 from bridge.cli.main import cli
@@ -103,7 +103,7 @@ def test_a_bridge_that_answers_with_an_error() -> None:
 def test_without_a_terminal_a_frame_follows_the_other() -> None:
     with (
         scripted(busy) as server,
-        subprocess.Popen([*TOP, server.address], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process,
+        running(*TOP, server.address, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process,
     ):
         assert process.stdout
         frames = 0

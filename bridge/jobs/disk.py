@@ -123,6 +123,7 @@ class JobDisk:
         """Raises BridgeError."""
         store = await self.open()
         await self._in_thread(partial(store.add, _row(job)))
+        job.on_disk = True
 
     async def text(self, job: Job, offset: int) -> str:
         """From that character on. Raises BridgeError."""
