@@ -23,6 +23,7 @@ from bridge.access.config import tokens_file
 from bridge.access.roles import is_loopback
 from protocol import address as addresses
 from protocol.address import Unix, default_socket, parse_address
+from protocol.allowed import explain, fields_of
 from protocol.commands import KeepAlive, Load
 from protocol.connection import JSON_LINE_LIMIT, TEXT_LINE_LIMIT
 from protocol.options import LoadOptions
@@ -33,8 +34,9 @@ _SECTIONS = ("limits", "load", "pool", "store", "cache", "jobs", "http", "agent"
 _CLIENTS_VARIABLES = ("LLAMA_BRIDGE_NC", "LLAMA_BRIDGE_TOKEN", "LLAMA_BRIDGE_TOKEN_FILE", "LLAMA_BRIDGE_CA")
 _LISTS = ("directories", "allow", "admins", "operators", "users")
 HTTP_PACKAGES = ("hypercorn", "prometheus_client", "starlette")  # of the extra [http]
-Positive = Annotated[int, Meta(ge=1)]
-Bytes = Annotated[int, Meta(ge=0)]
+_MOST = 2**53  # what JSON's readers take for a whole number, and far more than there is of anything
+Positive = Annotated[int, Meta(ge=1, le=_MOST)]
+Bytes = Annotated[int, Meta(ge=0, le=_MOST)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 
 
@@ -125,7 +127,7 @@ class Log(Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     # auto: to the journal where standard error goes there, console on a terminal, else JSON
     format: Literal["auto", "console", "json", "journal"] = "auto"
-    slow_ms: Annotated[int, Meta(ge=0)] = 0  # a line for each request that takes as long; 0 is none
+    slow_ms: Annotated[int, Meta(ge=0, le=_MOST)] = 0  # a line for each request that takes as long; 0 is none
     requests: bool = False  # a line for each, however fast
     prompts: bool = False  # with its prompt and its answer
 
@@ -171,6 +173,7 @@ def read_config(
         ("environment", _from_environment(environ)),
         ("command line", _without_none(flags or {})),
     ):
+        _refuse_nul(values, "", source)
         _convert(values, source)  # alone first, so that a mistake is blamed on its source
         _merge(merged, values)
     config = _convert(merged, "configuration")
@@ -232,7 +235,20 @@ def _convert(values: Mapping[str, Any], source: str) -> Config:
         # Not strict: the environment has only strings.
         return msgspec.convert(values, Config, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        raise ConfigError(f"{source}: {explain(str(error), fields_of(Config), 'the configuration')}") from None
+
+
+def _refuse_nul(value: object, key: str, source: str) -> None:
+    """No path or name can have one, and each place that takes them would have to look."""
+    match value:
+        case str() if "\0" in value:
+            raise ConfigError(f"{source}: {key}: it has a NUL in it; allowed: any other character")
+        case Mapping():
+            for name, inner in value.items():
+                _refuse_nul(inner, f"{key}.{name}" if key else name, source)
+        case list():
+            for number, inner in enumerate(value):
+                _refuse_nul(inner, f"{key}[{number}]", source)
 
 
 def _check(config: Config) -> None:

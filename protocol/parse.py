@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import orjson
 
-from protocol.commands import COMMANDS, HEXADECIMAL, Cancel, Command, Id, Request
+from protocol.allowed import allowed, explain, fields_of
+from protocol.commands import COMMANDS, Cancel, Command, Id, Request
 from protocol.errors import BridgeError, ErrorCode
 
 # What a missing text is answered with, without and after parameters: in the words of the Llambo bridge.
@@ -33,8 +34,6 @@ _REPEATABLE = ("stop", "lora")  # keys that may be given several times
 TLS_START = b"\x16\x03"
 _LARGE = 1 << 20  # characters of JSON
 _HTTP = re.compile(rb"^(GET|HEAD|POST|PUT|DELETE|OPTIONS|CONNECT|TRACE|PATCH|PRI) \S+ HTTP/\d", re.ASCII)
-_PATH_IN_ERROR = re.compile(r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
-_UNKNOWN_IN_ERROR = re.compile(r"^Object contains unknown field `(?P<key>.*)`(?: - at `.*`)?$", re.DOTALL)
 
 
 class BadCommand(BridgeError):
@@ -76,7 +75,7 @@ def parse_request(line: bytes) -> Request | None:
 
 def describe(command: type[Command]) -> dict[str, str]:
     """What each parameter of a command may be, in words."""
-    return {name: _allowed(field.type) for name, field in _FIELDS[command].items()}
+    return {name: allowed(field.type) for name, field in _FIELDS[command].items()}
 
 
 # -- the JSON form ---------------------------------------------------------------------------------------------
@@ -217,59 +216,7 @@ class _WithId(msgspec.Struct):
 
 
 def _bad_argument(command: type[Command], error: str) -> BadCommand:
-    """Rewrites msgspec's message so that it begins with the key and ends with all that is allowed."""
-    fields = _FIELDS[command]
-    if unknown := _UNKNOWN_IN_ERROR.match(error):
-        message = f"{unknown['key'][:64]}: unknown key; {command.VERB} takes {', '.join(fields)}"
-        return BadCommand(ErrorCode.BAD_ARGUMENT, message)
-    if at := _PATH_IN_ERROR.match(error):
-        key = re.split(r"[.\[]", at["path"], maxsplit=1)[0]
-        if key in fields:
-            what = at["what"].replace("`", "")
-            message = f"{at['path']}: {what[:1].lower()}{what[1:]}; allowed: {_allowed(fields[key].type)}"
-            return BadCommand(ErrorCode.BAD_ARGUMENT, message)
-    return BadCommand(ErrorCode.BAD_ARGUMENT, error)
+    return BadCommand(ErrorCode.BAD_ARGUMENT, explain(error, _FIELDS[command], command.VERB))
 
 
-def _allowed(type_: msgspec.inspect.Type) -> str:
-    inspect = msgspec.inspect
-    match type_:
-        case inspect.UnionType():
-            return " or ".join(_allowed(one) for one in type_.types if not isinstance(one, inspect.NoneType))
-        case inspect.IntType():
-            return f"an integer from {type_.ge} to {type_.le}"
-        case inspect.FloatType():
-            low = f"over {type_.gt}" if type_.gt is not None else f"from {type_.ge}"
-            return f"a number {low} to {type_.le}"
-        case inspect.BoolType():
-            return "true or false"
-        case inspect.StrType():
-            return _allowed_string(type_)
-        case inspect.LiteralType():
-            return " or ".join(str(value) for value in type_.values)
-        case inspect.ListType():
-            return f"a list of {_allowed(type_.item_type)}"
-        case inspect.DictType():
-            return f"an object of {_allowed(type_.key_type)} to {_allowed(type_.value_type)}"
-        case inspect.StructType():
-            return "an object with " + ", ".join(field.encode_name for field in type_.fields)
-        case _:
-            return "nothing"
-
-
-def _allowed_string(type_: msgspec.inspect.StrType) -> str:
-    if type_.max_length is None:
-        return "a string"
-    if type_.pattern == HEXADECIMAL:
-        return f"{type_.max_length} hexadecimal digits"
-    without = " without blanks and slashes" if type_.pattern else ""
-    return f"a string of {type_.min_length} to {type_.max_length} characters{without}"
-
-
-def _inspect(struct: type[msgspec.Struct]) -> dict[str, msgspec.inspect.Field]:
-    info = msgspec.inspect.type_info(struct)
-    assert isinstance(info, msgspec.inspect.StructType)
-    return {field.encode_name: field for field in info.fields}
-
-
-_FIELDS = {command: _inspect(command) | _inspect(_WithId) for command in COMMANDS.values()}
+_FIELDS = {command: fields_of(command) | fields_of(_WithId) for command in COMMANDS.values()}

@@ -216,6 +216,22 @@ def test_unknown_keys_in_a_section_of_the_environment() -> None:
     assert "clinets" in message
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('access.unix = "root"', "access.unix: invalid enum value 'root'; allowed: admin or none or operator or user"),
+        ("limits.drain = nan", "limits.drain: expected float >= 0.0; allowed: a number from 0 to 86400"),
+        ("[[models]]\npath = 1", "models[0].path: expected str, got int; allowed: a string"),
+        (f"cache.bytes = {2**64}", f"cache.bytes: expected int <= {2**53}; allowed: an integer from 1 to {2**53}"),
+        ('access.admins = ["a", "\\u0000"]', "access.admins[1]: it has a NUL in it; allowed: any other character"),
+        ('socket = "\\u0000x"', "socket: it has a NUL in it; allowed: any other character"),
+    ],
+)
+def test_what_is_wrong_and_what_is_allowed(file: Path, line: str, message: str) -> None:
+    file.write_text(line)
+    assert refusal(file) == f"configuration file {file}: {message}"
+
+
 def test_unknown_flags() -> None:
     assert refusal(flags={"sokcet": "/x"}).startswith("command line")
 

@@ -375,7 +375,7 @@ def test_fault_12_bad_tokens(tokens: str) -> None:
         ("LOAD name=a/b m", "name", "a string of 1 to 128 characters without blanks and slashes"),
         ("LOAD quant= m", "quant", "a string of 1 to 32 characters"),
         (f"INFER model={'x' * 4097} hello", "model", "a string of 1 to 4096 characters"),
-        ("INFER lora= x", "lora[0]", "a string of 1 to 4096 characters or a list of a string of 1 to 4096 characters"),
+        ("INFER lora= x", "lora[0]", "a string of 1 to 4096 characters"),
         ("MODELS loaded=yes", "loaded", "true or false"),
         ("PULL sha256=abc x", "sha256", "64 hexadecimal digits"),
         (f"PULL sha256={'x' * 64} x", "sha256", "64 hexadecimal digits"),

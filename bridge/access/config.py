@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 RoleName = Literal["none", "user", "operator", "admin"]
 Priority = Literal["high", "normal", "low"]
-Quantity = Annotated[int, Meta(ge=0)]
+Quantity = Annotated[int, Meta(ge=0, le=2**53)]
 
 
 class Allowance(Struct, frozen=True, forbid_unknown_fields=True):

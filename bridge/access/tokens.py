@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bridge.access.config import Allowance, Priority, Quantity
+from protocol.allowed import explain, fields_of
 
 PREFIX = "lb_"  # by which those who look for secrets in places where none should be know it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -136,7 +137,7 @@ def parse_line(line: str, where: str) -> Token | None:
     try:
         return msgspec.convert(fields, Token, strict=False)
     except msgspec.ValidationError as error:
-        raise TokenError(f"{where}: {error}") from None
+        raise TokenError(f"{where}: {explain(str(error), fields_of(Token), 'a token')}") from None
 
 
 def issue(path: str, name: str, role: str, settings: Iterable[str] = ()) -> str:
