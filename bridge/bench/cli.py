@@ -60,7 +60,10 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, metavar="S")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
-    "--chaos", "kind", flag_value="chaos", help="Instead: crashes, stops, disconnects, reloads, and the books."
+    "--chaos",
+    "kind",
+    flag_value="chaos",
+    help="Instead: crashes, stops, disconnects, reloads, restarts, and the books.",
 )
 @click.option("--soak", "kind", flag_value="soak", help="Instead: many connections, some with streams, for long.")
 @click.option("--seconds", type=click.FloatRange(1), metavar="S", help="Of a trial.  [default: chaos 60, soak 600]")
