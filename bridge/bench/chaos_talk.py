@@ -116,7 +116,7 @@ class Talk:
         if gone and self.may_be_cut:
             self._tally.cut += len(owed)
         elif gone:
-            self._lose(owed)
+            self._lose(owed, reset=isinstance(error, trio.BrokenResourceError))
         else:
             self._tally.abandoned += len(owed)
             if isinstance(error, WrongAnswer | RemoteProtocolError):
@@ -124,12 +124,14 @@ class Talk:
         await trio.aclose_forcefully(self._stream)
         return gone or isinstance(error, WrongAnswer | RemoteProtocolError)
 
-    def _lose(self, owed: list[Asked]) -> None:
-        """The daemon has closed the connection."""
+    def _lose(self, owed: list[Asked], *, reset: bool) -> None:
+        """The daemon has closed the connection. What we sent it later makes TCP throw away what we had yet to read."""
         stops, self._tally.lost = self._world.stops, self._tally.lost + len(owed)
         if stops.killed_since(self._began) or self._world.keys.doubtful(self._shown):
             return
-        missing = [asked for asked in owed if not stops.is_late(asked.sent, self._began)]
+        late = [asked for asked in owed if stops.is_late(asked.sent, self._began)]
+        unread = reset and late and not isinstance(self._address, Unix)
+        missing = [] if unread else [asked for asked in owed if asked not in late]
         if missing or not stops.since(self._began):
             verbs = ", ".join(asked.verb for asked in missing)
             self._tally.blame(f"the daemon closed a connection on which it owed {len(missing)} answers: {verbs}")
