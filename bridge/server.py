@@ -157,7 +157,6 @@ class Server:
         try:
             client = await self._gate.secure(client, peer)
             await self._gate.recognise(peer)
-            self._check_stays()
         except BridgeError as error:
             self._gate.peers.discard(peer)  # whoever comes while we take leave does not find the place taken
             await self._send_away(client, error)
@@ -175,6 +174,8 @@ class Server:
             await self._have_session(client, peer)
         finally:
             self._gate.peers.discard(peer)
+            if not self._gate.peers:
+                self._all_gone.set()
 
     async def _send_away(self, client: socket.socket, error: BridgeError) -> None:
         self._daemon.refusals.add(error.code)
@@ -194,8 +195,6 @@ class Server:
         finally:
             self._sessions.discard(session)
             self._count_clients()
-            if not self._sessions:
-                self._all_gone.set()
 
     async def _run_jobs(self) -> None:
         try:
@@ -213,15 +212,11 @@ class Server:
 
     def _check_welcome(self) -> None:
         """Raises BridgeError. Those whom we are still getting to know count, too."""
-        self._check_stays()
+        if self._daemon.draining:  # it was accepted just before
+            raise BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
         if len(self._gate.peers) >= self._daemon.config.limits.clients:
             message = f"{len(self._gate.peers)} clients are connected, all that limits.clients allows"
             raise BridgeError(ErrorCode.TOO_MANY_CLIENTS, message, retry_after_ms=1000)
-
-    def _check_stays(self) -> None:
-        """Raises BridgeError."""
-        if self._daemon.draining:  # it was accepted just before, and the drain would not know of it
-            raise BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
 
     async def _say_so(self) -> None:
         """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere.
@@ -275,7 +270,8 @@ class Server:
         self._log.info("drained", clean=self.clean, seconds=round(time.monotonic() - started, 3))
 
     async def _until_all_gone(self) -> None:
-        while self._sessions:
+        """Also those who were accepted just before, and of whom is yet to be seen who they are."""
+        while self._gate.peers:
             self._all_gone = trio.Event()
             await self._all_gone.wait()
 

@@ -43,6 +43,7 @@ _ABOUT = (
     commands.Models,
 )  # fmt: skip
 _WHILE_DRAINING = (*_ABOUT, commands.Quit)
+_LATE = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
 _CUT = BridgeError(ErrorCode.DRAINING, "The daemon stops, and waits no longer for this answer")
 
 
@@ -78,13 +79,18 @@ class Session:
         self._log = log.get().bind(client=peer.number)
 
     async def run(self) -> None:
+        late = self._daemon.draining  # it was accepted before, and then had to be got to know
         try:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self._outbox.run)
                     self._nursery.start_soon(self._expect_to_know)
+                    if late:
+                        self.finish()
                     with self._reading:
                         await self._read()
+                    if late and next(self._numbers) == 1:  # it has not asked yet, and need not
+                        self._outbox.put(encode_reply(Failed.of(_LATE)))
                     await self._outbox.drain()
                     self._nursery.cancel_scope.cancel()
                 await say_goodbye(self._sock)
@@ -244,8 +250,7 @@ class Session:
         """Answers at once where that can be done, else in a task."""
         reply: Reply | None
         if self._daemon.draining and not isinstance(command, _WHILE_DRAINING):
-            error = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
-            self._end(exchange, record, Failed.of(error))
+            self._end(exchange, record, Failed.of(_LATE))
             return
         try:
             command, grant = admit(self._caller, command)

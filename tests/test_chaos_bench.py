@@ -12,18 +12,24 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from click.testing import CliRunner
 from helpers import PATIENCE
 
 from bridge.bench import bench, chaos
-from bridge.bench.chaos_clients import Client, Talk, Tally
-from bridge.bench.chaos_requests import Asked, Cast, Requests, WrongAnswer
-from bridge.bench.level import Level, Unrest, fill, measure
-from bridge.bench.own import own_daemon
+from bridge.bench.chaos_asked import Asked, Authenticating, Subscribed, WrongAnswer
+from bridge.bench.chaos_clients import Client
+from bridge.bench.chaos_jobs import Attached, JobAsked, JobBook, JobRecord, Submitting
+from bridge.bench.chaos_keys import Keys, Who
+from bridge.bench.chaos_requests import Cast, Requests
+from bridge.bench.chaos_talk import Talk, Tally, World
+from bridge.bench.level import Level, Unrest, ask, fill, measure
+from bridge.bench.own import Stops, own_daemon
 from protocol import commands
 from protocol.address import Unix
 from protocol.commands import Request
-from protocol.replies import Failed, Final, Ok, Started, Token
+from protocol.errors import ErrorCode as E
+from protocol.replies import Event, Failed, Final, Ok, Started, Token
 
 SECONDS = 60  # after two to five warm-ups of a quarter of it
 
@@ -42,10 +48,22 @@ def test_a_daemon_survives_and_nothing_is_left() -> None:
     report = json.loads(result.stdout)
     assert report["wrong"] == []
     requests = report["requests"]
-    assert requests["sent"] == requests["answered"] + requests["abandoned"] + requests["cut"]
+    assert requests["sent"] == sum(requests[what] for what in ("answered", "abandoned", "cut", "lost"))
     seen = {outcome["outcome"] for outcome in report["outcomes"]}
-    assert {"ok", "length", "cancelled", "deadline", "model_crashed", "load_failed", "not_found"} <= seen
-    assert {"workers killed", "workers stopped", "good configurations", "bad configurations"} <= report["faults"].keys()
+    assert {
+        "ok",
+        "length",
+        "cancelled",
+        "deadline",
+        "model_crashed",
+        "load_failed",
+        "not_found",
+        "rate_limited",
+    } <= seen
+    assert {"SUBMIT", "ATTACH", "JOBS", "AUTH", "EVENTS"} <= {outcome["verb"] for outcome in report["outcomes"]}
+    befell = {"workers killed", "workers stopped", "good configurations", "bad configurations", "tokens replaced"}
+    assert befell <= report["faults"].keys()
+    assert report["faults"].keys() & {"daemons killed", "daemons told to stop"}
 
 
 # -- what an answer may be -------------------------------------------------------------------------------------
@@ -84,7 +102,7 @@ def test_what_was_asked_for_may_be_answered() -> None:
 
 
 def test_nothing_may_go_wrong_with_what_takes_no_model() -> None:
-    with pytest.raises(WrongAnswer, match="PING was answered with overloaded"):
+    with pytest.raises(WrongAnswer, match="PING of uid was answered with overloaded"):
         Asked(Request(commands.Ping())).take(Failed("overloaded", "busy"))
 
 
@@ -123,11 +141,22 @@ async def scripted(*answers: bytes, hangs_up: bool = True) -> AsyncIterator[Unix
             nursery.cancel_scope.cancel()
 
 
-async def books(address: Unix, *asked: Asked, may_be_cut: bool = False) -> Tally:
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(tmp_path / "tokens", random.Random("keys"))
+
+
+def world(*addresses: Unix, **cast: float) -> World:
+    stops, keys = Stops(), Keys(Path("tokens"), random.Random(0))
+    return World(Cast("main", [("side", "side")], **cast), [*addresses], Tally(), keys, stops, JobBook(stops))
+
+
+async def books(address: Unix, *asked: Asked, may_be_cut: bool = False, of: World | None = None) -> Tally:
     """What stands in the books of a client that sends these and waits for the answers."""
-    tally = Tally()
+    shared = of or world()
+    tally = shared.tally
     with trio.fail_after(PATIENCE):
-        async with Talk(address, tally) as talk:
+        async with Talk(address, shared) as talk:
             talk.may_be_cut = may_be_cut
             for one in asked:
                 await talk.ask(one)
@@ -172,12 +201,12 @@ async def test_who_does_not_read_may_be_cut() -> None:
 
 
 async def test_who_is_not_answered_does_not_wait_for_ever() -> None:
-    tally = Tally()
     async with scripted(b"", hangs_up=False) as address:
-        cast = Cast("main", [("side", "side")], patience=0.05)
+        shared = world(address, patience=0.05)
         looks = iter([False, True])
         with trio.fail_after(PATIENCE):
-            await Client(0, cast, [address], tally, "seed").run(lambda: next(looks))
+            await Client(0, shared, "seed").run(lambda: next(looks))
+    tally = shared.tally
     assert tally.sent > 0
     assert tally.unaccounted == 0
     assert any("in vain" in wrong for wrong in tally.wrong)
@@ -187,16 +216,216 @@ def test_requests_are_the_same_for_the_same_seed() -> None:
     cast = Cast("main", [("side", "side")])
 
     def some() -> list[Request]:
-        requests = Requests(cast, random.Random("seed"), "c0")
+        requests = Requests(cast, random.Random("seed"), "c0", JobBook(Stops()))
         return [requests.anything().request for _ in range(200)]
 
     assert some() == some()
     assert {type(one.command) for one in some()} >= {commands.InferStream, commands.Chat, commands.Load, commands.Embed}
 
 
+# -- the daemon's end ------------------------------------------------------------------------------------------
+
+
+async def test_what_a_killed_daemon_owed_is_lost() -> None:
+    async with scripted(PONG) as address:
+        of = world()
+        of.stops.begin(killed=True)
+        tally = await books(address, ping(), ping(), of=of)
+    assert (tally.answered, tally.lost, tally.wrong) == (1, 1, [])
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_daemon_that_is_told_to_stop_owes_what_was_sent_before(late: bool) -> None:
+    async with scripted(PONG) as address:
+        of = world()
+        with trio.fail_after(PATIENCE):
+            async with Talk(address, of) as talk:
+                if late:
+                    of.stops.begin(killed=False)
+                await talk.ask(ping())
+                await talk.ask(ping())
+                if not late:
+                    of.stops.begin(killed=False)
+                await talk.read_all()
+    assert of.tally.lost == 1
+    assert bool(of.tally.wrong) is not late
+
+
+async def test_the_next_daemon_has_the_same_sockets() -> None:
+    """Who comes while there is none waits for it."""
+    with own_daemon('backend = "fake"\n') as daemon:
+        first = (await ask(daemon, commands.Status())).extra["pid"]
+        assert daemon.stop() == 0
+        async with trio.open_nursery() as nursery:
+            second = 0
+
+            async def come() -> None:
+                nonlocal second
+                second = (await ask(daemon, commands.Status())).extra["pid"]
+
+            nursery.start_soon(come)
+            await trio.testing.wait_all_tasks_blocked()
+            daemon.start()
+        assert second == daemon.process.pid != first
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------
+
+
+def record(**fields: bool) -> JobRecord:
+    command = commands.InferStream(prompt=PROMPT, max_tokens=3)
+    return JobRecord("0f" * 16, "uid", command, PROMPT.split(), 0.0, may_expire=False, **fields)
+
+
+def attached(job: JobRecord | None, at: int = 0) -> Attached:
+    request = Request(commands.Attach(job="0f" * 16, offset=at))
+    return Attached(request=request, book=JobBook(Stops()), record=job, at=at)
+
+
+def test_a_job_is_followed_from_anywhere() -> None:
+    job = record()
+    for at in (0, 4):
+        one = attached(job, at)
+        assert one.take(Started()) is None
+        assert one.take(Token("how now brown"[at:], {"offset": 13})) is None
+        assert one.take(Final("", "length", {"offset": 13})) == "length"
+    assert (job.text, job.seen, job.outcome) == ("how now brown", 13, "length")
+
+
+@pytest.mark.parametrize(
+    ("replies", "why"),
+    [
+        ([Token("how cow", {"offset": 7})], "and not 'how now'"),
+        ([Token("how now", {"offset": 6})], "has come to 7, and says 6"),
+        ([Token("how", {"offset": 3}), Final("", "length", {"offset": 3})], "done at 3 of 13"),
+        ([Final("", "cancelled", {"offset": 0})], "cancelled by nobody"),
+        ([Final("", "deadline", {"offset": 0})], "a deadline that it does not have"),
+        ([Final("", "error", {"code": "internal", "reason": "a bug", "offset": 0})], "internal: a bug"),
+        ([Final("", "error", {"code": "interrupted", "reason": "so", "offset": 0})], "interrupted: so"),
+        ([Failed("not_found", "No job")], "not_found: No job"),
+    ],
+)
+def test_what_may_not_become_of_a_job(replies: list[Token | Final | Failed], why: str) -> None:
+    *fine, last = replies
+    one = attached(record())
+    for reply in fine:
+        one.take(reply)
+    with pytest.raises(WrongAnswer, match=why):
+        one.take(last)
+
+
+def test_a_job_that_is_told_twice_is_told_the_same() -> None:
+    job = record()
+    job.hear(0, "how")
+    job.words = []  # a real model's, of which nobody knows what it says
+    with pytest.raises(WrongAnswer, match="where it had said 'how'"):
+        attached(job).take(Token("who", {"offset": 3}))
+    job.outcome = "length"
+    with pytest.raises(WrongAnswer, match="after it had ended with length"):
+        attached(job).take(Final("", "stop", {"offset": 3}))
+
+
+def test_a_killed_daemons_job_may_have_less_than_was_told() -> None:
+    job, stops = record(), Stops()
+    job.hear(0, "how now")
+    interrupted = Final("", "error", {"code": "interrupted", "reason": "so", "offset": 3})
+    stops.begin(killed=False)
+    with pytest.raises(WrongAnswer, match="ended at 3, and somebody had been told more, up to 7"):
+        job.end(interrupted, stops)
+    stops.begin(killed=True)
+    assert job.end(interrupted, stops) == "interrupted"
+
+
+def test_what_was_told_or_forgotten_may_be_gone() -> None:
+    for gone in ("told", "forgotten"):
+        assert attached(record(**{gone: True})).take(Failed("not_found", "No job")) == "not_found"
+
+
+def test_anothers_job_is_not_there() -> None:
+    assert attached(None).take(Failed("not_found", "No job")) == "not_found"
+    with pytest.raises(WrongAnswer, match="another's"):
+        attached(None).take(Token("how", {"offset": 3}))
+    listing = JobAsked(request=Request(commands.Jobs(job="0f" * 16)), book=JobBook(Stops()))
+    with pytest.raises(WrongAnswer, match="another's"):
+        listing.take(Ok("1 jobs", [{}]))
+
+
+def test_what_was_submitted_is_in_the_book() -> None:
+    book = JobBook(Stops())
+    command = commands.InferStream(prompt=PROMPT, max_tokens=3)
+    submit = Request(commands.Submit(request="INFER x", ttl_s=1))
+    asked = Submitting(request=submit, words=PROMPT.split(), book=book, command=command)
+    assert asked.take(Ok("Submitted", "0f")) == "ok"
+    assert (book.records["0f"].may_be_gone, book.of("uid")) == (True, [book.records["0f"]])
+
+
+# -- who may what ----------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_is_replaced(keys: Keys) -> None:
+    secret = keys.who("staff").secret
+    assert not keys.doubtful(secret)
+    keys.replace("staff")
+    assert keys.who("staff").secret == secret  # nobody knows the new one yet
+    assert (keys.doubtful(secret), keys.void(secret)) == (True, False)
+    keys.confirm()
+    assert keys.void(secret)
+    assert not keys.doubtful(keys.who("staff").secret)
+
+
+def authenticating(keys: Keys, secret: str | None) -> Authenticating:
+    return Authenticating(request=Request(commands.Auth(token=secret or "x")), keys=keys, secret=secret)
+
+
+def test_what_auth_may_say(keys: Keys) -> None:
+    secret = keys.who("crowd").secret
+    ok, wrong = Ok("Authenticated", {}), Failed("unauthorized", "The token is wrong")
+    assert authenticating(keys, secret).take(ok) == "ok"
+    with pytest.raises(WrongAnswer, match="unauthorized"):
+        authenticating(keys, secret).take(wrong)
+    keys.replace("crowd")
+    assert authenticating(keys, secret).take(wrong) == "unauthorized"
+    keys.confirm()
+    for bad in (secret, None):
+        assert authenticating(keys, bad).take(wrong) == "unauthorized"
+        with pytest.raises(WrongAnswer, match="wrong or was replaced"):
+            authenticating(keys, bad).take(ok)
+
+
+def test_what_is_not_a_users_to_ask() -> None:
+    load = Asked(Request(commands.Load(path="x")), who=Who("token:crowd", "user"))
+    assert load.take(Failed("forbidden", "LOAD is for operators")) == "forbidden"
+    with pytest.raises(WrongAnswer, match="LOAD was answered to a user"):
+        load.take(Ok("Model loaded successfully"))
+    late = Asked(Request(commands.Models()), void=True)
+    with pytest.raises(WrongAnswer, match="although its token had been replaced"):
+        late.take(Ok("no models", []))
+
+
+def test_whoever_is_limited_is_told_when_to_come_again() -> None:
+    one = Asked(Request(commands.Tokenize(text="x")), who=Who("token:crowd", "user", limited=True))
+    assert one.take(Failed("rate_limited", "too many", {"retry_after_ms": 500})) == "rate_limited"
+    with pytest.raises(WrongAnswer, match="asked again after None ms"):
+        one.take(Failed("rate_limited", "too many"))
+    with pytest.raises(WrongAnswer, match="rate_limited"):
+        Asked(Request(commands.Tokenize(text="x"))).take(Failed("rate_limited", "x", {"retry_after_ms": 500}))
+
+
+def test_what_a_drain_excuses() -> None:
+    assert Asked(Request(commands.Ping())).take(Failed("draining", "it goes"), {E.DRAINING}) == "draining"
+
+
+def test_events_are_told_in_their_order() -> None:
+    asked = Subscribed(request=Request(commands.Events()))
+    for kind, number in (("subscribed", 9), ("loading", 3), ("loaded", 4)):
+        assert asked.take(Event(kind, "", number)) is None
+    with pytest.raises(WrongAnswer, match="number 4, after 4"):
+        asked.take(Event("loaded", "", 4))
+
+
 # -- what is left ----------------------------------------------------------------------------------------------
 
-REST = Level(rss=100_000_000, descriptors=12, processes=1, tasks=11)
+REST = Level(rss=100_000_000, descriptors=12, processes=1, tasks=11, threads=3)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +436,7 @@ REST = Level(rss=100_000_000, descriptors=12, processes=1, tasks=11)
         ({"rss": 106_000_000}, ["106.0 MB, before 100.0"]),
         ({"descriptors": 13, "tasks": 12}, ["13 descriptors, before 12", "12 tasks, before 11"]),
         ({"processes": 2}, ["2 processes, before 1"]),
+        ({"threads": 4}, ["4 threads, before 3"]),
     ],
 )
 def test_what_is_more_than_before(change: dict[str, int], told: list[str]) -> None:

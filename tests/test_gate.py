@@ -317,8 +317,9 @@ async def test_another_user_by_name_and_by_group() -> None:
             assert (about["name"], about["role"]) == (user.pw_name, "operator")
 
 
-async def test_whom_we_are_getting_to_know_takes_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is not let in when the drain began meanwhile."""
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> trio.Event:
+    """Before it, nobody who comes is known."""
     known = trio.Event()
     identify = Gate.identify
 
@@ -326,17 +327,35 @@ async def test_whom_we_are_getting_to_know_takes_a_place(monkeypatch: pytest.Mon
         await known.wait()
         return await identify(self, peer)
 
-    async with daemon("echo?step_ms=5", limits=Limits(clients=3)) as place, await place.unix() as busy:
-        await busy.start("INFER_STREAM max_tokens=100000 a")
-        monkeypatch.setattr(Gate, "identify", slowly)
+    monkeypatch.setattr(Gate, "identify", slowly)
+    return known
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_a_drain_waits_for_whom_we_are_getting_to_know(kind: str, known: trio.Event) -> None:
+    """What he sent before it is answered, each request."""
+    async with daemon("echo") as place, await place.connect(kind) as wire:
+        await wire.send("INFER a\nINFER id=b b\nPING")
+        await trio.testing.wait_all_tasks_blocked()
+        place.server.stop()
+        await trio.testing.wait_all_tasks_blocked()
+        known.set()
+        told = await wire.lines(3)
+        assert sorted((line.get("code", ""), line.get("id", "")) for line in told) == [
+            ("", ""), ("draining", ""), ("draining", "b"),
+        ]  # fmt: skip
+        assert await wire.at_end()
+
+
+async def test_whom_we_are_getting_to_know_takes_a_place(known: trio.Event) -> None:
+    """And is told of the drain that began meanwhile, before he asks."""
+    async with daemon(limits=Limits(clients=2)) as place:
         async with await place.unix() as one, await place.tcp() as two, await place.tcp() as three:
             assert (await three.line())["code"] == "too_many_clients"
             place.server.stop()
             await trio.testing.wait_all_tasks_blocked()
             known.set()
             assert (await one.line())["code"] == (await two.line())["code"] == "draining"
-            await busy.send("CANCEL")
-            await busy.final()
 
 
 # -- limits ----------------------------------------------------------------------------------------------------

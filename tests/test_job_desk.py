@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 from helpers import Inside, Line, Place, Wire, daemon, eventually, spawned
+from structlog.testing import capture_logs
 
 from bridge.access.config import Access, Allowances, UserAllowance
 from bridge.access.tokens import issue, revoke
@@ -241,6 +242,21 @@ async def test_one_that_grows_too_large() -> None:
         assert (final["finish_reason"], final["code"]) == ("error", "overloaded")
         assert len(text) > 10_000
         await place.until(lambda models: models["echo"]["running"] == 0)
+
+
+async def test_what_expires_while_the_daemon_ends_is_the_next_ones() -> None:
+    async with daemon("echo", jobs={"keep_s": 0.0}) as place, await place.unix() as wire:
+        await submitted(wire, "INFER max_tokens=1 a")
+        desk = place.server._jobs
+        await desk.until_idle()
+        await desk.close()
+        [job] = desk.book.jobs.values()
+        with capture_logs() as lines:
+            job.fetched = job.ended
+            desk._notify()
+            await trio.testing.wait_all_tasks_blocked()
+        assert lines == []  # that it cannot be deleted is nobody's mistake
+        assert [*desk.book.jobs.values()] == [job]
 
 
 async def test_they_go_when_they_were_fetched_and_when_nobody_did() -> None:

@@ -42,6 +42,11 @@ def test_a_role_may_what_those_below_it_may(role: Role, needed: Role) -> None:
     assert role or "AUTH" in caught.value.message
 
 
+def test_nobody_owns_what_is_of_all_who_come_over_tcp() -> None:
+    """A request that runs while its token is revoked must not reach their jobs."""
+    assert NOBODY.owner != tcp(Access(), Origin(host="127.0.0.1")).owner
+
+
 def test_nobody_has_no_role() -> None:
     assert NOBODY.role is Role.NONE
 

@@ -84,7 +84,7 @@ NOWHERE = Origin()
 class Identity:
     """Whom a connection is taken for. ``expires`` is a time of the calendar, in seconds since the epoch."""
 
-    owner: str = "tcp"  # whom what outlives the connection belongs to
+    owner: str = "nobody"  # whom what outlives the connection belongs to
     name: str = ""  # for people
     role: Role = Role.NONE
     allowance: Allowance = NO_LIMITS

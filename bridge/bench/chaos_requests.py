@@ -1,40 +1,22 @@
-"""What the clients of a chaos run ask, and what may come of it."""
+"""What the clients of a chaos run ask."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import cycle
+from dataclasses import dataclass
 from typing import Any
 
+from bridge.bench.chaos_asked import Asked, Subscribed
+from bridge.bench.chaos_jobs import Attached, JobAsked, JobBook, JobRecord, Submitting
+from bridge.bench.chaos_keys import Who
 from protocol import commands
 from protocol.commands import Command, Request
-from protocol.errors import ErrorCode as E
-from protocol.replies import Failed, Final, Ok, Reply, Token
+from protocol.connection import encode_request
 
 _COMMON = ("once", "upon", "a", "time", "there", "was", "a", "small", "machine", "that", "answered", "whoever", "asked")
 _ORDERS = ("!kill", "!segv", "!abort")  # of the fake: the worker that says this dies
 _ADAPTERS = ("adapters/soft", "adapters/loud")
-_FIND = {E.NO_MODEL, E.NOT_FOUND}
-_USE = _FIND | {E.OVERLOADED, E.MODEL_CRASHED, E.MODEL_RESTING, E.LOAD_FAILED}
-_MAY: dict[type[Command], set[E]] = {
-    commands.Load: {E.LOAD_FAILED, E.NAME_TAKEN, E.NOT_FOUND, E.BUSY, E.MODEL_RESTING},
-    commands.Free: _FIND | {E.BUSY},
-    commands.Plan: {E.LOAD_FAILED},
-    commands.Models: set(),
-    commands.Events: set(),
-    commands.Metrics: set(),
-    commands.Show: _FIND | {E.LOAD_FAILED, E.MODEL_RESTING},
-    commands.Queue: _FIND | {E.MODEL_CRASHED, E.OVERLOADED},
-    commands.Lora: _USE | {E.BUSY, E.NAME_TAKEN},
-    commands.Cancel: {E.NOT_FOUND},
-    commands.Reload: {E.BAD_CONFIG},
-}
-"""The errors that may answer a command while models come, go and crash. Those that use a model may have _USE."""
-_OPERATORS = (commands.Load, commands.Free, commands.Lora, commands.Models, commands.Events, commands.Metrics)
-_INSTANT = (commands.Ping, commands.Hello, commands.Help, commands.Health, commands.Status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +35,7 @@ class Cast:
     n_ctx: int = 1024
     calm: float = 1.0  # how much rarer faults are: a model must be loaded in between
     patience: float = 60.0  # seconds for all that a connection asks, and for coming to rest: more than that may take
+    jobs_bytes: int = 4 << 20  # that there may be
     longest: int = 200  # prompt, about, in words that may be several tokens each
 
     @property
@@ -61,103 +44,23 @@ class Cast:
         return [None] * 8 + [name for _, name in self.others if name not in self.hopeless]
 
 
-@dataclass(slots=True)
-class Asked:
-    """A request that was sent, and what has come of it. ``cancelled`` that its client sent a CANCEL for it."""
-
-    request: Request
-    words: list[str] = field(default_factory=list)  # that the answer is to repeat
-    cancelled: bool = False
-    text: str = ""
-
-    @property
-    def verb(self) -> str:
-        return self.request.command.VERB
-
-    def take(self, reply: Reply) -> str | None:
-        """The outcome, once there is one: "ok", a finish_reason or a code. Raises WrongAnswer."""
-        match reply:
-            case Token():
-                self.text += reply.text
-                return None
-            case Final(finish_reason="error", extra=extra):
-                return self._failed(str(extra.get("code")), str(extra.get("reason")))
-            case Final():
-                self.text += reply.text
-                self._check_reason(reply.finish_reason)
-                self._check_text(self.text, whole=reply.finish_reason == "length")
-                return reply.finish_reason
-            case Failed():
-                return self._failed(reply.code, reply.message)
-            case Ok():
-                self._check_ok(reply)
-                return "ok"
-        return None  # it began, or tells its place
-
-    def _failed(self, code: str, message: str) -> str:
-        if code not in self._may():
-            raise WrongAnswer(f"{self.verb} was answered with {code}: {message}")
-        return code
-
-    def _may(self) -> set[E]:
-        command = self.request.command
-        if isinstance(command, _INSTANT):
-            return set()
-        may = set(_MAY.get(type(command), _USE))
-        if isinstance(command, _OPERATORS):
-            may.add(E.FORBIDDEN)  # over TCP
-        if self.cancelled:
-            may.add(E.CANCELLED)
-        if getattr(command, "deadline_ms", None) is not None:
-            may.add(E.DEADLINE)
-        return may
-
-    def _check_reason(self, reason: str) -> None:
-        if reason not in ("stop", "length") and reason not in self._may():
-            raise WrongAnswer(f"{self.verb} ended with {reason}, for which nobody asked")
-
-    def _check_ok(self, reply: Ok) -> None:
-        match self.request.command:
-            case commands.Infer() | commands.Chat():
-                reason = reply.extra.get("finish_reason", "length")
-                self._check_reason(reason)
-                for text in reply.data if isinstance(reply.data, list) else [reply.data]:
-                    self._check_text(text, whole=False)
-            case commands.InferMulti():
-                for text in json.loads(reply.data):
-                    self._check_text(text, whole=False)
-            case commands.Tokenize() if self.words and len(reply.data) != len(self.words):
-                raise WrongAnswer(f"TOKENIZE of {len(self.words)} words gave {len(reply.data)} tokens")
-
-    def _check_text(self, text: Any, *, whole: bool) -> None:
-        """That it is nobody else's."""
-        if not isinstance(text, str):
-            raise WrongAnswer(f"{self.verb} was answered with {text!r} for a text")
-        if not self.words:
-            return
-        said = text.split()
-        if any(one != word for one, word in zip(said, cycle(self.words), strict=False)):
-            raise WrongAnswer(f"{self.verb} of {' '.join(self.words[:8])!r} was answered with {text[:80]!r}")
-        if whole and len(said) != getattr(self.request.command, "max_tokens", 0):
-            raise WrongAnswer(f"{self.verb} has {len(said)} words, and {self.request.command!r} asked for more")
-
-
-class WrongAnswer(Exception):
-    """What may not be answered to this."""
-
-
 class Requests:
-    """Makes them up, for one client. ``vary`` is what the words of its prompts have that no other client's have."""
+    """Makes them up, for one client. ``vary`` is what the words of its prompts have that no other client's have.
 
-    def __init__(self, cast: Cast, dice: random.Random, vary: str) -> None:
+    ``who`` is whom it is taken for; ``book`` has the jobs of all clients.
+    """
+
+    def __init__(self, cast: Cast, dice: random.Random, vary: str, book: JobBook) -> None:
+        self.who = Who("uid", "admin")
         self._cast = cast
         self._dice = dice
         self._vary = vary
+        self._book = book
         self._count = 0
 
     def anything(self) -> Asked:
-        kinds = [self.stream, self.whole, self.several, self.text, self.look, self.model, self.adapter]
-        [kind] = self._dice.choices(kinds, weights=[8, 6, 1, 3, 4, 2, 0.5 if self._cast.echoes else 0])
+        kinds = [self.stream, self.whole, self.several, self.text, self.look, self.model, self.adapter, self.job]
+        [kind] = self._dice.choices(kinds, weights=[8, 6, 1, 3, 4, 2, 0.5 if self._cast.echoes else 0, 4])
         return kind()
 
     def stream(self, longer: int = 1) -> Asked:
@@ -221,6 +124,55 @@ class Requests:
                 return self._asked(commands.Lora(model=model))
         common = self._generation() | {"lora": [path]}
         return self._asked(commands.InferStream(prompt=" ".join(self._words()), **common))
+
+    def job(self) -> Asked:
+        """One is begun, followed from anywhere, looked at, ended, forgotten; mostly one's own."""
+        mine = self._book.of(self.who.owner)
+        if self._dice.random() < 0.4 or not mine:
+            return self.submit()
+        if self._dice.random() < 0.1:
+            return self._asked(commands.Jobs())
+        if (record := self._dice.choice(mine)).forgotten:  # the newest are more likely to be there
+            record = mine[-1]
+        known: JobRecord | None = record
+        others = [one for one in self._book.records.values() if one.owner != self.who.owner]
+        if others and self._dice.random() < 0.03:
+            record, known = self._dice.choice(others), None
+        match self._dice.randrange(10):
+            case 0:
+                return self._of_job(commands.Jobs(job=record.id), known)
+            case 1:
+                if known:
+                    known.cancelled = True
+                return self._of_job(commands.Jobs(action="cancel", job=record.id), known)
+            case 2 | 3:
+                if known:
+                    known.cancelled = known.forgotten = True
+                return self._of_job(commands.Jobs(action="forget", job=record.id), known)
+        return self.attach(record, known)
+
+    def submit(self) -> Asked:
+        inner = self._dice.choices([self.stream, self.whole, self.several, self.text], weights=[4, 4, 1, 1])[0]()
+        if isinstance(inner.request.command, commands.Tokenize | commands.Detokenize):
+            inner = self.stream()
+        command = inner.request.command
+        line = encode_request(Request(command)).decode().rstrip("\n")
+        asked = self._asked(commands.Submit(request=line, ttl_s=self._dice.choice([None, None, None, 1, 600])))
+        return Submitting(request=asked.request, words=inner.words, book=self._book, command=command)
+
+    def attach(self, record: JobRecord, known: JobRecord | None) -> Asked:
+        at = self._dice.choice([0, 0, record.seen, self._dice.randint(0, record.seen + 5)])
+        if known:
+            known.told = True
+        asked = self._of_job(commands.Attach(job=record.id, offset=at), known)
+        return Attached(request=asked.request, book=self._book, record=known, at=at)
+
+    def _of_job(self, command: Command, record: JobRecord | None) -> JobAsked:
+        return JobAsked(request=self._asked(command).request, book=self._book, record=record)
+
+    def events(self) -> Asked:
+        asked = self._asked(commands.Events(since=self._dice.choice([None, None, 0])))
+        return Subscribed(request=asked.request)
 
     def cancel(self, request_id: str | None) -> Asked:
         return Asked(Request(commands.Cancel(id=request_id)))

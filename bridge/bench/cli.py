@@ -59,7 +59,10 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--pings", type=click.IntRange(0), default=2000, show_default=True, help="How many PINGs to time.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
-    "--chaos", "kind", flag_value="chaos", help="Instead: crashes, stops, disconnects, reloads, and the books."
+    "--chaos",
+    "kind",
+    flag_value="chaos",
+    help="Instead: crashes, stops, disconnects, reloads, restarts, and the books.",
 )
 @click.option("--soak", "kind", flag_value="soak", help="Instead: many connections, some with streams, for long.")
 @click.option("--seconds", type=click.FloatRange(1), metavar="S", help="Of a trial.  [default: chaos 60, soak 600]")

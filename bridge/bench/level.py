@@ -20,18 +20,21 @@ _TOKENS = 40
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """``rss`` is bytes of the daemon alone; ``processes`` are its workers, ``tasks`` those of its event loop."""
+    """``rss`` is bytes of the daemon alone, whose ``threads`` and ``descriptors`` these are; ``processes`` are its
+    workers, ``tasks`` those of its event loop.
+    """
 
     rss: int
     descriptors: int
     processes: int
     tasks: int
+    threads: int
 
     def above(self, other: Level) -> list[str]:
         """What there is more of than there was."""
         found = [
             f"{getattr(self, name)} {name}, before {getattr(other, name)}"
-            for name in ("descriptors", "processes", "tasks")
+            for name in ("descriptors", "processes", "tasks", "threads")
             if getattr(self, name) > getattr(other, name)
         ]
         if self.rss > _GROWTH * other.rss:
@@ -104,7 +107,7 @@ async def _look(daemon: OwnDaemon) -> tuple[Level | None, str]:
     if queue.data:
         return None, f"{len(queue.data)} requests are still there: {queue.data[:3]}"
     await trio.sleep(_LOOK)  # for the daemon to close our connection
-    return Level(daemon.rss, daemon.descriptors, len(daemon.children), status.extra["tasks"]), ""
+    return Level(daemon.rss, daemon.descriptors, len(daemon.children), status.extra["tasks"], daemon.threads), ""
 
 
 async def fill(daemon: OwnDaemon, slots: int, n_ctx: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import orjson
 
-from bridge.bench import chaos, soak
+from bridge.bench import chaos, chaos_report, soak
 from bridge.bench.own import NotStarted
 
 _TAKES = {
@@ -25,7 +25,7 @@ def trial(kind: str, flags: dict[str, Any], progress: Callable[[str], None], *, 
         if kind == "chaos":
             plan = chaos.Plan(**{"seed": random.randrange(1 << 31)} | given)
             result = chaos.chaos(plan, progress)
-            text, fields, wrong = chaos.to_text(plan, result), chaos.to_json(plan, result), result.wrong
+            text, fields, wrong = chaos_report.to_text(plan, result), chaos_report.to_json(plan, result), result.wrong
         else:
             quiet = soak.Plan(**_active(given))
             soaked = soak.soak(quiet, progress)

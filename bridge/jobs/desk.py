@@ -260,6 +260,8 @@ class JobDesk:
                 try:
                     await self._remove(expired)
                 except BridgeError as error:
+                    if error.code == ErrorCode.DRAINING:  # closed: they are for the next daemon to delete
+                        return
                     self._log.error("jobs cannot be deleted", reason=error.message)
                     await trio.sleep(_PAUSE)
 
