@@ -162,6 +162,37 @@ async def test_what_a_list_tells() -> None:
         assert "cherry" not in str(one)
 
 
+async def test_who_attaches_while_a_job_is_deleted_does_not_get_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted, go_on, remove = trio.Event(), trio.Event(), disk.JobDisk.remove
+
+    async def slow_remove(self: disk.JobDisk, jobs: list[Job]) -> None:
+        await remove(self, jobs)
+        deleted.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(disk.JobDisk, "remove", slow_remove)
+    async with daemon("echo") as place, await place.unix() as wire, await place.unix() as other:
+        job = await submitted(wire, "INFER max_tokens=3 a")
+        assert (await attached(wire, job))[0] == "a a a"
+        await wire.send(f"JOBS forget {job}")
+        await deleted.wait()
+        assert (await other.ask(f"ATTACH {job}"))["code"] == "not_found"
+        go_on.set()
+        assert (await wire.line())["data"] == job
+
+
+async def test_what_cannot_be_deleted_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(self: disk.JobDisk, jobs: list[Job]) -> None:
+        raise BridgeError(ErrorCode.OVERLOADED, "Jobs cannot be stored: the disk is full")
+
+    async with daemon("echo") as place, await place.unix() as wire:
+        job = await submitted(wire, "INFER max_tokens=3 a")
+        assert (await attached(wire, job))[0] == "a a a"
+        monkeypatch.setattr(disk.JobDisk, "remove", fail)
+        assert (await wire.ask(f"JOBS forget {job}"))["code"] == "overloaded"
+        assert (await attached(wire, job))[0] == "a a a"
+
+
 async def test_cancel_and_forget() -> None:
     async with daemon(SLOW) as place, await place.unix() as wire, await place.unix() as other:
         running = await submitted(wire, f"{LONG} a")

@@ -142,12 +142,12 @@ class JobDesk:
         """Returns the offset of its end."""
         while True:
             over = job.state.over and (self._disk.is_written(job) or self._disk.failing)
-            if job.id not in self.book.jobs:
-                raise BridgeError(ErrorCode.NOT_FOUND, f"The job {job.id} was forgotten")
+            self._check_known(job)
             if offset < job.length and (job.stored or over):
                 text = await self._disk.text(job, offset)
-                if not text:  # the disk has lost it
-                    return offset
+                if not text:
+                    self._check_known(job)
+                    return offset  # the disk has lost it
                 offset += len(text)
                 say(Token(text, {"offset": offset}))
             elif over:
@@ -156,6 +156,11 @@ class JobDesk:
                 raise BridgeError(ErrorCode.DRAINING, "The daemon is about to stop; the next one begins this job")
             else:
                 await self._news.setdefault(job, trio.Event()).wait()
+
+    def _check_known(self, job: Job) -> None:
+        """Raises BridgeError."""
+        if job.id not in self.book.jobs:
+            raise BridgeError(ErrorCode.NOT_FOUND, f"The job {job.id} was forgotten")
 
     # -- their life --------------------------------------------------------------------------------------------
 
@@ -266,9 +271,15 @@ class JobDesk:
                     await trio.sleep(_PAUSE)
 
     async def _remove(self, jobs: list[Job]) -> None:
-        await self._disk.remove(jobs)
+        """At once for whoever asks: what is half deleted must not look like an answer that is shorter."""
         for job in jobs:
             self.book.jobs.pop(job.id, None)
+        try:
+            await self._disk.remove(jobs)
+        except BaseException:
+            self.book.jobs.update({job.id: job for job in jobs})
+            raise
+        for job in jobs:
             self._tell_followers(job)
         self._notify()
 
