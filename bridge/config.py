@@ -108,7 +108,7 @@ class Jobs(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Http(Struct, frozen=True, forbid_unknown_fields=True):
-    """/metrics, /healthz and /readyz. ``listen`` is HOST:PORT, "" nowhere."""
+    """/metrics, /healthz and /readyz. ``listen`` is HOST:PORT or tls:HOST:PORT, "" nowhere."""
 
     listen: str = ""
 
@@ -237,19 +237,14 @@ def _convert(values: Mapping[str, Any], source: str) -> Config:
 
 def _check(config: Config) -> None:
     for address in config.tcp:
-        try:
-            parsed = parse_address(address)
-        except ValueError as error:
-            raise ConfigError(f"tcp: {error}") from None
-        if isinstance(parsed, Unix):
-            raise ConfigError(f"tcp: bad address {address!r}: allowed are HOST:PORT and tls:HOST:PORT")
-        check_open(config, parsed)
+        check_open(config, _port("tcp", address))
     if not config.socket and not config.tcp:
         raise ConfigError("socket and tcp are both empty: nothing to listen on")
     limits = config.limits
     if limits.input < limits.json_line:
         raise ConfigError(f"limits.input: {limits.input} is less than one line may have, limits.json_line")
-    _check_watched(config)
+    _check_http(config)
+    _check_agent(config)
     for number, model in enumerate(config.models):
         if not model.path:
             raise ConfigError(f"models[{number}]: path is missing")
@@ -257,29 +252,44 @@ def _check(config: Config) -> None:
         raise ConfigError(f"tls.client is {config.tls.client}, and tls.client_ca does not say whose certificates count")
 
 
-def check_open(config: Config, address: addresses.Tcp | addresses.Tls) -> None:
-    """Nobody is to listen to the world by mistake. Raises ConfigError."""
+def _port(key: str, text: str) -> addresses.Tcp | addresses.Tls:
+    """Raises ConfigError."""
+    try:
+        address = parse_address(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    if isinstance(address, Unix):
+        raise ConfigError(f"{key}: bad address {text!r}: allowed are HOST:PORT and tls:HOST:PORT")
+    return address
+
+
+def check_open(config: Config, address: addresses.Tcp | addresses.Tls, key: str = "tcp") -> None:
+    """Nobody is to listen to the world by mistake. Raises ConfigError, which names the ``key``."""
     if isinstance(address, addresses.Tls) and not config.tls.certificate:
-        raise ConfigError(f"tcp: {address} needs a certificate: tls.certificate")
+        raise ConfigError(f"{key}: {address} needs a certificate: tls.certificate")
     by_certificate = isinstance(address, addresses.Tls) and config.tls.client != "none"
     by_token = tokens_file(config.access)
     if not (is_loopback(address.host) or by_certificate or by_token or config.access.insecure):
         message = "can be reached from other machines, and there is nothing by which to know who may: say access.tokens"
-        raise ConfigError(f"tcp: {address} {message}, tls.client, or --insecure, which lets in everybody as a user")
+        raise ConfigError(f"{key}: {address} {message}, tls.client, or --insecure, which lets in everybody as a user")
 
 
-def _check_watched(config: Config) -> None:
-    """Nobody has to say who they are at these ports, so they are for this machine alone."""
-    for key, text in (("http.listen", config.http.listen), ("agent.listen", config.agent.listen)):
-        if not text:
-            continue
-        try:
-            address = parse_address(text)
-        except ValueError as error:
-            raise ConfigError(f"{key}: {error}") from None
-        if not isinstance(address, addresses.Tcp) or not is_loopback(address.host):
-            raise ConfigError(f"{key}: {text!r} is not of this machine alone; allowed is 127.0.0.1:PORT or [::1]:PORT")
-    lacking = [name for name in HTTP_PACKAGES if importlib.util.find_spec(name) is None] if config.http.listen else []
-    if lacking:
+def _check_http(config: Config) -> None:
+    if not config.http.listen:
+        return
+    check_open(config, _port("http.listen", config.http.listen), "http.listen")
+    if lacking := [name for name in HTTP_PACKAGES if importlib.util.find_spec(name) is None]:
         needed = ", ".join(lacking)
         raise ConfigError(f"http.listen: needs {needed}; install what is missing: pip install 'llama-bridge[http]'")
+
+
+def _check_agent(config: Config) -> None:
+    """HAProxy cannot say who it is, so this port is for this machine alone."""
+    text = config.agent.listen
+    if not text:
+        return
+    address = _port("agent.listen", text)
+    if isinstance(address, addresses.Tls) or not is_loopback(address.host):
+        raise ConfigError(
+            f"agent.listen: {text!r} is not of this machine alone; allowed is 127.0.0.1:PORT or [::1]:PORT"
+        )

@@ -70,6 +70,7 @@ def _status(caller: Caller, _command: commands.Status) -> Ok:
         "clients": daemon.clients,
         "tasks": trio.lowlevel.current_statistics().tasks_living,
         "draining": daemon.draining,
+        "jobs": daemon.jobs.book.counts,
     }
     if models:
         extra["default"] = models[0]["name"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
 import grp
 import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ import trio
 from bridge import log
 from bridge.access.roles import Origin
 from bridge.config import Config, ConfigError, check_open
+from bridge.exhausted import none_left
 from bridge.service.systemd import Inherited
 from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
 _BACKLOG = 1024
 _PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what passes, when others are done
 _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _ANY = ("0.0.0.0", "::")
 _LINGER = 1.0  # seconds for a peer to take last words
@@ -47,8 +47,12 @@ class Listener:
         self.socket.setblocking(False)
         self._inode = os.stat(address.path).st_ino if isinstance(address, Unix) and not inherited else None
 
+    @property
+    def closed(self) -> bool:
+        return self.socket.fileno() < 0
+
     def close(self) -> None:
-        if self.socket.fileno() < 0:
+        if self.closed:
             return
         if isinstance(self.address, Unix) and self._inode:  # before it is closed, for then its inode may be another's
             with contextlib.suppress(OSError):
@@ -128,16 +132,17 @@ def _listen_unix(path: str, mode: int, group: str) -> Listener:
     try:
         owner = grp.getgrnam(group).gr_gid if group else -1
         _make_folder(path)
-        _remove_stale(path)
-        before = os.umask(0o177)  # nobody else gets in between bind and chmod
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(before)
-        if group:
-            os.chown(path, -1, owner)
-        os.chmod(path, mode)
-        sock.listen(_BACKLOG)
+        with _alone_in(Path(path).parent):
+            _remove_stale(path)
+            before = os.umask(0o177)  # nobody else gets in between bind and chmod
+            try:
+                sock.bind(path)
+            finally:
+                os.umask(before)
+            if group:
+                os.chown(path, -1, owner)
+            os.chmod(path, mode)
+            sock.listen(_BACKLOG)
         return Listener(sock, Unix(path))
     except KeyError:
         sock.close()
@@ -157,6 +162,18 @@ def _make_folder(path: str) -> None:
     status = folder.stat()
     if status.st_uid not in (0, os.getuid()):
         raise ListenError(f"cannot listen on {path}: its folder belongs to user {status.st_uid}")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Of daemons that start at once each has its turn: a file that is bound and not listened on yet looks stale."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def _remove_stale(path: str) -> None:
@@ -204,7 +221,7 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, Ori
     is not the listener's concern; with no file descriptors left it pauses.
     """
     async with trio.open_nursery() as nursery:
-        while listener.socket.fileno() >= 0:
+        while not listener.closed:
             try:
                 await trio.lowlevel.wait_readable(listener.socket)
                 client, address = listener.socket.accept()
@@ -214,8 +231,8 @@ async def accept_forever(listener: Listener, serve: Callable[[socket.socket, Ori
             except BlockingIOError:
                 continue
             except OSError as error:
-                if error.errno in EXHAUSTED:
-                    log.get().warning("cannot accept", reason=error.strerror)
+                if lacking := none_left(error):
+                    log.get().warning("cannot accept", reason=lacking)
                     await trio.sleep(_PAUSE)
                 continue
             client.setblocking(False)

@@ -11,6 +11,7 @@ import msgspec
 from bridge.access.quota import UNCOUNTED, Grant
 from bridge.access.roles import COMPUTING, NEEDED, Identity, Role, check_role
 from bridge.call import Caller
+from bridge.jobs.job import read_request
 from bridge.models.lora import parse_lora
 from bridge.models.reference import Name, parse
 from bridge.pool.entry import Entry
@@ -25,13 +26,16 @@ _PRIORITIES = ("low", "normal", "high")
 def admit(caller: Caller, command: C) -> tuple[C, Grant]:
     """The command as it may be carried out, and what is to be told what it takes and when it has ended.
 
-    Raises BridgeError: unauthorized, forbidden, rate_limited.
+    Raises BridgeError: unauthorized, forbidden, rate_limited, and for a SUBMIT what is wrong with its request.
     """
     identity = caller.daemon.gate.identity(caller.peer)
     command = permitted(caller, command)
     if command.VERB not in COMPUTING:
         return command, UNCOUNTED
-    return command, caller.daemon.gate.quota(identity).admit(_answers(command), time.monotonic())
+    quota, now = caller.daemon.gate.quota(identity), time.monotonic()
+    if isinstance(command, commands.Submit):
+        return command, quota.admit(commands.answers_of(read_request(command.request)), now, later=True)
+    return command, quota.admit(commands.answers_of(command), now)
 
 
 def permitted(caller: Caller, command: C) -> C:
@@ -44,16 +48,6 @@ def permitted(caller: Caller, command: C) -> C:
         if priority != command.priority:
             command = msgspec.structs.replace(command, priority=priority)
     return command
-
-
-def _answers(command: commands.Command) -> int:
-    match command:
-        case commands.InferMulti(prompts=prompts):
-            return max(1, len(prompts))
-        case commands.Infer(n=n) | commands.Chat(n=n):
-            return n
-        case _:
-            return 1
 
 
 # -- what it names ---------------------------------------------------------------------------------------------

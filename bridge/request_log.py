@@ -23,17 +23,17 @@ _SUMS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 
 
 class Record:
-    """One request, from the arrival of its line to its last reply. ``id`` is its own in this daemon's logs."""
+    """One request, from when its line was ``received`` to its last reply. ``id`` is its own in this daemon's logs."""
 
     __slots__ = ("_command", "_daemon", "_peer", "_pieces", "_received", "id")
 
-    def __init__(self, daemon: Daemon, peer: Peer, number: int, command: commands.Command, received: float) -> None:
+    def __init__(self, daemon: Daemon, peer: Peer, id: str, command: commands.Command, received: float) -> None:
         self._daemon = daemon
         self._peer = peer
         self._command = command
         self._received = received
         self._pieces: list[str] = []
-        self.id = f"{peer.number}.{number}"
+        self.id = id
 
     def hearing(self, say: Callable[[Reply], None]) -> Callable[[Reply], None]:
         """``say``, heard by this record too where answers are logged."""

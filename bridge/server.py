@@ -6,9 +6,8 @@ import itertools
 import signal
 import socket
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import trio
 
@@ -16,15 +15,13 @@ from bridge import log
 from bridge.access.gate import Gate
 from bridge.access.peer import Peer
 from bridge.access.roles import Origin
-from bridge.call import Call
 from bridge.config import Config
 from bridge.configured import Configured
 from bridge.daemon import Daemon
-from bridge.dispatch import LASTING
+from bridge.job_answer import answer_job
 from bridge.jobs.desk import JobDesk
 from bridge.jobs.job import Job
 from bridge.listeners import Listener, accept_forever, open_listeners, say_goodbye
-from bridge.permission import permitted
 from bridge.pool.adapters import Adapters
 from bridge.pool.library import Library
 from bridge.pool.pool import ModelPool
@@ -35,10 +32,11 @@ from bridge.service.systemd import Manager
 from bridge.service.watchdog import feed
 from bridge.session import Session
 from bridge.telemetry.metrics import Metrics
-from bridge.telemetry.receipts import Totals
 from bridge.watching.ports import Ports
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Failed, Final, Ok, Reply, encode_reply
+
+T = TypeVar("T")
 
 LAST_WORDS = 1.0  # seconds to take them, for those whose answers the drain cuts off
 _BURIAL = 15.0  # seconds, more than it takes until all workers are gone
@@ -77,11 +75,20 @@ class Server:
         """Begins the drain. May be called from any task, and more than once."""
         self._stopping.set()
 
+    def leave(self) -> None:
+        """As ``stop``, of a daemon that nobody needs. Who comes from now on waits in the service manager's sockets for
+        the next one.
+        """
+        for listener in self._listeners:
+            listener.close()
+        self.stop()
+
     async def serve(self, *, task_status: trio.TaskStatus[list[Listener]] = trio.TASK_STATUS_IGNORED) -> None:
         """Reports its listeners once it accepts clients."""
         listeners = self._listeners
         try:
             async with trio.open_nursery() as workers:
+                self._workers = workers
                 library = Library(workers, self._config)
                 adapters = Adapters(library)
                 metrics = Metrics()
@@ -92,7 +99,7 @@ class Server:
                 self._ports.serve(workers, self._daemon)
                 self._configured = Configured(self._daemon, self._read, workers)
                 workers.start_soon(self._daemon.refusals.run)
-                self._standing = Standing(self._daemon, self._manager)
+                self._standing = Standing(self._daemon, self._manager, self.leave)
                 await self._configured.begin()
                 workers.start_soon(self._run_jobs)
                 async with trio.open_nursery() as clients:
@@ -123,7 +130,12 @@ class Server:
         self._log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:
-        """Reads the configuration anew. Raises BridgeError (bad_config)."""
+        """Reads the configuration anew, to the end, whether who asks waits for that or not. Raises BridgeError
+        (bad_config).
+        """
+        return await _to_its_end(self._workers, self._reload)
+
+    async def _reload(self) -> dict[str, Any]:
         self._manager.reloading()
         try:
             return await self._configured.reload()
@@ -131,20 +143,26 @@ class Server:
             self._manager.notify(READY=1)
             self._standing.changed()
 
-    async def _serve_client(self, client: socket.socket, origin: Origin) -> None:
+    def _serve_client(self, client: socket.socket, origin: Origin) -> Awaitable[None]:
+        """Whoever was accepted is known from that moment, not from when his task begins: ``leave`` goes by that."""
         peer = Peer(next(self._numbers), origin)
         try:
             self._check_welcome()
+        except BridgeError as error:
+            return self._send_away(client, error)
+        self._gate.peers.add(peer)
+        return self._let_in(client, peer)
+
+    async def _let_in(self, client: socket.socket, peer: Peer) -> None:
+        try:
             client = await self._gate.secure(client, peer)
             await self._gate.recognise(peer)
             self._check_stays()
         except BridgeError as error:
             self._gate.peers.discard(peer)  # whoever comes while we take leave does not find the place taken
-            self._daemon.refusals.add(error.code)
-            self._daemon.metrics.turned_away(error.code)
-            await say_goodbye(client, encode_reply(Failed.of(error)))
+            await self._send_away(client, error)
         except (OSError, trio.TooSlowError) as error:
-            self._log.info("no TLS", client=peer.number, place=origin.key, reason=str(error) or "it took too long")
+            self._log.info("no TLS", client=peer.number, place=peer.origin.key, reason=str(error) or "it took too long")
             client.close()
         except Exception:
             # A bug must not take the other clients with it.
@@ -157,6 +175,11 @@ class Server:
             await self._have_session(client, peer)
         finally:
             self._gate.peers.discard(peer)
+
+    async def _send_away(self, client: socket.socket, error: BridgeError) -> None:
+        self._daemon.refusals.add(error.code)
+        self._daemon.metrics.turned_away(error.code)
+        await say_goodbye(client, encode_reply(Failed.of(error)))
 
     async def _have_session(self, client: socket.socket, peer: Peer) -> None:
         session = Session(client, peer, self._daemon)
@@ -186,13 +209,7 @@ class Server:
         self._standing.changed()
 
     async def _answer_job(self, job: Job, asking: Asking, say: Callable[[Reply], None]) -> Ok | Final:
-        """As it would be had its owner a connection: with what he may do now, not when he sent it."""
-        assert job.command is not None
-        identity = await self._gate.identify_owner(job.owner)
-        asking.bill = partial(self._gate.charge, identity)
-        call = Call(self._daemon, Peer(0, identity=identity), Totals(), None, job.received, asking, say)
-        command = permitted(call, job.command)
-        return await LASTING[type(command)](call, command)
+        return await answer_job(self._daemon, job, asking, say)
 
     def _check_welcome(self) -> None:
         """Raises BridgeError. Those whom we are still getting to know count, too."""
@@ -207,13 +224,16 @@ class Server:
             raise BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")
 
     async def _say_so(self) -> None:
-        """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere."""
+        """Those who watch learn it before anybody is refused, so that balancers have sent the next ones elsewhere.
+
+        After ``leave`` nobody is refused.
+        """
         limits = self._daemon.config.limits
         self._daemon.leaving = True
         # What runs gets its time, and what is saved as much.
         self._manager.stopping(within=limits.grace + 2 * limits.drain + _BURIAL)
         self._standing.changed()
-        if limits.grace:
+        if limits.grace and not all(listener.closed for listener in self._listeners):
             self._log.info("leaving", seconds=limits.grace)
             await trio.sleep(limits.grace)
 
@@ -258,6 +278,28 @@ class Server:
         while self._sessions:
             self._all_gone = trio.Event()
             await self._all_gone.wait()
+
+
+async def _to_its_end(nursery: trio.Nursery, work: Callable[[], Awaitable[T]]) -> T:
+    """What ``work`` comes to, or raises. It goes on in ``nursery`` when who waits for it here is cancelled."""
+    ended = trio.Event()
+    error: Exception | None = BridgeError(ErrorCode.DRAINING, "The daemon is about to stop")  # unless it gets there
+    value: T
+
+    async def go_on() -> None:
+        nonlocal error, value
+        try:
+            value, error = await work(), None
+        except Exception as raised:
+            error = raised
+        finally:
+            ended.set()
+
+    nursery.start_soon(go_on)
+    await ended.wait()
+    if error is not None:
+        raise error
+    return value
 
 
 async def run(config: Config, read: Callable[[], Config], manager: Manager) -> int:

@@ -25,7 +25,8 @@ from bridge.access.quota import Grant
 from bridge.call import Call, Caller
 from bridge.daemon import Daemon
 from bridge.dispatch import INSTANT, LASTING
-from bridge.listeners import EXHAUSTED, say_goodbye
+from bridge.exhausted import overloaded
+from bridge.listeners import say_goodbye
 from bridge.outbox import Outbox
 from bridge.permission import admit
 from bridge.providers.base import Asking
@@ -219,7 +220,8 @@ class Session:
 
     def _on_request(self, request: Requested, received: float) -> None:
         exchange, command = request.exchange, request.command
-        record = Record(self._daemon, self._peer, next(self._numbers), command, received)
+        number = f"{self._peer.number}.{next(self._numbers)}"
+        record = Record(self._daemon, self._peer, number, command, received)
         if isinstance(command, commands.Cancel):
             reply = self._cancel(command)  # at once, though its reply has to wait for its turn
             record.end(reply)
@@ -308,12 +310,11 @@ class Session:
         return Final("", "error", {"code": code, "blame": code.blame, "reason": error.message, **error.details})
 
     def _unforeseen(self, error: Exception, exchange: Exchange, command: commands.Command, record: Record) -> Reply:
-        """While it is handled. A bug, which must not take the connection's other requests with it, unless the process
-        has no file descriptor left: that may happen anywhere, and passes.
+        """While it is handled. A bug, which must not take the connection's other requests with it, unless there is none
+        left of something: that may happen anywhere, and passes.
         """
-        if isinstance(error, OSError) and error.errno in EXHAUSTED:
-            message = f"The daemon is at a limit: {error.strerror}"
-            return self._failure(exchange, BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000), record)
+        if told := overloaded(error):
+            return self._failure(exchange, told, record)
         self._log.exception("a handler failed", verb=command.VERB, **{log.REQUEST: record.id})
         return self._failure(exchange, BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"), record)
 

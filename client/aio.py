@@ -217,7 +217,7 @@ class AsyncClient:
     ) -> None:
         self.address = resolve(address)
         self.timeout = timeout
-        self._credentials = resolve_credentials(self.address, token, ca, certificate)
+        self.credentials = resolve_credentials(self.address, token, ca, certificate)
         self._link: Link | None = None
         self._connecting = trio.Lock()
 
@@ -291,8 +291,8 @@ class AsyncClient:
             if self._link is None or not await self._link.alive():
                 if self._link is not None:
                     self._link.close()
-                link = Link(await connect(self.address, self._credentials))
-                if self._credentials.token:
+                link = Link(await connect(self.address, self.credentials))
+                if self.credentials.token:
                     await self._authenticate(link)
                 self._link = link
             return self._link
@@ -300,7 +300,7 @@ class AsyncClient:
     async def _authenticate(self, link: Link) -> None:
         try:
             with within(self.timeout) as limit:
-                await link.answer(calls.auth(self._credentials.token), limit)
+                await link.answer(calls.auth(self.credentials.token), limit)
         except BaseException:
             link.close()
             raise

@@ -209,7 +209,7 @@ class Client:
     ) -> None:
         self.address = resolve(address)
         self.timeout = timeout
-        self._credentials = resolve_credentials(self.address, token, ca, certificate)
+        self.credentials = resolve_credentials(self.address, token, ca, certificate)
         self._link: Link | None = None
 
     ping = _asks(calls.ping)
@@ -278,6 +278,6 @@ class Client:
     def _connected(self) -> Link:
         if self._link is None or not self._link.alive():
             self.close()
-            self._link = Link(self.address, self.timeout, self._credentials)
+            self._link = Link(self.address, self.timeout, self.credentials)
         self._link.timeout = self.timeout
         return self._link

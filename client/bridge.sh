@@ -31,7 +31,7 @@ usage: bridge.sh [-s PATH | -t HOST:PORT] COMMAND [-p KEY=VALUE ...] [ARGUMENT .
   embed [TEXT]          the vector of a text
   submit [PROMPT]       completes a prompt as a job, which goes on by itself; prints its name
   attach JOB            a job's text, as it is generated; -p offset=N leaves out what one has already
-  jobs                  one's jobs, as JSON
+  jobs [list [JOB]]     one's jobs, or one of them, as JSON
   jobs cancel JOB       ends one; forget deletes one
   raw LINE ...          sends the lines as they are, prints the answers as they are
 
@@ -427,8 +427,8 @@ jobs() { # [list | cancel | forget] [JOB]
     action=${1:-list}
     case $action in
         list)
-            [ $# -le 1 ] || wrong 'jobs list takes no job'
-            request JOBS
+            [ $# -le 2 ] || wrong 'jobs list takes one job'
+            request JOBS ${2:+job "$2"}
             ;;
         cancel | forget)
             [ $# -eq 2 ] || wrong "jobs $action takes one job"

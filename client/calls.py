@@ -276,9 +276,9 @@ def attach(job: str, *, offset: int = 0) -> Command:
     return commands.Attach(job=job, offset=offset)
 
 
-def jobs(*, all: bool = False) -> Call[list[Job]]:
-    """One's jobs; with ``all`` those of everybody, if this peer may."""
-    return Call(commands.Jobs(all=all), lambda ok: read_as(list[Job], ok.data), repeatable=True)
+def jobs(job: str = "", *, all: bool = False) -> Call[list[Job]]:
+    """One's jobs, or this one of them alone; with ``all`` those of everybody, if this peer may."""
+    return Call(commands.Jobs(job=job, all=all), lambda ok: read_as(list[Job], ok.data), repeatable=True)
 
 
 def jobs_cancel(job: str) -> Call[Job]:

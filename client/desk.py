@@ -22,6 +22,7 @@ class Waiting:
         self._exchange = exchange
         self._replies: deque[Reply] = deque()
         self._wanted = True
+        self._told = False  # what became of the connection
 
     @property
     def id(self) -> str | None:
@@ -29,14 +30,15 @@ class Waiting:
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing to take and nothing will come any more."""
-        return not self._replies and (self._exchange.state is State.DONE or self._desk.failed)
+        """Whether all was taken: the last line, or else what became of the connection."""
+        return not self._replies and (self._exchange.state is State.DONE or self._told)
 
     def take(self) -> Reply | None:
         """The next line of the answer, or None when it has not come yet. Raises what became of the connection."""
         if self._replies:
             return self._replies.popleft()
-        if self._exchange.state is not State.DONE:
+        if self._exchange.state is not State.DONE and self._desk.failed:
+            self._told = True
             self._desk.raise_failure()
         return None
 

@@ -167,6 +167,7 @@ class Status(Struct, frozen=True, kw_only=True):
     """``message`` is the line for people; ``default`` the model that answers when none is named.
 
     ``tasks`` are the event loop's, a few for each connection and model: more and more of them would be a leak.
+    ``jobs`` are how many there are, by state; those that run are among what the models run.
     ``usage`` has the sums of what this connection was answered; ``you`` is who was.
     """
 
@@ -177,6 +178,7 @@ class Status(Struct, frozen=True, kw_only=True):
     clients: int = 0
     tasks: int = 0
     draining: bool = False
+    jobs: dict[str, int] = {}
     default: str | None = None
     models: list[ModelState] = []
     usage: Totals = Totals()
@@ -268,6 +270,7 @@ class Metrics(Struct, frozen=True, kw_only=True):
     refused: dict[str, int] = {}
     bytes_received: int = 0
     bytes_sent: int = 0
+    jobs: dict[str, int] = {}
     requests: list[RequestCount] = []
     request_seconds: dict[str, Distribution] = {}
     models: list[ModelMetrics] = []

@@ -22,6 +22,8 @@ def resolve(address: str | Address | None) -> Address:
 
 def unreachable(address: Address, error: OSError) -> Unreachable:
     reason = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    if isinstance(error, PermissionError):
+        return Unreachable(f"this user may not connect to {address}: {reason}")
     return Unreachable(f"no bridge answers at {address}: {reason}")
 
 

@@ -303,6 +303,17 @@ class Detokenize(Command, frozen=True):
     model: Reference | None = None
 
 
+def answers_of(command: Command) -> int:
+    """How many answers it asks for at once."""
+    match command:
+        case InferMulti(prompts=prompts):
+            return max(1, len(prompts))
+        case Infer(n=n) | Chat(n=n):
+            return n
+        case _:
+            return 1
+
+
 COMMANDS: dict[str, type[Command]] = {
     command.VERB: command
     for command in (

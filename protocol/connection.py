@@ -227,9 +227,10 @@ class Connection:
             return None
         exchange = self._find(reply_id(line))
         reply = decode_reply(line, streams=exchange is not None and exchange.state is State.STREAM_REQUESTED)
+        begun = exchange is not None and exchange.state is State.STREAMING  # which an error cannot answer any more
+        if isinstance(reply, Failed) and reply.id is None and (exchange is None or begun):
+            return Answer(None, reply)
         if exchange is None:
-            if isinstance(reply, Failed) and reply.id is None:
-                return Answer(None, reply)
             raise RemoteProtocolError(f"an answer to nothing that was asked: {line[:200]!r}")
         exchange.advance(reply, RemoteProtocolError)
         self._forget_if_done(exchange)

@@ -13,6 +13,7 @@ places() {
         COMMAND=$HOME/.local/bin/llama-bridge
         UNITS=${XDG_CONFIG_HOME:-$HOME/.config}/systemd/user
         ETC=${XDG_CONFIG_HOME:-$HOME/.config}/llama-bridge
+        MAN=${XDG_DATA_HOME:-$HOME/.local/share}/man
         DATA=("${XDG_DATA_HOME:-$HOME/.local/share}/llama-bridge" "$ETC")
         systemctl --user show-environment >/dev/null 2>&1 ||
             die "no systemd of yours answers; log in anew, or as root: loginctl enable-linger $(id -un)"
@@ -23,18 +24,30 @@ places() {
         COMMAND=/usr/local/bin/llama-bridge
         UNITS=/etc/systemd/system
         ETC=/etc/llama-bridge
+        MAN=/usr/local/share/man
         DATA=(/var/lib/llama-bridge /var/lib/llama-bridge-* /var/cache/llama-bridge /var/cache/llama-bridge-* "$ETC")
         SOCKET=/run/llama-bridge/bridge.sock
         [ "$(id -u)" = 0 ] || die "this is for root; a service of your own: ./deploy.sh ${verb:?} --user"
         [ -d /run/systemd/system ] || die "systemd does not run here"
     fi
+    DATA+=("$UNITS"/llama-bridge{,@*}.{service,socket}.d) # what `systemctl edit` wrote
+}
+
+# Who masked a unit wants it not to run; to install it would undo that.
+refuse_masked() {
+    local unit
+    for unit in llama-bridge{,@}.{service,socket}; do
+        [ "$(readlink -- "$UNITS/$unit")" != /dev/null ] || die "$unit is masked; first: ${SYSTEMCTL[*]} unmask $unit"
+    done
 }
 
 # put SOURCE TARGET [MODE [GROUP]]
 put() {
-    local note=
+    local note='' unit=${2##*/}
     cmp -s -- "$1" "$2" && return
-    [[ $2 == *.socket && -e $2 ]] && note=" (in force after: ${SYSTEMCTL[*]} restart ${2##*/}, which closes it for a moment)"
+    unit=${unit/@./@*.} # of a template, its instances
+    [[ $unit == *.socket ]] && "${SYSTEMCTL[@]}" -q is-active "$unit" &&
+        note=" (in force after: ${SYSTEMCTL[*]} restart '$unit', which closes it for a moment)"
     install -D -m "${3:-644}" -g "${4:-$(id -g)}" -- "$1" "$2"
     changed "installed $2$note"
 }
@@ -66,6 +79,13 @@ put_command() {
     mkdir -p -- "${COMMAND%/*}"
     ln -sfn -- "$PREFIX/current/bin/llama-bridge" "$COMMAND"
     changed "installed $COMMAND"
+}
+
+put_manual() {
+    local page
+    for page in systemd/man/*.[1-8]; do
+        put "$page" "$MAN/man${page##*.}/${page##*/}"
+    done
 }
 
 put_system_files() { # [--network]
@@ -108,18 +128,30 @@ put_model() {
     changed "installed $to/${model##*/}"
 }
 
-# Has the service run what is installed now. Its sockets stay open, so nobody is refused; answers may end first.
+# Has the services run what is installed now. Their sockets stay open, so nobody is refused; answers may end first.
 start_units() {
+    local older running=()
     "${SYSTEMCTL[@]}" daemon-reload
     if ! "${SYSTEMCTL[@]}" -q is-active llama-bridge.socket; then
         "${SYSTEMCTL[@]}" stop llama-bridge.service # which listens by itself, as one of an earlier version did
         "${SYSTEMCTL[@]}" -q enable --now llama-bridge.socket
         changed "enabled and started llama-bridge.socket: the first connection starts the daemon"
-    elif [ "$CHANGED" = 1 ]; then
-        "${SYSTEMCTL[@]}" try-restart llama-bridge.service 'llama-bridge@*.service'
-        say "restarted what ran"
     fi
-    environments ! -path "*/$(readlink -- "$PREFIX/current")/*" | xargs -r -0 rm -rf --
+    # Where an install was cut short, something may still run out of an older one, although nothing changes now.
+    mapfile -t -d '' older < <(environments ! -path "*/$(readlink -- "$PREFIX/current")/*")
+    if [ "$CHANGED" = 1 ] || [ ${#older[@]} != 0 ]; then
+        mapfile -t running < <(units_of service --state=active,activating,reloading)
+    fi
+    if [ ${#running[@]} != 0 ]; then
+        changed "restarting ${running[*]}"
+        "${SYSTEMCTL[@]}" try-restart "${running[@]}"
+    fi
+    [ ${#older[@]} = 0 ] || rm -rf -- "${older[@]}"
+}
+
+# units_of KIND OPTION...: their names, of all bridges; KIND may be a pattern.
+units_of() {
+    "${SYSTEMCTL[@]}" list-units --plain --no-legend "${@:2}" "llama-bridge.$1" "llama-bridge@*.$1" | awk '{print $1}'
 }
 
 # Those that systemd/environment.py made, each ended by a NUL: nothing else in that folder is ours. TEST... are find's.
@@ -140,12 +172,14 @@ install_service() {
         shift
     done
     places "$whose"
+    refuse_masked
     [ "$VENV" != "$ROOT/.venv" ] || set_up_as_owner
     umask 022
     export PYTHONDONTWRITEBYTECODE=1
     put_environment "$whose"
     "put_${whose}_files" "$network"
     put_command
+    put_manual
     "$model" "$whose"
     start_units
     [ "$CHANGED" = 1 ] || say "all is installed already"
@@ -179,29 +213,37 @@ uninstall_service() {
     done
     places "$whose"
     stop_units
-    gone "$UNITS"/llama-bridge{,@}.{service,socket} "$UNITS"/llama-bridge{,@}.service.d
+    gone "$UNITS"/llama-bridge{,@}.{service,socket}
+    gone "$UNITS"/llama-bridge{,@}.service.d/{gpu-nvidia,gpu-rocm,network}.conf
+    rmdir -- "$UNITS"/llama-bridge{,@}.service.d 2>/dev/null || true
     [ "$whose" = user ] ||
         gone /etc/tmpfiles.d/llama-bridge.conf /etc/sysusers.d/llama-bridge.conf /run/llama-bridge /run/llama-bridge-*
     [ "$(readlink -- "$COMMAND")" != "$PREFIX/current/bin/llama-bridge" ] || gone "$COMMAND"
     mapfile -t -d '' ours < <(environments)
     gone "$PREFIX/current" "${ours[@]}"
+    gone "$MAN/man1/llama-bridge.1" "$MAN/man5/llama-bridge.toml.5"
     rmdir -- "$PREFIX" 2>/dev/null || true
-    "${SYSTEMCTL[@]}" daemon-reload
     if [ -n "$purge" ]; then
         gone "${DATA[@]}"
-        [ "$whose" = user ] || ! getent passwd llama-bridge >/dev/null ||
-            { userdel llama-bridge && changed "removed the user llama-bridge"; }
+        [ "$whose" = user ] || ! getent passwd llama-bridge >/dev/null || remove_user
     fi
+    "${SYSTEMCTL[@]}" daemon-reload
     [ "$CHANGED" = 1 ] || say "nothing is installed"
     left=$(for path in "${DATA[@]}"; do [ ! -e "$path" ] || echo "$path"; done)
     [ -z "$left" ] || say "left, as data: $(xargs <<<"$left") (uninstall --purge removes them)"
 }
 
+# userdel takes the group along, unless it has members: those who might use the bridge.
+remove_user() {
+    gpasswd --members '' llama-bridge
+    userdel llama-bridge
+    changed "removed the user llama-bridge, and its group"
+}
+
 # Those of all bridges. Stopped sockets first, or the next connection would start it again.
 stop_units() {
     local units
-    mapfile -t units < <("${SYSTEMCTL[@]}" list-units --all --plain --no-legend 'llama-bridge.s*' 'llama-bridge@*.s*' |
-        awk '{print $1}' | sort -r)
+    mapfile -t units < <(units_of 's*' --all | sort -r)
     [ ${#units[@]} = 0 ] || "${SYSTEMCTL[@]}" stop "${units[@]}"
     # Not list-unit-files, which has no instances of templates.
     mapfile -t units < <(find "$UNITS"/*.wants -name 'llama-bridge*' -printf '%f\n' 2>/dev/null | sort -u)

@@ -316,6 +316,8 @@ def answer(command: Command) -> Reply:
             return _fetched(command)
         case Submit():
             return Ok("Submitted", JOB["job"], {"ttl_s": 60})
+        case Jobs(action="list", job=job) if job not in ("", JOB["job"]):
+            return Failed(ErrorCode.NOT_FOUND, f"No job {job}")
         case Jobs(action="list"):
             return Ok("1 jobs", [JOB])
         case Jobs():

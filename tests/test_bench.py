@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import trio
+import trustme
 from bench_servers import FakeBridge, FakeLlamaServer, bridge_at, chunked, listen, llama_server, plain, serving
 from click.testing import CliRunner
+from helpers import spawned
 from rich.console import Console
 
+from bridge.access.tokens import issue
 from bridge.bench import bench, http, report
 from bridge.bench.answers import Answer, BridgeAnswer, BrokenAnswer, LlamaServerAnswer, LlamaServerEmbeddings
 from bridge.bench.load import run_clients, run_disturbed
@@ -531,6 +534,30 @@ def test_no_llama_server_there() -> None:
     assert "no answer from the llama-server" in result.output
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["tcp", "tls"])
+def test_where_a_token_is_needed(tls: bool, tmp_path: Path) -> None:
+    tokens, secret, ca = tmp_path / "tokens", tmp_path / "secret", trustme.CA()
+    secret.write_text(issue(str(tokens), "ci", "user", []))
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "bridge.pem"))
+    environ = {"LLAMA_BRIDGE_ACCESS_LOOPBACK": "none", "LLAMA_BRIDGE_ACCESS_TOKENS": str(tokens)}
+    environ |= {"LLAMA_BRIDGE_TLS_CERTIFICATE": str(tmp_path / "bridge.pem")}
+    with spawned("--load", "echo", "--tcp", "tls:127.0.0.1:0", ports=2, environ=environ) as place:
+        there = ["--tls", f"localhost:{place.ports[1]}", "--ca", str(tmp_path / "ca.pem")]
+        flags = [*_SMALL, "--json", *(there if tls else ["--tcp", f"127.0.0.1:{place.port}"])]
+        for pings in ("0", "5"):
+            result = CliRunner().invoke(bench, [*flags, "--pings", pings])
+            assert (result.exit_code, result.stdout) == (1, "")
+            assert '"code":"unauthorized"' in result.stderr
+            result = CliRunner().invoke(bench, [*flags, "--pings", pings, "--token-file", str(secret)])
+            assert (result.exit_code, json.loads(result.stdout)["failed"]) == (0, 0)
+        secret.write_text("lb_wrong")
+        for pings in ("0", "5"):
+            result = CliRunner().invoke(bench, [*flags, "--pings", pings, "--token-file", str(secret)])
+            assert result.exit_code == 1
+            assert "AUTH was answered with " in result.stderr
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -539,6 +566,7 @@ def test_no_llama_server_there() -> None:
         ["--common-prefix", "65", "--prompt-tokens", "64"],
         ["--socket", "/x", "--tcp", "localhost:1"],
         ["--tcp", "localhost"],
+        ["--tcp", "localhost:1", "--ca", "/x"],
         ["--against", "ftp://x"],
         ["--skip-bridge"],
     ],
@@ -586,7 +614,7 @@ def test_the_table_and_the_warnings() -> None:
 
 
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(**flags: object) -> None:
+    def interrupted(*_: object, **flags: object) -> None:
         raise BaseExceptionGroup("of a nursery", [KeyboardInterrupt()])
 
     monkeypatch.setattr("bridge.bench.cli.run", interrupted)

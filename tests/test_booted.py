@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import trio
 from helpers import Line, eventually
-from machine import VENV, Machine, NoMachine, booted
+from machine import CHECKOUT, VENV, Machine, NoMachine, booted
 
 INSTALL = ("install", "--from-venv", VENV, "--no-model")
 ETC = "/etc/llama-bridge"
+EDITED = "/etc/systemd/system/llama-bridge.service.d"
 DROP_IN = "/run/systemd/system/llama-bridge.{}.d/test.conf"
 CONFIG = """
 backend = "fake"
@@ -121,9 +122,30 @@ async def test_an_update_restarts_it(service: Machine) -> None:
     said = service.deploy(*INSTALL)
     assert "installed /opt/llama-bridge/" in said
     assert "installed /etc/systemd/system/llama-bridge@.socket" in said
-    assert "restarted what ran" in said
+    assert "restarting llama-bridge.service\n" in said
     assert await service.daemon_pid() != pid
     assert len(service.run("ls", "/opt/llama-bridge").split()) == 2, "the older one is gone"
+
+
+async def test_an_install_that_was_cut_short_is_completed(service: Machine) -> None:
+    """All is in place already, but what runs came out of an older environment, which is to go."""
+    folder = "cd /opt/llama-bridge && new=$(readlink current) && "
+    service.run("sh", "-c", f"{folder} cp -a $new older && ln -sfn older current && echo $new >/root/new")
+    pid = await service.daemon_pid()
+    service.run("sh", "-c", "ln -sfn $(cat /root/new) /opt/llama-bridge/current")
+    assert "restarting llama-bridge.service\n" in service.deploy(*INSTALL)
+    assert await service.daemon_pid() != pid
+    assert not service.try_run("ls", "/opt/llama-bridge/older").stdout
+
+
+async def test_what_is_masked_is_not_installed(service: Machine) -> None:
+    service.deploy("uninstall")
+    service.systemctl("mask", "llama-bridge.socket")
+    done = service.try_run("bash", f"{CHECKOUT}/deploy.sh", *INSTALL)
+    assert (done.returncode, "systemctl unmask llama-bridge.socket" in done.stderr) == (1, True)
+    assert not service.try_run("ls", "/opt/llama-bridge").stdout
+    service.systemctl("unmask", "llama-bridge.socket")
+    service.deploy(*INSTALL)
 
 
 @pytest.mark.model
@@ -155,10 +177,14 @@ async def test_one_of_several_bridges(service: Machine) -> None:
     configure(service, name="two.toml")
     service.systemctl("start", "llama-bridge@two.socket")
     first = await service.daemon_pid()
+    async with await service.unix() as wire:
+        assert (await wire.ask("SUBMIT INFER a"))["message"] == "Submitted"
     service.path = service.inside("/run/llama-bridge-two/bridge.sock")
     try:
         assert await service.daemon_pid() != first
         assert service.show("ActiveState", "llama-bridge@two.service") == "active"
+        async with await service.unix() as wire:
+            assert (await wire.ask("SUBMIT INFER a"))["message"] == "Submitted", "its jobs are its own"
     finally:
         service.path = service.inside("/run/llama-bridge/bridge.sock")
         service.systemctl("stop", "llama-bridge@two.socket", "llama-bridge@two.service")
@@ -169,6 +195,21 @@ async def test_a_bad_configuration_is_not_tried_again(service: Machine) -> None:
     assert service.try_run("systemctl", "start", "llama-bridge.service").returncode != 0
     assert service.show("ActiveState") == "failed"
     assert service.show("NRestarts") == "0"
+
+
+async def test_a_crash_at_each_start_is_never_given_up(service: Machine) -> None:
+    """As while an upgrade has taken its files away. Who connected meanwhile waits, and is answered at last."""
+    drop_in(service, "service", "[Service]\nExecStartPre=test -e /run/mended\n")
+    async with await service.unix() as wire:
+        await wire.send("PING")
+
+        async def tried() -> bool:
+            return int(service.show("NRestarts")) > 6
+
+        await eventually(tried, lambda: service.systemctl("show", "llama-bridge.service"))
+        service.run("touch", "/run/mended")
+        assert (await wire.line())["data"] == "pong"
+    service.run("rm", "/run/mended")
 
 
 async def test_tokens_are_a_credential(service: Machine) -> None:
@@ -314,13 +355,18 @@ async def test_its_log_is_fields_of_the_journal(service: Machine) -> None:
 
 async def test_uninstall_leaves_the_data(service: Machine) -> None:
     pid = await service.daemon_pid()
+    service.write(f"{EDITED}/override.conf", "[Service]\nNice=5\n")  # as `systemctl edit` does
+    service.deploy(*INSTALL, "--network")
     said = service.deploy("uninstall")
     [line] = [line for line in said.splitlines() if "left, as data" in line]
-    assert {"/var/lib/llama-bridge", "/var/cache/llama-bridge", ETC} <= set(line.split())
+    kept = ("/var/lib/llama-bridge", "/var/cache/llama-bridge", ETC, EDITED)
+    assert {*kept} <= set(line.split())
     assert not runs(service, pid)
-    assert all(path.startswith(("/var/lib/", "/var/cache/", ETC)) for path in service.left()), service.left()
+    assert all(path.startswith(kept) for path in service.left()), service.left()
+    assert service.run("ls", EDITED) == "override.conf\n", "network.conf was ours"
     service.deploy(*INSTALL)
     assert await service.daemon_pid() != pid
+    assert service.show("Nice") == "5"
 
 
 async def test_purge_leaves_nothing(service: Machine) -> None:
@@ -328,6 +374,9 @@ async def test_purge_leaves_nothing(service: Machine) -> None:
     configure(service, name="two.toml")
     service.systemctl("enable", "--now", "llama-bridge@two.socket")
     service.systemctl("start", "llama-bridge@two.service")
+    service.write(f"{EDITED}/override.conf", "[Service]\nNice=5\n")
+    service.write("/etc/systemd/system/llama-bridge.socket.d/override.conf", "[Socket]\nListenStream=127.0.0.1:7800\n")
+    service.run("usermod", "-a", "-G", "llama-bridge", "games")
     service.write("/opt/llama-bridge/mine", "a file that nobody installed")
     service.deploy("uninstall", "--purge")
     assert service.left() == {"/opt/llama-bridge"}

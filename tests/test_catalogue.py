@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_an_unknown_name_is_told_what_is_near(disk: Disk) -> None:
     assert refusal(find, "smollm-135m").message == "No model is known as smollm-135m; the nearest: SmolLM2-135M"
     assert refusal(find, "zzz").message.endswith("known: Model-0, Model-1, Model-2, Model-3, Model-4 and 4 more")
     assert refusal(find, "a:b:c").code == "bad_argument"
+
+
+def test_an_unknown_name_is_told_what_is_loaded(disk: Disk) -> None:
+    find = partial(disk.catalogue().find, loaded=["from-a-path", "Tiny"])
+    message = refusal(find, "zzz").message
+    assert message == "No model is known as zzz; loaded: from-a-path, Tiny"
+    write(disk.models / "Tiny.gguf")
+    write(disk.models / "Other.gguf")
+    message = refusal(find, "zzz").message
+    assert message == "No model is known as zzz; loaded: from-a-path, Tiny; known: Other"
+    message = refusal(find, "from-path").message
+    assert message == "No model is known as from-path; the nearest: from-a-path"
 
 
 @pytest.mark.parametrize("text", ["meta/llama:Q4_0", "https://host/x.gguf", "pypi:dist==1.0/a/x.gguf"])

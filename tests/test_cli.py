@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from protocol.commands import (
     Submit,
     Tokenize,
 )
+from protocol.errors import ErrorCode
 from protocol.replies import Failed, Final, Ok, Started, Token
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +69,7 @@ def good(*arguments: str, stdin: str = "") -> str:
     [
         ("ping", ["pong"]),
         ("hello", ["llama-bridge 9.9, protocol 1", "features: chat", "clients  4"]),
-        ("status", ["Model loaded: /models/tiny.gguf", "version 9.9", "tiny *"]),
+        ("status", ["Model loaded: /models/tiny.gguf", "version 9.9, pid 0, up 0 s, 0 clients", "tiny *"]),
         ("health", ["ready: 1 run and 0 wait, in 4 slots"]),
         ("metrics", ["up 60 s, 42.0 MB, 3 clients", "tiny", "500", "50%", "77", "125.0 ms", "(no command)", "70"]),
         ("metrics --prometheus", ["# TYPE a gauge\na 1\n"]),
@@ -109,7 +111,7 @@ def good(*arguments: str, stdin: str = "") -> str:
         ("attach 0f", [TEXT]),
         ("attach whole", ["[1.5]"]),
         ("jobs", ["0f" * 16, "running", "INFER", "5 s", "12", "2.0 kB"]),
-        ("jobs list other", ["no jobs"]),
+        (f"jobs list {'0f' * 16}", ["running", "INFER"]),
         ("jobs cancel 0f", ["0f is cancelled"]),
         ("jobs forget 0f", ["0f forgotten"]),
     ],
@@ -125,7 +127,7 @@ def test_what_is_printed(line: str, printed: list[str]) -> None:
 @pytest.mark.parametrize(
     "line",
     ["hello", "status", "models", "show", "queue", "load x", "plan x", "free", "pull x", "remove x", "lora",
-     "lora load x", "lora check x", "health", "metrics", "reload", "infer x", "chat x", "embed x", "tokenize x",
+     "lora load x", "lora check x", "health", "metrics", "infer x", "chat x", "embed x", "tokenize x",
      "submit x", "attach x", "jobs", "jobs cancel x"],
 )  # fmt: skip
 def test_json(line: str) -> None:
@@ -144,6 +146,7 @@ def test_json(line: str) -> None:
          Submit(request='CHAT_STREAM {"seed":7,"messages":[{"role":"user","content":"hi"}]}')),
         ("attach --offset 5 0f", Attach(job="0f", offset=5)),
         ("jobs --all", Jobs(all=True)),
+        (f"jobs list {'0f' * 16}", Jobs(job="0f" * 16)),
         ("jobs forget 0f", Jobs(action="forget", job="0f")),
         ("infer --json -n 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 -m tiny x",
          Infer(prompt="x", max_tokens=5, temperature=0.0, top_k=3, top_p=0.5, seed=7, model="tiny")),
@@ -278,7 +281,7 @@ def test_what_was_pulled_before_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("line", "printed"),
-    [("models", "no models"), ("queue", "nothing runs or waits"), ("lora", "no adapters")],
+    [("models", "no models"), ("queue", "nothing runs or waits"), ("lora", "no adapters"), ("jobs", "no jobs")],
 )
 def test_an_empty_list(line: str, printed: str) -> None:
     with scripted(once(Ok("nothing", []))) as server:
@@ -295,8 +298,11 @@ def test_what_a_reload_did_and_could_not() -> None:
     with scripted() as server:
         result = run("reload", "--socket", server.address)
         assert server.seen == [Reload()]
-    assert (result.exit_code, result.stdout) == (0, "changed: models\nloaded: tiny\nfreed: old\n")
+    assert (result.exit_code, result.stdout) == (1, "changed: models\nloaded: tiny\nfreed: old\n")
     assert result.stderr == "failed: gone.gguf: no such file\nonly with a restart: socket\n"
+    with scripted() as server:
+        result = run("reload", "--json", "--socket", server.address)
+    assert (result.exit_code, json.loads(result.stdout)["loaded"], result.stderr) == (1, ["tiny"], "")
 
 
 def test_a_template_is_printed_as_it_is() -> None:
@@ -308,6 +314,67 @@ def test_a_template_is_printed_as_it_is() -> None:
 
 
 # -- errors ----------------------------------------------------------------------------------------------------
+
+NO = Failed(ErrorCode.NOT_FOUND, "It is not there")
+ASKING = [
+    "attach x", "chat x", "chat --no-stream x", "embed x", "events --no-follow", "free x", "health", "hello",
+    "infer x", "infer --no-stream x", "jobs", "jobs list x", "jobs cancel x", "jobs forget x", "load x", "lora",
+    "lora load x", "lora unload x", "lora check x", "metrics", "metrics --prometheus", "models", "ping", "plan x",
+    "pull x", "queue x", "reload", "remove x", "show x", "status", "submit x", "tokenize x", "top --once",
+]  # fmt: skip
+ASKING_NOBODY = {"completion", "doctor", "serve", "token"}  # and bench has tests of its own
+
+
+def test_all_commands_that_ask_are_in_the_table() -> None:
+    names = {line.split()[0] for line in ASKING} | ASKING_NOBODY | {"bench"}
+    assert names == set(cli.list_commands(click.Context(cli)))
+
+
+@pytest.mark.parametrize(
+    "line", [*ASKING, *(f"{line} --json" for line in ASKING if line not in ("ping", "top --once"))]
+)
+def test_whatever_was_asked_an_error_is_exit_status_1(line: str) -> None:
+    with scripted(once(NO)) as server:
+        result = run(*line.split(), "--socket", server.address)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: It is not there [not_found]\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "reply", "status"),
+    [
+        ("health", Ok("ready", {"state": "ready"}), 0),
+        ("health", Ok("overloaded", {"state": "overloaded"}), 0),
+        ("health", Ok("draining", {"state": "draining"}), 1),
+        ("health --json", Ok("unavailable", {"state": "unavailable"}), 1),
+        ("reload", Ok("Configuration reloaded", {"changed": ["models"]}), 0),
+        ("reload --json", Ok("Configuration reloaded", {"failed": {"gone.gguf": "no such file"}}), 1),
+        ("models x", Ok("0 models", []), 0),
+        ("plan x", Ok("It does not fit", {"fits": False, "path": "x"}), 0),
+    ],
+)
+def test_exit_statuses_of_answers(line: str, reply: Ok, status: int) -> None:
+    with scripted(once(reply)) as server:
+        assert run(*line.split(), "--socket", server.address).exit_code == status
+
+
+def test_the_pages_have_the_same_table_of_exit_statuses() -> None:
+    readme = (ROOT / "README.md").read_text().partition("exit status")[2].partition("**Python**")[0]
+    manual = (ROOT / "systemd/man/llama-bridge.1").read_text().partition(".SH EXIT STATUS")[2].partition(".SH ")[0]
+    usage = (ROOT / "client/bridge.sh").read_text().partition("\nExit status: ")[2].partition("\nEND")[0]
+    assert re.findall(r"^\| (\d) \|", readme, re.MULTILINE) == ["0", "1", "2"]
+    assert re.findall(r"^\.B (\d)", manual, re.MULTILINE) == ["0", "1", "2"]
+    assert re.findall(r"\d", usage) == ["0", "1", "2"]
+    for command in ("health", "doctor", "bench", "reload"):
+        assert f"`{command}`" in readme
+        assert f".BR {command} :" in manual
+
+
+@pytest.mark.parametrize("line", ["infer", "chat", "embed", "tokenize", "submit"])
+def test_what_is_no_text_is_a_wrong_command_line(line: str) -> None:
+    for words in ((line, "-"), (line, "a\udcff")):
+        result = CliRunner().invoke(cli, [*words, "--socket", "/nowhere"], input=b"a\xff")
+        assert result.exit_code == 2
+        assert result.stderr.endswith("Error: the text is not UTF-8\n")
 
 
 def test_an_error_answer() -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bridge.cli.tables import MOST_LISTED, in_bytes, in_time, print_models, print_table
+from bridge.cli.tables import MOST_LISTED, counted, in_bytes, in_time, print_models, print_table
 from client.results import ModelState
 
 
@@ -100,3 +100,7 @@ def test_times(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (98_362_432, "98.4 MB")])
 def test_sizes(count: int, text: str) -> None:
     assert in_bytes(count) == text
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "client") for number in (0, 1, 2)] == ["0 clients", "1 client", "2 clients"]

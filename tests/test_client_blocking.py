@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import itertools
 import socket
@@ -37,7 +38,7 @@ from scripted import (
 )
 
 import client
-from client import Client, aio, calls
+from client import Client, NotFound, aio, calls
 from client.errors import error_of
 from client.results import (
     Adapter,
@@ -55,6 +56,7 @@ from client.results import (
     Removed,
     Submitted,
 )
+from client.sockets import unreachable
 from protocol.address import Tcp, Unix
 from protocol.commands import (
     Attach,
@@ -453,6 +455,11 @@ def test_a_name_of_several_models_tells_which(details: dict[str, Any], candidate
         assert caught.value.candidates == ["a:Q4_0", "a:Q8_0"][:candidates]
 
 
+def test_a_socket_that_is_not_open_to_this_user_is_told_from_none() -> None:
+    why = unreachable(Unix("/run/s"), PermissionError(errno.EACCES, "Permission denied"))
+    assert str(why).startswith("this user may not connect to /run/s: Permission denied")
+
+
 def test_nobody_there(tmp_path: Any) -> None:
     for address in (str(tmp_path / "none"), "127.0.0.1:1"):
         with pytest.raises(client.Unreachable, match="no bridge answers at"):
@@ -511,13 +518,16 @@ def test_jobs() -> None:
         submitted = bridge.submit(Infer(prompt='a "b"\n', max_tokens=3), ttl_s=60)
         assert submitted == Submitted(job=JOB["job"], ttl_s=60)
         bridge.submit("EMBED a")
-        assert bridge.jobs(all=True) == [Job(**JOB)]
+        assert bridge.jobs(all=True) == bridge.jobs(JOB["job"]) == [Job(**JOB)]
+        with pytest.raises(NotFound):
+            bridge.jobs("another")
         assert bridge.jobs_cancel("x").state == "cancelled"
         assert bridge.jobs_forget("x") is None
         lines = [r'INFER {"max_tokens":3,"prompt":"a \"b\"\n"}', "EMBED a"]
         assert server.seen == [
             Submit(request=lines[0], ttl_s=60), Submit(request=lines[1]),
-            Jobs(all=True), Jobs(action="cancel", job="x"), Jobs(action="forget", job="x"),
+            Jobs(all=True), Jobs(job=JOB["job"]), Jobs(job="another"),
+            Jobs(action="cancel", job="x"), Jobs(action="forget", job="x"),
         ]  # fmt: skip
 
 
@@ -615,6 +625,19 @@ def test_the_daemons_last_word_is_what_the_caller_hears() -> None:
     for name in ("infer", "stream"):
         with scripted(full) as server, Client(server.address) as bridge, pytest.raises(client.TooManyClients):
             CALLS[name](bridge)
+
+
+def test_the_daemons_last_word_in_the_middle_of_a_stream() -> None:
+    def revokes(peer: Peer) -> None:
+        exchange = peer.expect().exchange
+        for reply in (Started(), Token("a")):
+            peer.raw(peer.connection.reply(exchange, reply))
+        peer.raw(b'{"status":"error","message":"The token is revoked","code":"unauthorized","blame":"client"}\n')
+
+    with scripted(revokes) as server, Client(server.address) as bridge, bridge.stream("x") as stream:
+        assert next(stream) == "a"
+        with pytest.raises(client.Unauthorized):
+            next(stream)
 
 
 def test_an_answer_byte_by_byte() -> None:

@@ -155,6 +155,7 @@ def test_every_way_there(sh: Sh, shell: str, tool: str, tcp: bool) -> None:
         ),
         (["attach", "-p", "offset=4", "0f"], Attach(job="0f", offset=4), " upon"),
         (["jobs"], Jobs(), '[{"job":"0f0f'),
+        (["jobs", "list", "0f" * 16], Jobs(job="0f" * 16), '[{"job":"0f0f'),
         (["jobs", "cancel", "0f"], Jobs(action="cancel", job="0f"), '{"job":"0f0f'),
         (["jobs", "forget", "0f"], Jobs(action="forget", job="0f"), '{"job":"0f0f'),
     ],

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from helpers import Line, Place, Spawned, Wire, daemon, spawned
+from helpers import Inside, Line, Place, Spawned, Wire, daemon, eventually, spawned
 
+from bridge.access.gate import Gate
 from bridge.config import Config, Model
 from bridge.configured import NEEDS_RESTART, _keep
 
@@ -296,6 +297,31 @@ async def test_two_at_once_come_one_after_the_other() -> None:
         replies = [(await wire.line())["data"] for wire in (one, two)]
         assert sorted((reply["loaded"], reply["freed"]) for reply in replies) == [([], ["two"]), (["two"], [])]
         assert list(await place.models()) == ["echo"]
+
+
+async def test_it_goes_on_when_who_asked_for_it_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it in force would be worse than none."""
+    async with daemon("echo") as place, await place.unix() as wire:
+        server, asked, known = place.server, trio.Event(), trio.Event()
+        reconfigure = type(server._gate).reconfigure
+
+        async def slowly(gate: Gate, config: Config) -> None:
+            asked.set()
+            await known.wait()
+            await reconfigure(gate, config)
+
+        monkeypatch.setattr(Gate, "reconfigure", slowly)
+        server._configured._read = lambda: replaced(server._config, "echo", "two")
+        await wire.send("RELOAD")
+        await asked.wait()
+        wire.close()
+        await eventually(lambda: gone(place))
+        known.set()
+        await place.until_ready("two")
+
+
+async def gone(place: Inside) -> bool:
+    return place.server._daemon.clients == 0
 
 
 def replaced(config: Config, *paths: str) -> Config:

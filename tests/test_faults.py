@@ -236,13 +236,15 @@ async def test_fault_08_no_descriptor_left() -> None:
             await crowd[0].send("INFER max_tokens=2 a b")
             crowd[0].half_close()
             assert (await crowd[0].line())["data"] == "a b"
-            assert await first.code("LOAD other") == "load_failed"
+            assert await first.code("LOAD other") == "overloaded"
             assert await first.code("INFER a !kill") == "model_crashed"
+            assert await first.code("INFER a") == "overloaded"
             for wire in crowd[:5]:
                 wire.close()
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
             for wire in crowd[5:]:
                 assert (await wire.ask("PING"))["data"] == "pong"
+            assert (await first.ask("INFER max_tokens=1 a"))["data"] == "a", "it does not rest, for it was not to blame"
         assert len([line for line in place.log if line["event"] == "cannot accept"]) < 1000
 
 

@@ -22,7 +22,7 @@ from bridge.access.config import Allowance, Allowances, UserAllowance
 from bridge.access.gate import Gate
 from bridge.access.guard import Guard
 from bridge.access.peer import Peer
-from bridge.access.roles import Identity, Role
+from bridge.access.roles import Identity, Origin, Role
 from bridge.access.tokens import Token, Tokens, issue, revoke
 from bridge.config import Access, Config, ConfigError, Limits
 from bridge.server import Server
@@ -406,6 +406,25 @@ async def test_running_at_once() -> None:
             await eventually(let_in)
 
 
+async def test_a_job_counts_as_what_it_asks_for() -> None:
+    """Else SUBMIT would be the way round all limits."""
+    async with daemon("echo", access=limited(requests_per_minute=5, running=4)) as place, await place.tcp() as wire:
+        assert await wire.code("SUBMIT INFER_MULTI max_tokens=1 a||b||c||d||e") == "forbidden", "more than may run"
+        assert (await wire.ask("SUBMIT INFER n=4 max_tokens=1 a"))["status"] == "ok"
+        assert (await you(wire))["limits"]["requests_per_minute"]["left"] == 1
+        assert await wire.code("SUBMIT INFER_MULTI max_tokens=1 a||b") == "rate_limited"
+        assert await wire.code("SUBMIT PING") == "bad_argument"
+
+
+async def test_jobs_run_beside_what_runs() -> None:
+    async with daemon("echo?step_ms=5", access=limited(running=1)) as place, await place.tcp() as wire:
+        await wire.send("INFER_STREAM id=a max_tokens=100000 a")
+        await wire.line()
+        async with await place.tcp() as other:
+            assert await other.code("INFER a") == "rate_limited"
+            assert (await other.ask("SUBMIT INFER max_tokens=1 a"))["status"] == "ok"
+
+
 async def test_models_and_priority() -> None:
     async with daemon("echo?step_ms=5", access=limited(models=["ECHO"], priority="low")) as place:
         async with await place.unix() as admin, await place.tcp() as wire:
@@ -514,17 +533,32 @@ async def test_a_token_that_expires_in_use(tokens: str, monkeypatch: pytest.Monk
 
 async def test_an_owner_who_is_not_there_is_whom_he_would_be_taken_for() -> None:
     gate = Gate(Config(socket="/s", access=limited(running=2)))
-    assert gate.at_once("tcp") == 2, "whoever it is"
-    identity = await gate.identify_owner("tcp")
-    assert (identity.owner, identity.role) == ("tcp", Role.USER)
+    assert gate.at_once("loopback") == 2, "whoever it is"
+    identity = await gate.identify_owner("loopback")
+    assert (identity.owner, identity.role) == ("loopback", Role.USER)
     gate.quota(Identity("token:ci", "ci", Role.OPERATOR, Allowance(running=5)))
     assert gate.at_once("token:ci") == 5
     assert (await gate.identify_owner(f"uid:{os.getuid()}")).role is Role.ADMIN
     strict = Gate(Config(socket="/s", access=STRANGERS))
-    for owner in ("tcp", "token:ci", "certificate:node1"):
+    for owner in ("loopback", "tcp", "token:ci", "certificate:node1"):
         with pytest.raises(BridgeError) as caught:
             await strict.identify_owner(owner)
         assert caught.value.code == ErrorCode.UNAUTHORIZED
+
+
+async def test_who_comes_from_elsewhere_shares_nothing_with_this_machine() -> None:
+    """Neither jobs nor limits: by turns they would set each other's."""
+    gate = Gate(Config(socket="/s", access=Access(insecure=True, limits=limited(requests_per_minute=1).limits)))
+    here, there = [await gate.identify(Peer(1, Origin(host=host))) for host in ("127.0.0.1", "192.0.2.1")]
+    assert (here.role, there.role) == (Role.OPERATOR, Role.USER)
+    assert here.owner != there.owner
+    now = gate_module.time.monotonic()
+    gate.quota(there).admit(1, now)
+    gate.quota(here).admit(1, now)
+    with pytest.raises(BridgeError) as caught:
+        gate.quota(there).admit(1, now)
+    assert caught.value.code == ErrorCode.RATE_LIMITED
+    assert [(await gate.identify_owner(one.owner)).role for one in (here, there)] == [here.role, there.role]
 
 
 def test_quotas_that_nobody_uses_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+import trustme
 from helpers import PATIENCE, daemon
 
 pytest.importorskip("hypercorn")
@@ -19,8 +22,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from bridge.config import Http
-from bridge.watching.http_port import HEADERS, HttpPort
+from bridge.access.roles import NOWHERE
+from bridge.access.tls import server_context, shake_hands
+from bridge.config import Http, Tls
+from bridge.watching.http_port import HEADERS, READ, HttpPort
 from bridge.watching.ports import MOST
 
 LOTS = 50_000_000  # bytes, more than sockets take without a reader
@@ -50,7 +55,7 @@ async def served(stall: float = math.inf) -> AsyncIterator[tuple[trio.SocketStre
     theirs.setblocking(False)
     with trio.fail_after(PATIENCE):
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream, trio.open_nursery() as nursery:
-            nursery.start_soon(HttpPort(APP, stall).serve, theirs)
+            nursery.start_soon(HttpPort(APP, stall).serve, theirs, NOWHERE)
             yield stream, nursery.cancel_scope
 
 
@@ -69,6 +74,32 @@ async def test_requests_on_one_connection() -> None:
             assert data.startswith(b"HTTP/1.1 200")
         await stream.send_eof()
         assert await answer(stream) == b""
+
+
+async def test_a_large_answer_over_tls(tmp_path: Path) -> None:
+    """Comes whole: a send takes of it what the kernel has room for, and the next one begins with the rest."""
+    authority, certificate, trusting = trustme.CA(), str(tmp_path / "c.pem"), ssl.create_default_context()
+    authority.configure_trust(trusting)
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+
+    async def serve() -> None:
+        secured, origin = await shake_hands(theirs, server_context(Tls(certificate=certificate)), NOWHERE)
+        await HttpPort(APP, math.inf).serve(secured, origin)
+
+    plain = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+    with trio.fail_after(PATIENCE):
+        async with (
+            trio.SSLStream(plain, trusting, server_hostname="localhost", https_compatible=True) as stream,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(serve)
+            await stream.send_all(GET.replace(b"host", b"connection: close\r\nhost") % b"/large")
+            got = b"".join([data async for data in stream])
+            assert got.startswith(b"HTTP/1.1 200")
+            assert got.endswith(b"x" * LOTS)
 
 
 async def test_who_reads_nothing_does_not_hold_up_the_end() -> None:
@@ -112,6 +143,16 @@ async def test_who_never_ends_its_body_is_cut(autojump_clock: trio.testing.MockC
     async with served() as (stream, _):
         await stream.send_all(b"POST /small HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1")
         assert (await answer(stream)).startswith(b"HTTP/1.1 405")
+
+
+async def test_who_says_that_it_will_speak_http2_and_says_no_more_is_cut(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with served() as (stream, _):
+        began = trio.current_time()
+        await stream.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        assert len(await answer(stream)) > 0  # its settings, by RFC 9113, 3.4
+        assert trio.current_time() - began <= READ < 30
 
 
 async def test_a_bug_is_its_own_requests_alone() -> None:

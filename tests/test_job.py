@@ -131,6 +131,22 @@ def test_no_room(limits: dict[str, int], word: str) -> None:
     jobs.check_room("uid:1", "INFER a b c", 30.0)
 
 
+def test_when_to_come_again_is_told_of_what_stands_in_the_way() -> None:
+    """Not of another's job, whose end helps nobody here, nor of one that goes as soon as its followers have left."""
+    mine, others = made(owner="uid:1", state=JobState.DONE, ended=0.0), made("b", "uid:2", JobState.DONE, ended=-40.0)
+    jobs = book(mine, others, per_owner=1)
+
+    def retry_after_ms(now: float) -> int:
+        with pytest.raises(BridgeError) as caught:
+            jobs.check_room("uid:1", "INFER a", now)
+        after: int = caught.value.details["retry_after_ms"]
+        return after
+
+    assert retry_after_ms(10.0) == 50_000
+    mine.followers = 1
+    assert retry_after_ms(70.0) == 1000
+
+
 def test_switched_off() -> None:
     with pytest.raises(BridgeError, match=r"jobs\.max") as caught:
         book(max=0).check_room("uid:1", "INFER a", 0.0)
@@ -160,6 +176,16 @@ def test_no_more_of_an_owner_than_his_limits_allow() -> None:
     assert unlimited.next_job(most.__getitem__) is unlimited.jobs["d"]
 
 
+def test_a_job_of_several_answers_is_as_many() -> None:
+    running, several, one = made("a", state=JobState.RUNNING), made("b"), made("c")
+    several.command = Infer(prompt="x", n=3)
+    jobs = book(running, several, one)
+    assert jobs.next_job(lambda owner: 3) is one, "with the other they would be four"
+    running.end(JobState.DONE, {}, 0.0)
+    assert jobs.next_job(lambda owner: 3) is several
+    assert jobs.next_job(lambda owner: 2) is several, "his limits were others, and it is not to wait for ever"
+
+
 def test_others_jobs_are_not_found() -> None:
     jobs = book(made("a", "uid:1"))
     assert jobs.find("a", "uid:1").id == "a"
@@ -167,6 +193,13 @@ def test_others_jobs_are_not_found() -> None:
         with pytest.raises(BridgeError) as caught:
             jobs.find(name, owner)
         assert caught.value.code == ErrorCode.NOT_FOUND
+
+
+def test_what_the_log_calls_them() -> None:
+    job = made("0123456789abcdef" * 2)
+    assert (job.short, job.asked) == ("01234567", "job.01234567")
+    job.submitted_by = "3.17"
+    assert job.asked == "3.17"
 
 
 def test_when_they_go() -> None:

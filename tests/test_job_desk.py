@@ -13,12 +13,15 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 from helpers import Inside, Line, Place, Wire, daemon, eventually, spawned
 
 from bridge.access.config import Access, Allowances, UserAllowance
 from bridge.access.tokens import issue, revoke
 from bridge.config import Jobs
 from bridge.jobs import disk, store
+from bridge.jobs.job import Job
+from protocol.errors import BridgeError, ErrorCode
 from protocol.options import LoadOptions
 
 SLOW = "echo?step_ms=20"
@@ -191,6 +194,17 @@ async def test_those_who_wait_for_their_turn() -> None:
         await until(place, third, state="running")
 
 
+async def test_how_many_there_are_beside_the_other_requests() -> None:
+    async with daemon(SLOW, jobs={"running": 1}) as place, await place.unix() as wire, await place.unix() as other:
+        await until(place, await submitted(wire, "INFER max_tokens=1 a"), state="done")
+        running, _ = [await submitted(wire, f"{LONG} a") for _ in range(2)]
+        await until(place, running, state="running")
+        await other.start("INFER_STREAM max_tokens=100000 ignore_eos=true a")
+        await place.until(lambda models: models["echo"]["running"] == 2)
+        there = {"queued": 1, "running": 1, "kept": 1}
+        assert (await wire.ask("STATUS"))["jobs"] == (await wire.ask("METRICS"))["data"]["jobs"] == there
+
+
 async def test_others_have_nothing_of_them() -> None:
     access = Access(loopback="user")
     async with daemon("echo", access=access) as place, await place.unix() as wire, await place.tcp() as other:
@@ -201,9 +215,12 @@ async def test_others_have_nothing_of_them() -> None:
         assert await other.code("JOBS all=true") == "forbidden"
         its = await submitted(other, "INFER max_tokens=1 b")
         owners = {one["job"]: one["owner"] for one in (await wire.ask("JOBS all=true"))["data"]}
-        assert owners == {job: f"uid:{os.getuid()}", its: "tcp"}
+        assert owners == {job: f"uid:{os.getuid()}", its: "loopback"}
         assert list(await listed(place)) == [job]
-        assert await wire.code(f"ATTACH {its}") == "not_found"
+        for line in (f"ATTACH {its}", f"JOBS list {its}"):
+            assert await wire.code(line) == "not_found"
+        assert [one["job"] for one in (await wire.ask(f"JOBS all=true list {its}"))["data"]] == [its]
+        assert await other.code(f"JOBS all=true list {its}") == "forbidden"
 
 
 # -- bounds ----------------------------------------------------------------------------------------------------
@@ -527,6 +544,24 @@ async def test_fault_29_stopped_at_once_with_a_full_disk(monkeypatch: pytest.Mon
             job = await submitted(wire, f"{LONG} a")
             await until(place, job, state="running")
         monkeypatch.setattr(store.JobStore, "write", write)
+
+
+async def test_none_begins_before_it_is_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may never be there, and then nobody has it."""
+    async with daemon("echo") as place, await place.unix() as wire:
+        await answer(place, "INFER max_tokens=1 a")
+        desk, full = place.server._jobs, trio.Event()
+
+        async def add(_disk: disk.JobDisk, _job: Job) -> None:
+            desk._notify()  # as when another one ends just now
+            await trio.testing.wait_all_tasks_blocked()
+            assert not desk._running
+            full.set()
+            raise BridgeError(ErrorCode.OVERLOADED, "the disk is full")
+
+        monkeypatch.setattr(disk.JobDisk, "add", add)
+        assert await wire.code(f"SUBMIT {LONG} a") == "overloaded"
+        assert full.is_set()
 
 
 async def test_no_file_descriptor_left(monkeypatch: pytest.MonkeyPatch) -> None:

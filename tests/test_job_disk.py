@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -145,6 +146,31 @@ async def test_that_another_daemon_has_them_is_told_once(tmp_path: Path, monkeyp
         await one.recover()
     assert (tries, told) == (5, ["jobs wait"])
     await one.close()
+
+
+async def test_no_thread_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as if the disk were full: told, tried again, and the end of nothing."""
+    monkeypatch.setattr(disk_module, "_RETRY", 0.0)
+    async with disk(tmp_path) as (one, book):
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, time.monotonic())
+        run_sync, tries = trio.to_thread.run_sync, 0
+
+        async def run(*arguments: Any, **more: Any) -> Any:
+            nonlocal tries
+            if (tries := tries + 1) < 4:
+                raise RuntimeError("can't start new thread")
+            return await run_sync(*arguments, **more)
+
+        monkeypatch.setattr(trio.to_thread, "run_sync", run)
+        with pytest.raises(BridgeError, match="can't start new thread") as caught:
+            await one.add(job)
+        assert caught.value.code == ErrorCode.OVERLOADED
+        book.jobs[job.id] = job
+        one.mark(job, urgent=True)
+        with trio.fail_after(30):
+            while not one.is_written(job):  # noqa: ASYNC110  there is no event
+                await trio.sleep(0.01)
+        assert tries == 4
 
 
 async def test_that_the_disk_is_full_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,15 @@ async def test_names_that_lead_nowhere_or_to_several(folder: Path, tiny: Path) -
         assert await place.models() == {}
 
 
+@LLAMA
+async def test_who_names_no_model_is_told_of_those_that_were_loaded_by_path(folder: Path, tiny: Path) -> None:
+    (folder / "Tiny-1M.F32.gguf").unlink()
+    async with library(folder) as place, await place.unix() as wire:
+        loaded = (await wire.ask(f"LOAD {tiny}"))["model"]
+        for line in ("INFER model=nobody x", "SHOW nobody", "PLAN nobody", "LOAD nobody"):
+            assert (await wire.ask(line))["message"].endswith(f"No model is known as nobody; loaded: {loaded}"), line
+
+
 async def test_autoload_can_be_switched_off(folder: Path) -> None:
     async with library(folder, pool=Pool(autoload=False)) as place, await place.unix() as wire:
         assert await wire.code("INFER model=Tiny-1M x") == "not_found"

@@ -8,6 +8,7 @@ import grp
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -68,6 +69,37 @@ async def test_a_live_one_is_refused(socket_path: Path) -> None:
         assert "another daemon is listening there" in refusal(socket_path)
         client.connect(str(socket_path))
         sock.accept()[0].close()  # nothing has been done to it
+
+
+async def test_of_two_at_once_one_is_refused(socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is bound and not listened on yet looks as stale as the one that both have found."""
+    with somebodys(socket_path):
+        pass
+    listeners: list[Listener] = []
+    outcomes: list[str] = []
+
+    def start() -> None:
+        try:
+            listeners.extend(open_listeners(Config(socket=str(socket_path))))
+        except ListenError as error:
+            outcomes.append(str(error))
+
+    second = threading.Thread(target=start)
+
+    def chmod_slowly(path: str, mode: int) -> None:
+        if second.ident is None:
+            second.start()
+            second.join(0.5)  # the time to come in between, which it is not to use
+        path_chmod(path, mode)
+
+    path_chmod = os.chmod
+    monkeypatch.setattr(os, "chmod", chmod_slowly)
+    start()
+    await trio.to_thread.run_sync(second.join)
+    for listener in listeners:
+        listener.close()
+    assert len(listeners) == 1
+    assert outcomes == [f"cannot listen on {socket_path}: another daemon is listening there"]
 
 
 async def test_a_live_one_whose_backlog_is_full_is_refused(socket_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from helpers import Inside, Line, daemon, eventually
@@ -246,6 +247,11 @@ async def test_overloaded() -> None:
 async def test_loading() -> None:
     async with daemon("echo?load_ms=600000", wait=False) as place:
         assert (await health(place))["message"] == "loading"
+
+
+async def test_a_configured_one_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
+    async with daemon(backend="llama", models=[Model(path=str(tmp_path / "none.gguf"))]) as place:
+        assert (await health(place))["message"] == "unavailable"
 
 
 async def test_one_that_is_loaded_will_do() -> None:

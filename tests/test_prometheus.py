@@ -38,7 +38,8 @@ KNOWN = {  # name: type, as the projects have them that people's dashboards are 
 def measured(*models: MeasuredModel, **more: Any) -> Measured:
     fields = {
         "version": "1.2", "uptime_s": 60.0, "memory": 1, "clients": 2, "connections": 9, "refused": {},
-        "bytes_received": 10, "bytes_sent": 20, "requests": [], "request_seconds": {}, "models": list(models),
+        "bytes_received": 10, "bytes_sent": 20,
+        "jobs": {}, "requests": [], "request_seconds": {}, "models": list(models),
     }  # fmt: skip
     return Measured(**fields | more)
 
@@ -79,6 +80,7 @@ def test_values() -> None:
             a_model("b", tokens=7),
             requests=[Requests("INFER", "a", "ok", 5), Requests("PING", None, "ok", 6)],
             refused={"overloaded": 2},
+            jobs={"queued": 3, "running": 0},
         )
     )
     assert told["vllm:kv_cache_usage_perc", (("model_name", "a"),)] == 0.25
@@ -87,6 +89,7 @@ def test_values() -> None:
     assert told["llamacpp:tokens_predicted_total", (("model", "b"),)] == 7
     assert told["llama_bridge_requests_total", (("model", "a"), ("outcome", "ok"), ("verb", "INFER"))] == 5
     assert told["llama_bridge_requests_total", (("model", ""), ("outcome", "ok"), ("verb", "PING"))] == 6
+    assert [told["llama_bridge_jobs", (("state", state),)] for state in ("queued", "running")] == [3, 0]
     assert told["llama_bridge_refused_total", (("code", "overloaded"),)] == 2
 
 

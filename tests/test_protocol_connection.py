@@ -265,6 +265,17 @@ def test_an_error_to_nothing_is_the_daemons_last_word() -> None:
     assert event == Answer(None, Failed("too_many_clients", "Full"))
 
 
+def test_an_error_in_the_middle_of_a_stream_is_the_daemons_last_word() -> None:
+    """The stream's own end would be a final line."""
+    asker = client()
+    asker.request(Request(InferStream(prompt="x")))
+    *_, event = asker.receive(
+        b'{"status":"ok","message":"Starting token generation"}\n{"type":"token","token":"x"}\n'
+        b'{"status":"error","message":"Revoked","code":"unauthorized"}\n'
+    )
+    assert event == Answer(None, Failed("unauthorized", "Revoked"))
+
+
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.name)
 def test_after_the_end_there_is_nothing(role: Role) -> None:
     connection = Connection(role)

@@ -368,6 +368,16 @@ def test_a_restart_that_cannot_load_counts_as_a_crash() -> None:
     assert registry.entries["a"].state is State.RESTING
 
 
+def test_a_restart_for_which_the_machine_had_nothing_left_counts_as_none() -> None:
+    """It is started again for the next request, and not only by a LOAD."""
+    registry = with_model(State.RESTARTING)
+    registry.entries["a"].proven = True
+    for now in (1.0, 2.0, 3.0):
+        assert registry.load_failed("a", BridgeError(ErrorCode.OVERLOADED, "no descriptor"), now) == []
+        assert registry.entries["a"].state is State.UNLOADED
+        assert registry.wake(registry.entries["a"]) == [Start("a")]
+
+
 def test_the_end_of_what_was_freed_is_no_crash() -> None:
     registry = with_model(State.UNLOADING)
     assert registry.ended("a", "exited", 0.0) == []

@@ -173,6 +173,50 @@ async def test_lines_on_behalf_of_a_request_have_its_id(logged: Logged) -> None:
         assert not [line for line in others if "request" in line], "whoever loaded it is not to blame"
 
 
+async def submitted(wire: Wire, request: str) -> str:
+    job: str = (await wire.ask(f"SUBMIT {request}"))["data"]
+    await wire.start(f"ATTACH {job}")
+    await wire.final()
+    return job
+
+
+async def test_lines_of_a_job_have_its_name_and_the_id_of_the_request_that_submitted_it(logged: Logged) -> None:
+    async with daemon("echo", log=Log(requests=True, prompts=True)) as place, await place.unix() as wire:
+        await wire.ask("PING")
+        job = await submitted(wire, "INFER max_tokens=2 a b")
+        lines = [line for line in logged("request", "job submitted", "job ended") if line.get("job")]
+        assert {(line["request"], line["job"]) for line in lines} == {("1.2", job[:8])}
+        assert [line["event"] for line in lines] == ["job submitted", "request", "job ended"]
+        about = lines[1]
+        assert (about["verb"], about["outcome"], about["client"]) == ("INFER_STREAM", "ok", 0)
+        assert (about["prompt"], about["answer"], about["completion_tokens"]) == ("a b", "a b", 2)
+
+
+async def test_what_befalls_a_job_has_its_id(logged: Logged) -> None:
+    async with daemon("echo", log=Log(slow_ms=1)) as place, await place.unix() as wire:
+        job = await submitted(wire, "INFER a !kill")
+        lines = logged("requests lost", "slow request", "job ended")
+        assert [line["requests"] for line in lines if line["event"] == "requests lost"] == [["1.1"]]
+        slow, ended = [line for line in lines if line.get("job")]
+        assert (slow["verb"], slow["outcome"], slow["request"], slow["job"]) == (
+            "INFER_STREAM", "model_crashed", "1.1", job[:8],
+        )  # fmt: skip
+        assert (ended["state"], ended["request"]) == ("failed", "1.1")
+
+
+async def test_a_job_that_meets_a_bug_is_told_under_which_id(logged: Logged) -> None:
+    async with daemon("echo") as place, await place.unix() as wire, await place.unix() as watcher:
+        await watcher.ask("EVENTS failed")
+        job = (await wire.ask("SUBMIT INFER a !error"))["data"]
+        await wire.start(f"ATTACH {job}")
+        final = await wire.final()
+        assert (final["code"], final["request"]) == ("internal", "1.1")
+        [line] = [line for line in logged.requests if line["verb"] != "ATTACH"]
+        assert (line["event"], line["request"], line["job"]) == ("request failed", "1.1", job[:8])
+        event = await watcher.line()
+        assert (event["event"], event["request"], event["job"]) == ("failed", "1.1", job[:8])
+
+
 async def test_each_connection_counts_its_own() -> None:
     async def failing(wire: Wire) -> str:
         failed: str = (await wire.ask("INFER !error"))["request"]

@@ -83,12 +83,12 @@ def test_a_user_without_a_name() -> None:
 @pytest.mark.parametrize(
     ("settings", "origin", "owner", "role"),
     [
-        ({}, Origin(host="127.0.0.1"), "tcp", Role.OPERATOR),
-        ({"loopback": "none"}, Origin(host="::1"), "tcp", Role.NONE),
+        ({}, Origin(host="127.0.0.1"), "loopback", Role.OPERATOR),
+        ({"loopback": "none"}, Origin(host="::1"), "loopback", Role.NONE),
         ({}, Origin(host="192.0.2.1"), "tcp", Role.NONE),
         ({"loopback": "admin"}, Origin(host="192.0.2.1"), "tcp", Role.NONE),
         ({"insecure": True}, Origin(host="192.0.2.1"), "tcp", Role.USER),
-        ({"insecure": True, "loopback": "none"}, Origin(host="127.0.0.1"), "tcp", Role.NONE),
+        ({"insecure": True, "loopback": "none"}, Origin(host="127.0.0.1"), "loopback", Role.NONE),
         ({}, Origin(host="192.0.2.1", names=("node1",)), "tcp", Role.NONE),
         ({"certificates": {"a": "admin"}}, Origin(host="192.0.2.1", names=("b", "a")), "certificate:a", Role.ADMIN),
         ({"certificates": {"*": "user"}}, Origin(host="192.0.2.1", names=("b", "a")), "certificate:b", Role.USER),
@@ -104,10 +104,11 @@ def test_a_host(settings: dict[str, Any], origin: Origin, owner: str, role: Role
 @pytest.mark.parametrize(
     ("settings", "owner", "role"),
     [
-        ({}, "tcp", Role.OPERATOR),
-        ({"loopback": "none"}, "tcp", Role.NONE),
+        ({}, "loopback", Role.OPERATOR),
+        ({"loopback": "none"}, "loopback", Role.NONE),
+        ({}, "tcp", Role.NONE),
         ({"loopback": "none", "insecure": True}, "tcp", Role.USER),
-        ({"loopback": "user", "insecure": True}, "tcp", Role.USER),
+        ({"loopback": "admin", "insecure": True}, "tcp", Role.USER),
         ({"certificates": {"a": "admin"}}, "certificate:a", Role.ADMIN),
         ({"certificates": {"b": "admin"}}, "certificate:a", Role.NONE),
         ({"certificates": {"*": "user"}}, "certificate:a", Role.USER),
@@ -115,11 +116,11 @@ def test_a_host(settings: dict[str, Any], origin: Origin, owner: str, role: Role
 )
 def test_whom_somebody_would_be_taken_for_who_is_not_there(settings: dict[str, Any], owner: str, role: Role) -> None:
     access = Access(**settings)
-    assert tcp(access, origin_of(access, owner)).role == role
+    assert tcp(access, origin_of(owner)).role == role
 
 
 def test_an_owner_that_is_a_user_of_this_machine() -> None:
-    assert origin_of(Access(), "uid:1000") == Origin(uid=1000)
+    assert origin_of("uid:1000") == Origin(uid=1000)
 
 
 @pytest.mark.parametrize(

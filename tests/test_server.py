@@ -100,6 +100,16 @@ def test_a_bad_configuration(tmp_path: Path) -> None:
     assert (status, words) == (2, "llama-bridge: environment: unknown variable LLAMA_BRIDGE_SOKCET\n")
 
 
+def test_a_configuration_whose_files_are_wrong(tmp_path: Path) -> None:
+    """They are read when it has been found good itself; the exit status is the same, for systemd not to try again."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("ci king\n")
+    environ = {"LLAMA_BRIDGE_ACCESS_TOKENS": str(tokens)}
+    status, words = refused(tmp_path / "stderr", "--socket", str(tmp_path / "s"), environ=environ)
+    assert status == 2
+    assert words.startswith(f"llama-bridge: access.tokens: {tokens}, line 1: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

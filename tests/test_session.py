@@ -15,6 +15,7 @@ from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually
 
 from bridge import dispatch, ipc, log
 from bridge.access.peer import Peer
+from bridge.access.roles import Origin
 from bridge.call import Call
 from bridge.config import Limits
 from bridge.handlers import generation
@@ -484,7 +485,7 @@ async def test_who_comes_as_the_drain_begins_is_told() -> None:
         async with late, trio.open_nursery() as nursery:
             place.server.stop()
             await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(place.server._serve_client, theirs, os.getuid())
+            nursery.start_soon(place.server._serve_client, theirs, Origin(os.getuid(), os.getgid()))
             assert (await late.line())["code"] == "draining"
             assert await late.at_end()
         assert (await wire.final())["finish_reason"] == "length"

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import trio
 import trio.testing
-from helpers import Inside, daemon, eventually
+from helpers import PATIENCE, Inside, daemon, eventually
 
 from bridge.access.gate import Gate
-from bridge.config import Model
+from bridge.access.roles import Origin
+from bridge.config import Config, Jobs, Limits, Model, Store
 from bridge.daemon import Daemon
+from bridge.server import Server
+from bridge.service import standing
 from bridge.service.standing import Standing, describe, is_idle
+from bridge.service.systemd import Inherited, Manager
 
 
 def inside(place: Inside) -> Daemon:
@@ -108,6 +115,48 @@ async def test_who_is_being_let_in_is_waited_for(monkeypatch: pytest.MonkeyPatch
         assert (await wire.ask("PING"))["data"] == "pong"
 
 
+async def test_who_was_just_accepted_is_waited_for() -> None:
+    """Before anything is known of him, and before his task has begun."""
+    async with daemon() as place:
+        ours, theirs = socket.socketpair()
+        with ours:
+            serving = place.server._serve_client(theirs, Origin(os.getuid(), os.getgid()))
+            assert not is_idle(inside(place))
+            ours.shutdown(socket.SHUT_WR)
+            await serving
+        assert is_idle(inside(place))
+
+
+@pytest.mark.parametrize("grace", [0.0, 600.0])
+async def test_who_comes_as_it_ends_waits_for_the_next_daemon(
+    grace: float, socket_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The issue's promise: none is refused. Whoever it is, nobody serves him, so he is left in the manager's socket."""
+    with socket.socket(socket.AF_UNIX) as managers, socket.socket(socket.AF_UNIX) as client:
+        managers.bind(str(socket_path))
+        managers.listen()
+        managers.setblocking(False)
+
+        def look_and_connect(daemon: Daemon) -> bool:
+            idle = is_idle(daemon)
+            if idle:
+                client.connect(str(socket_path))  # just after the look
+                client.send(b"INFER a\n")
+            return idle
+
+        monkeypatch.setattr(standing, "is_idle", look_and_connect)
+        monkeypatch.setattr(Standing, "_limit", 1e-9)
+        store, jobs = Store(dir=str(tmp_path), discover=False), Jobs(dir=str(tmp_path))
+        config = Config(backend="fake", limits=Limits(grace=grace), store=store, jobs=jobs)
+        manager = Manager({})
+        manager.sockets = [Inherited("bridge", os.dup(managers.fileno()))]
+        with trio.fail_after(PATIENCE):
+            await Server(config, manager=manager).serve()
+        waiting, _ = managers.accept()  # raises BlockingIOError if the daemon took him
+        with waiting:
+            assert waiting.recv(100) == b"INFER a\n"
+
+
 # -- the end of a daemon that nobody needs, in virtual time ----------------------------------------------------
 
 
@@ -121,17 +170,17 @@ class Unneeded:
         nothing = SimpleNamespace(busy=False)
         daemon = SimpleNamespace(
             pool=pool, gate=SimpleNamespace(peers=self.peers), jobs=nothing, library=nothing, clients=0,
-            draining=False, leaving=False, config=SimpleNamespace(idle_exit=10.0), stop=self.stop,
+            draining=False, leaving=False, config=SimpleNamespace(idle_exit=10.0),
         )  # fmt: skip
         manager = SimpleNamespace(listens=False, sockets=["one"], notify=lambda **_: None)
-        self.standing = Standing(cast(Daemon, daemon), cast(Any, manager))
+        self.standing = Standing(cast(Daemon, daemon), cast(Any, manager), self.leave)
         self.began = trio.current_time()
 
     @property
     def now(self) -> float:
         return trio.current_time() - self.began
 
-    def stop(self) -> None:
+    def leave(self) -> None:
         self.stopped = self.stopped or self.now
 
     async def visit(self, begin: float, end: float) -> None:

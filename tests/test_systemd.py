@@ -291,6 +291,7 @@ def test_verify_has_nothing_to_say(tmp_path: Path, where: str) -> None:
                 "StateDirectory=llama-bridge\n": "StateDirectory=llama-bridge-%i llama-bridge\n",
                 "CacheDirectory=llama-bridge\n": "CacheDirectory=llama-bridge-%i\n",
                 "WorkingDirectory=/var/lib/llama-bridge": "WorkingDirectory=/var/lib/llama-bridge-%i",
+                "XDG_STATE_HOME=/var/lib/llama-bridge": "XDG_STATE_HOME=/var/lib/llama-bridge-%i",
                 "/etc/llama-bridge/tokens": "/etc/llama-bridge/%i.tokens",
             },
         ),

@@ -192,7 +192,8 @@ def test_new_list_and_revoke(path: str) -> None:
     made = run("new", "ci", "--role", "operator", "--days", "1", "--running", "2", "--model", "a", "--file", path)
     secret = made.stdout.strip()
     assert (made.exit_code, secret[:3]) == (0, PREFIX)
-    assert "RELOAD" in made.stderr
+    assert "after RELOAD" in made.stderr
+    assert "credential of its unit, after systemctl restart" in made.stderr
     found = read_tokens(path).find(secret)
     assert found is not None
     assert (found.role, found.running, found.models) == ("operator", 2, ["a"])

@@ -14,8 +14,10 @@ import pytest
 from workers import Worker, generate, worker
 
 from bridge import ipc
-from bridge.worker.__main__ import _take_requests
+from bridge.frames import encode
+from bridge.worker.__main__ import _hand_over, _take_requests
 from bridge.worker.engine import Engine
+from bridge.worker.fake import FakeBackend
 
 HOURS = "prefill_ms=3600000"  # a token of a prompt
 
@@ -259,3 +261,21 @@ def test_requests_that_come_while_others_are_taken_wait_for_the_next_step() -> N
     _take_requests(cast(Engine, Busy()), inbox)
     assert taken == [0, 1, 2]
     assert inbox.qsize() == 3
+
+
+def test_what_was_cancelled_is_not_remembered() -> None:
+    """The thread that computes may have carried out a Cancel before the one that reads does anything more."""
+    engine = Engine(FakeBackend(ipc.Load("fake", ipc.Options())))
+    ours, theirs = socket.socketpair()
+
+    class AtOnce:
+        def put(self, requests: list[ipc.Request]) -> None:
+            for request in requests:
+                engine.handle(request)
+
+    with ours, theirs:
+        ours.sendall(encode(generate(1, "a", 1)) + encode(ipc.Cancel(1)))
+        ours.shutdown(socket.SHUT_WR)
+        _hand_over(theirs, cast("queue.SimpleQueue[list[ipc.ToWorker]]", AtOnce()), [engine])
+    assert engine.idle
+    assert not engine._unwanted

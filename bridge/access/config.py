@@ -18,7 +18,7 @@ class Allowance(Struct, frozen=True, forbid_unknown_fields=True):
     """What one user, token or certificate gets, over all of its connections. 0, and of models [], is no limit.
 
     ``tokens_per_minute`` are those of prompts that had to be computed, and of answers. ``running`` are answers that
-    wait or run at once; beside them as many jobs may run. A priority above ``priority`` counts as that.
+    wait or run at once; beside them as many of jobs may run. A priority above ``priority`` counts as that.
     """
 
     requests_per_minute: Quantity = 0

@@ -18,7 +18,7 @@ from bridge.access.config import tokens_file
 from bridge.access.guard import LONGEST, Guard
 from bridge.access.peer import Peer
 from bridge.access.quota import Quota, cost_of
-from bridge.access.roles import Identity, Role
+from bridge.access.roles import Identity, Origin, Role
 from bridge.access.tokens import Token, TokenError, Tokens, read_tokens
 from bridge.access.users import Users
 from bridge.config import Config, ConfigError
@@ -88,15 +88,18 @@ class Gate:
 
         Raises BridgeError, which ``client`` is to be told; OSError, TooSlowError where TLS cannot be spoken with it.
         """
-        self.peers.add(peer)
         if peer.origin.tls:
-            from bridge.access import tls
-
-            assert self._tls is not None
             self._check_strangers()
-            with trio.fail_after(self._config.limits.auth):
-                client, peer.origin = await tls.shake_hands(client, self._tls, peer.origin)
+            client, peer.origin = await self.shake_hands(client, peer.origin)
         return client
+
+    async def shake_hands(self, client: socket.socket, origin: Origin) -> tuple[socket.socket, Origin]:
+        """What speaks TLS over ``client``, and whose certificate it has. Raises as ``secure`` does."""
+        from bridge.access import tls
+
+        assert self._tls is not None
+        with trio.fail_after(self._config.limits.auth):
+            return await tls.shake_hands(client, self._tls, origin)
 
     async def recognise(self, peer: Peer) -> None:
         """Finds out who it is. Raises BridgeError."""
@@ -122,7 +125,7 @@ class Gate:
             if token is None or _expired(token.ends):
                 raise _revoked(name)
             return self._identity_of(token)
-        absent = Peer(0, roles.origin_of(self._config.access, owner))
+        absent = Peer(0, roles.origin_of(owner))
         absent.identity = await self.identify(absent)
         if absent.identity.role is Role.NONE:
             raise BridgeError(ErrorCode.UNAUTHORIZED, f"{owner} may not use this bridge any more")
@@ -140,20 +143,23 @@ class Gate:
 
     async def authenticate(self, peer: Peer, secret: str) -> Identity:
         """Takes the peer for whom the token says. Raises BridgeError (unauthorized), after a while that grows."""
-        wrong = BridgeError(ErrorCode.UNAUTHORIZED, "The token is wrong, revoked or expired")
         if peer.failures >= MOST_FAILURES:  # it was sent ahead, and the connection is about to be closed
             await trio.sleep(LONGEST)
-            raise wrong
+            raise _wrong()
+        peer.identity = await self.holder(peer, secret)
+        self._log.info("authenticated", client=peer.number, owner=peer.owner, role=str(peer.identity.role))
+        return peer.identity
+
+    async def holder(self, peer: Peer, secret: str) -> Identity:
+        """Whose token it is that the peer has shown. Raises BridgeError (unauthorized), after a while that grows."""
         token = self._tokens.find(secret)
         if token is None or _expired(token.ends):
             peer.failures += 1
             wait = self.guard.failed(peer.origin.key, time.monotonic())
             self._log.warning("wrong token", client=peer.number, place=peer.origin.key, failures=peer.failures)
             await trio.sleep(wait)
-            raise wrong
-        peer.identity = self._identity_of(token)
-        self._log.info("authenticated", client=peer.number, owner=peer.owner, role=str(peer.identity.role))
-        return peer.identity
+            raise _wrong()
+        return self._identity_of(token)
 
     def _identity_of(self, token: Token) -> Identity:
         role = Role.called(token.role)
@@ -204,6 +210,10 @@ class Gate:
         identity = self.identity(peer)
         limits = self.quota(identity).describe(time.monotonic())
         return {"name": identity.name, "role": str(identity.role), "limits": limits}
+
+
+def _wrong() -> BridgeError:
+    return BridgeError(ErrorCode.UNAUTHORIZED, "The token is wrong, revoked or expired")
 
 
 def _revoked(name: str) -> BridgeError:

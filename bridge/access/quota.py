@@ -60,8 +60,11 @@ class Quota:
         self._requests.set_rate(allowance.requests_per_minute, now)
         self._tokens.set_rate(allowance.tokens_per_minute, now)
 
-    def admit(self, answers: int, now: float) -> Grant:
-        """Lets a request in that makes so many answers. Raises BridgeError: rate_limited, forbidden."""
+    def admit(self, answers: int, now: float, *, later: bool = False) -> Grant:
+        """Lets a request in that makes so many answers, or a job, which makes them ``later`` beside what runs now.
+
+        Raises BridgeError: rate_limited, forbidden.
+        """
         for key in ("requests_per_minute", "running"):
             most = getattr(self.allowance, key)
             if most and answers > most:
@@ -72,10 +75,12 @@ class Quota:
             raise _limited(f"{allowance.requests_per_minute} requests a minute are allowed", wait)
         if wait := self._tokens.wait(1.0, now):
             raise _limited(f"{allowance.tokens_per_minute} tokens a minute are allowed", wait)
-        if allowance.running and self.running + answers > allowance.running:
+        if not later and allowance.running and self.running + answers > allowance.running:
             message = f"{allowance.running} answers at once are allowed, and {self.running} wait or run"
             raise _limited(message, self._seconds / self.running)
         self._requests.spend(answers, now)
+        if later:
+            return UNCOUNTED
         self.running += answers
         return Grant(self, answers, now)
 

@@ -126,24 +126,25 @@ def tcp_identity(access: Access, origin: Origin) -> Identity:
         if named := access.certificates.get(name):
             role, name = Role.called(named), origin.names[0] if name == "*" else name
             return Identity(f"certificate:{name}", name, role, allowance_of(access, role))
-    elsewhere = Role.USER if access.insecure else Role.NONE
-    role = Role.called(access.loopback) if is_loopback(origin.host) else elsewhere
-    return Identity("tcp", origin.host, role, allowance_of(access, role))
+    if is_loopback(origin.host):
+        owner, role = "loopback", Role.called(access.loopback)
+    else:
+        owner, role = "tcp", Role.USER if access.insecure else Role.NONE
+    return Identity(owner, origin.host, role, allowance_of(access, role))
 
 
-def origin_of(access: Access, owner: str) -> Origin:
-    """Where he might come from to whom something belongs, and who is not there: as whom he would be taken now.
-
-    Not for owners that are tokens. All of TCP without a certificate are one, of whom this machine's may do most.
-    """
+def origin_of(owner: str) -> Origin:
+    """Where he would come from to whom something belongs, and who is not there. Not for owners that are tokens."""
     kind, _, name = owner.partition(":")
     match kind:
         case "uid":
             return Origin(uid=int(name))
         case "certificate":
             return Origin(tls=True, names=(name,))
+        case "loopback":
+            return Origin(host="127.0.0.1")
         case _:
-            return Origin(host="" if access.loopback == "none" else "127.0.0.1")
+            return NOWHERE
 
 
 def allowance_of(access: Access, role: Role) -> Allowance:

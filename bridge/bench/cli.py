@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from bridge.bench.report import Report
 from bridge.bench.rounds import Plan, measure
 from bridge.bench.targets import Bridge, LlamaServer, Sampling, Target, TargetError
 from bridge.bench.trials import trial
+from bridge.cli.connect import connection_options
 from bridge.cli.types import ModelName
-from protocol.address import Address, Unix, default_socket, parse_address
+from client import BridgeError, Client
 
 
 class _Counts(click.ParamType[tuple[int, ...]]):
@@ -38,8 +39,7 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--socket", type=click.Path(), help="The bridge's Unix socket.  [default: where serve puts it]")
-@click.option("--tcp", metavar="HOST:PORT", help="The bridge's TCP address, instead.")
+@connection_options
 @click.option("--against", metavar="URL", help="A llama-server, such as http://127.0.0.1:8080, to measure beside it.")
 @click.option("--skip-bridge", is_flag=True, help="Measure only the llama-server of --against.")
 @click.option("--model", type=ModelName(), help="The bridge's model.  [default: its default]")
@@ -57,7 +57,6 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True)
 @click.option("--pings", type=click.IntRange(0), default=2000, show_default=True, help="How many PINGs to time.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, metavar="S")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
     "--chaos", "kind", flag_value="chaos", help="Instead: crashes, stops, disconnects, reloads, and the books."
@@ -66,12 +65,12 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--seconds", type=click.FloatRange(1), metavar="S", help="Of a trial.  [default: chaos 60, soak 600]")
 @click.option("--connections", type=click.IntRange(1), metavar="N", help="Of a soak.  [default: 1000]")
 @click.option("--rate", type=click.FloatRange(1), metavar="N", help="Tokens a second of a soak.  [default: 5000]")
-def bench(as_json: bool, kind: str | None, **flags: Any) -> None:
+def bench(connect: Callable[[], Client], as_json: bool, kind: str | None, **flags: Any) -> None:
     """Load a bridge with clients and measure its answers.
 
     Each client has its own connection and asks again as soon as it is answered. With --against a llama-server gets
     the very same requests, in turns with the bridge; ratio is bridge to llama-server, so more is better for tokens/s
-    and less for times. Exits with 1 if any request failed.
+    and less for times. An answer may take 600 s where --timeout does not say. Exits with 1 if any request failed.
 
     --chaos and --soak are trials of a daemon of their own, on the fake backend (for --chaos, --model FILE is another).
     Of the other options they take --clients (32; 200 streams), --seed and --json, and exit with 1 if anything was
@@ -85,8 +84,8 @@ def bench(as_json: bool, kind: str | None, **flags: Any) -> None:
         raise click.UsageError("--seconds, --connections and --rate are for --chaos and --soak")
     try:
         with _interruptible():
-            report = run(**flags)
-    except TargetError as error:
+            report = run(connect, **flags)
+    except (TargetError, BridgeError) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(orjson.dumps(reports.to_json(report), option=orjson.OPT_INDENT_2))
@@ -108,9 +107,8 @@ def _interruptible() -> Iterator[None]:
 
 
 def run(
+    connect: Callable[[], Client],
     *,
-    socket: str | None = None,
-    tcp: str | None = None,
     against: str | None = None,
     skip_bridge: bool = False,
     model: str | None = None,
@@ -119,25 +117,29 @@ def run(
     pings: int = 2000,
     **flags: Any,
 ) -> Report:
-    """Measures. The other ``flags`` are fields of Plan and Sampling. Raises click's errors for bad flags."""
+    """Measures. ``connect`` makes a client, which knows where the bridge is and who asks; the other ``flags`` are those
+    of Plan and Sampling. Raises TargetError, click's errors for bad flags, and what ``connect`` does.
+    """
     sampling = Sampling(**{name: flags.pop(name) for name in Sampling.__dataclass_fields__ if name in flags})
+    client = None if skip_bridge else connect()
+    if client and client.timeout:
+        flags["timeout"] = client.timeout
     plan = Plan(sampling=sampling, **flags)
     if plan.common_prefix > plan.prompt_tokens:
         raise click.UsageError("--common-prefix cannot be more than --prompt-tokens")
     targets: list[Target] = []
     addresses: dict[str, str] = {}
     ping: dict[str, float] = {}
-    if not skip_bridge:
-        address = _address(socket, tcp)
-        targets.append(bridge := Bridge(address, stream, model))
-        addresses[bridge.name] = str(address)
+    if client:
+        targets.append(bridge := Bridge(client.address, stream, model, credentials=client.credentials))
+        addresses[bridge.name] = str(client.address)
     if against is not None:
         targets.append(server := _llama_server(against, stream, cache_prompt))
         addresses[server.name] = against
     if not targets:
         raise click.UsageError("--skip-bridge leaves nothing to measure without --against")
-    if not skip_bridge and pings:
-        ping = _pings(address, pings)
+    if client and pings:
+        ping = _pings(client, pings)
     runs = trio.run(measure, plan, targets, _progress)
     return Report(
         reports.parameters(plan, stream=stream, cache_prompt=cache_prompt, model=model), addresses, ping, runs
@@ -153,22 +155,11 @@ def show(report: Report) -> None:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _address(socket: str | None, tcp: str | None) -> Address:
-    if tcp is None:
-        return Unix(socket if socket is not None else default_socket())
-    if socket is not None:
-        raise click.UsageError("--socket and --tcp exclude each other")
+def _pings(client: Client, count: int) -> dict[str, float]:
     try:
-        return parse_address(f"tcp:{tcp}")
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-
-
-def _pings(address: Address, count: int) -> dict[str, float]:
-    try:
-        return measure_pings(address, count)
+        return measure_pings(client.address, count, credentials=client.credentials)
     except OSError as error:
-        raise TargetError(f"no answer from the bridge at {address}: {error}") from None
+        raise TargetError(f"no answer from the bridge at {client.address}: {error}") from None
 
 
 def _llama_server(url: str, stream: bool, cache_prompt: bool) -> LlamaServer:

@@ -92,7 +92,7 @@ class _Client:
     def __init__(self, target: Server, timeout: float) -> None:
         self._target = target
         self._timeout = timeout
-        self._stream: trio.SocketStream | None = None
+        self._stream: trio.abc.Stream | None = None
 
     async def connect_early(self) -> None:
         """A failure is kept for ask(), which will try again and count it."""
@@ -123,12 +123,12 @@ class _Client:
             await trio.aclose_forcefully(stream)
 
 
-async def _exchange(stream: trio.SocketStream, request: bytes, answer: Answer, heard: Callable[[], None]) -> bool:
+async def _exchange(stream: trio.abc.Stream, request: bytes, answer: Answer, heard: Callable[[], None]) -> bool:
     """Says whether the connection is good for more."""
     answer.sample.sent = perf_counter()
     await stream.send_all(request)
     while data := await stream.receive_some(_READ):
-        if answer.feed(data, perf_counter()):
+        if answer.feed(bytes(data), perf_counter()):
             return answer.reusable
         heard()
     answer.close(perf_counter())

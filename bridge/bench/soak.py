@@ -20,8 +20,9 @@ from typing import Any
 import msgspec
 
 from bridge.bench import streams
+from bridge.bench.connect import connect
 from bridge.bench.own import OwnDaemon, own_daemon
-from bridge.bench.ping import connect, ping
+from bridge.bench.ping import ping
 from bridge.bench.stats import percentiles
 from protocol.address import Address
 

@@ -12,8 +12,10 @@ import trio
 
 from bridge.bench import http
 from bridge.bench.answers import Answer, BridgeAnswer, LlamaServerAnswer, LlamaServerEmbeddings
+from bridge.bench.connect import NOBODY, connect_stream
 from bridge.bench.stats import Sample
-from protocol.address import Address, Unix
+from client.credentials import Credentials
+from protocol.address import Address
 from protocol.commands import Embed, Infer, InferStream, Request, Tokenize
 from protocol.connection import encode_request
 from protocol.errors import RemoteProtocolError
@@ -45,7 +47,8 @@ class Server(Protocol):
     @property
     def name(self) -> str: ...
 
-    async def connect(self) -> trio.SocketStream: ...
+    async def connect(self) -> trio.abc.Stream:
+        """Raises OSError."""
 
     def answer(self, sample: Sample) -> Answer:
         """A reader for the next answer."""
@@ -74,11 +77,10 @@ class Bridge:
     stream: bool = True
     model: str | None = None
     name: str = "bridge"
+    credentials: Credentials = NOBODY
 
-    async def connect(self) -> trio.SocketStream:
-        if isinstance(self.address, Unix):
-            return await trio.open_unix_socket(self.address.path)
-        return await trio.open_tcp_stream(self.address.host, self.address.port)
+    async def connect(self) -> trio.abc.Stream:
+        return await connect_stream(self.address, self.credentials)
 
     def encode(self, prompt: str, sampling: Sampling) -> bytes:
         command = (InferStream if self.stream else Infer)(

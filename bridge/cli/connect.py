@@ -63,7 +63,9 @@ def client_of(options: Mapping[str, Any], timeout: float | None) -> Client:
 
 
 def connection_options(command: F) -> F:
-    """Gives a command these options, and as its first argument what makes a client of them, for a ``with``."""
+    """Gives a command these options, and as its first argument what makes a client of them, for a ``with``. That raises
+    click.UsageError, and BridgeError for a token that cannot be read.
+    """
 
     @functools.wraps(command)
     def wrapped(

@@ -71,7 +71,7 @@ def attach(client: Client, job: str, offset: int, as_json: bool) -> None:
 def jobs(client: Client, action: str, job: str | None, all_of_them: bool, as_json: bool) -> None:
     """One's jobs: list them, end one, delete one."""
     if action == "list":
-        there = [one for one in client.jobs(all=all_of_them) if job in (None, one.job)]
+        there = client.jobs(job or "", all=all_of_them)
         if as_json:
             return print_json(there)
         if not there:

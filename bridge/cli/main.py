@@ -15,7 +15,7 @@ import msgspec
 from bridge import __version__
 from bridge.cli.connect import connection_options
 from bridge.cli.lazy import LazyGroup
-from bridge.cli.tables import print_models, print_table
+from bridge.cli.tables import counted, in_time, print_models, print_table
 from client import BridgeError, Client, RemoteProtocolError
 from client.results import Limits
 from protocol.address import Unix
@@ -142,7 +142,8 @@ def status(client: Client, as_json: bool) -> None:
     click.echo(status.message)
     draining = ", draining" if status.draining else ""
     click.echo(
-        f"version {status.version}, pid {status.pid}, up {status.uptime_s:.0f} s, {status.clients} clients{draining}"
+        f"version {status.version}, pid {status.pid}, up {in_time(status.uptime_s)}, "
+        f"{counted(status.clients, 'client')}{draining}"
     )
     click.echo(f"you are {status.you.name}, {status.you.role}{_limits(status.you.limits)}")
     print_models(status.models)
@@ -166,10 +167,11 @@ def _limits(limits: Limits) -> str:
 @json_option
 @talks
 def reload(client: Client, as_json: bool) -> None:
-    """Have the daemon read its configuration anew."""
+    """Have the daemon read its configuration anew. Exit status 1: a model of it could not be loaded."""
     reloaded = client.reload()
     if as_json:
-        return print_json(reloaded)
+        print_json(reloaded)
+        sys.exit(bool(reloaded.failed))
     click.echo(f"changed: {', '.join(reloaded.changed) or 'nothing'}")
     for what, names in (("loaded", reloaded.loaded), ("freed", reloaded.freed), ("being fetched", reloaded.following)):
         if names:
@@ -178,3 +180,4 @@ def reload(client: Client, as_json: bool) -> None:
         click.echo(f"failed: {path}: {reason}", err=True)
     if reloaded.needs_restart:
         click.echo(f"only with a restart: {', '.join(reloaded.needs_restart)}", err=True)
+    sys.exit(bool(reloaded.failed))

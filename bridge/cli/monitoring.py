@@ -7,7 +7,7 @@ import sys
 import click
 
 from bridge.cli.main import json_option, print_json, talks
-from bridge.cli.tables import in_bytes, in_time, print_table
+from bridge.cli.tables import counted, in_bytes, in_time, print_table
 from client import Client
 from client.results import Distribution, Metrics
 
@@ -43,7 +43,7 @@ def metrics(client: Client, prometheus: bool, as_json: bool) -> None:
 
 def _print(metrics: Metrics) -> None:
     """The models, and then how many requests ended how, most first."""
-    click.echo(f"up {in_time(metrics.uptime_s)}, {in_bytes(metrics.memory)}, {metrics.clients} clients\n")
+    click.echo(f"up {in_time(metrics.uptime_s)}, {in_bytes(metrics.memory)}, {counted(metrics.clients, 'client')}\n")
     columns = ("model", "prompts", "cached", "answers", "first", "next", "restarts")
     print_table(columns, [
         (

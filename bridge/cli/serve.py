@@ -39,18 +39,14 @@ def serve(path: Path | None, **flags: Any) -> None:
     """Run the daemon in the foreground until SIGTERM or SIGINT; a second one stops it at once."""
     _fill_standard_descriptors()
     manager = Manager(os.environ)
-    try:
-        config = _config(path, flags, manager)
-    except ConfigError as error:
-        print(f"llama-bridge: {error}", file=sys.stderr)
-        sys.exit(2)
-    log.configure(config.log)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, which a parent may bequeath, workers would leave no status
     try:
+        config = _config(path, flags, manager)
+        log.configure(config.log)
         status = trio.run(run, config, lambda: _config(path, flags, manager), manager)
     except (ListenError, ConfigError) as error:
         print(f"llama-bridge: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)  # after 2 systemd does not try again: see the units
     sys.exit(status)
 
 

@@ -87,6 +87,10 @@ def in_bytes(count: float) -> str:
     return decimal(round(count))
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def in_time(seconds: float) -> str:
     """As people read it, such as 45 s, 5 min or 2.5 h."""
     if seconds < 99.5:

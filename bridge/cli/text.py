@@ -18,8 +18,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def text_of(words: tuple[str, ...]) -> str:
-    """The words of the command line as one text, or the standard input where there are none, or a dash."""
-    return " ".join(words) if words and words != ("-",) else sys.stdin.read()
+    """The words of the command line as one text, or the standard input where there are none, or a dash.
+
+    Raises click.UsageError for what is no UTF-8: Python reads it as surrogates, or not at all, as the locale has it.
+    """
+    try:
+        text = " ".join(words) if words and words != ("-",) else sys.stdin.read()
+        text.encode()
+    except UnicodeError:
+        raise click.UsageError("the text is not UTF-8") from None
+    return text
 
 
 _keep_alive = click.option("--keep-alive", type=float, help="Seconds that the model stays after this; -1: for ever.")

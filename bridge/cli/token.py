@@ -17,6 +17,8 @@ from bridge.access.tokens import revoke as revoke_token
 from bridge.cli.tables import print_table
 
 DEFAULT = "/etc/llama-bridge/tokens"
+# systemd copies a credential when the unit starts, so RELOAD reads the same copy again.
+_LEARNS = "after RELOAD, or, if the file is a credential of its unit, after systemctl restart llama-bridge."
 _ROLES = click.Choice(["user", "operator", "admin"])
 _file = click.option(
     "--file",
@@ -31,7 +33,11 @@ _file = click.option(
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def token() -> None:
-    """Make, list and revoke the tokens that AUTH takes. A daemon learns of it by RELOAD."""
+    """Make, list and revoke the tokens that AUTH takes.
+
+    A daemon learns of it by RELOAD, or, where it has the file as a credential of its unit, as the installed service
+    has, when it is restarted.
+    """
 
 
 @token.command()
@@ -54,7 +60,7 @@ def new(name: str, role: str, days: int | None, models: tuple[str, ...], path: s
         settings.append(f"expires={ends.isoformat(timespec='seconds')}")
     with _failures():
         click.echo(issue(path, name, role, settings))
-    click.echo(f"{name} is in {path}; RELOAD has the daemon know it.", err=True)
+    click.echo(f"{name} is in {path}; the daemon knows it {_LEARNS}", err=True)
 
 
 @token.command("list")
@@ -88,7 +94,7 @@ def revoke(name: str, path: str) -> None:
     """Take a token out of the file."""
     with _failures():
         revoke_token(path, name)
-    click.echo(f"{name} is gone from {path}; RELOAD has the daemon forget it.", err=True)
+    click.echo(f"{name} is gone from {path}; the daemon takes it no longer {_LEARNS}", err=True)
 
 
 @contextmanager

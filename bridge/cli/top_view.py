@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bridge.cli.events import about
-from bridge.cli.tables import NOT_LOADED, in_bytes, in_time, leaves
+from bridge.cli.tables import NOT_LOADED, counted, in_bytes, in_time, leaves
 from client import Event
 from client.results import ModelState, QueuedRequest, Status
 
@@ -99,7 +99,7 @@ def _head(now: Moment, models: list[ModelState], speed: dict[str, Speed]) -> Ite
     draining = ", draining" if status.draining else ""
     yield (
         f"llama-bridge {status.version}, pid {status.pid}, up {in_time(status.uptime_s)}, "
-        f"{status.clients} clients{draining}"
+        f"{counted(status.clients, 'client')}{draining}"
     )
     running = sum(model.running for model in models)
     waiting = sum(model.queued + model.waiting for model in models)

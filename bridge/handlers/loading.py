@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -20,6 +18,7 @@ from bridge.pool.library import Found
 from bridge.pool.meter import Meter
 from bridge.pool.planner import given
 from bridge.pool.pool import ModelPool
+from bridge.watching.measured import resident
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Ok, Progress
@@ -30,7 +29,8 @@ AVAILABLE = "available"  # the state of a model that is on the disk and was not 
 async def load(call: Call, command: commands.Load) -> Ok:
     try:
         tell = _teller(call, command.progress)
-        found = await _find(call, command.path, call.daemon.library.prepare(command.path, command.quant, tell))
+        look = call.daemon.library.prepare(command.path, command.quant, tell, call.daemon.pool.names)
+        found = await _find(call, command.path, look)
         spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
         terms = Terms(command.keep_alive, command.pin)
         entry = call.daemon.pool.begin_load(command.name, spec, call.peer.number, terms, command.path)
@@ -79,7 +79,8 @@ def _rounded(value: float | None) -> float | None:
 
 
 async def plan(call: Call, command: commands.Plan) -> Ok:
-    found = await _find(call, command.path, call.daemon.library.find_prepared(command.path, command.quant))
+    look = call.daemon.library.find_prepared(command.path, command.quant, call.daemon.pool.names)
+    found = await _find(call, command.path, look)
     spec = found.spec(command, await call.daemon.adapters.resolve(command.lora))
     proposal = await call.daemon.pool.plan(spec)
     message = "It fits" if proposal.room.comes else "It does not fit"
@@ -156,23 +157,15 @@ def _describe(pool: ModelPool, entry: Entry, now: float, *, default: bool) -> di
     }
 
 
-def resident(pid: int | Literal["self"]) -> int:
-    """Bytes of RAM that a process has, the pages of its mapped files among them."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # it has just died
-        return 0
-
-
 async def show(call: Call, command: commands.Show) -> Ok:
     """Of one that is not loaded, what its files say. Wakes nobody."""
     pool = call.daemon.pool
     try:
         entry = pool.pick(command.model)
-    except BridgeError as unknown:
-        if command.model is None:
+    except BridgeError:
+        if command.model is None or call.daemon.library.fake:
             raise
-        found = await call.daemon.library.find_prepared(command.model, unknown=unknown)
+        found = await call.daemon.library.find_prepared(command.model, loaded=pool.names)
         return await _show_file(call, found.name or command.model, found.path, AVAILABLE)
     if entry.state is State.UNLOADED:
         return await _show_file(call, entry.name, entry.spec.path, entry.state)

@@ -7,7 +7,7 @@ import trio
 
 from bridge.call import Call, Caller
 from bridge.watching.health import look
-from bridge.watching.measured import Measured, measure
+from bridge.watching.measured import measure
 from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
 from protocol.replies import Ok
@@ -24,14 +24,9 @@ async def metrics(call: Call, command: commands.Metrics) -> Ok:
     measured = measure(call.daemon)
     if command.format == "json":
         return Ok("Metrics", msgspec.to_builtins(measured))
-    return Ok("Metrics", await exposition(measured))
-
-
-async def exposition(measured: Measured) -> str:
-    """In Prometheus' text format. Raises BridgeError (unsupported) where its library is not installed."""
     try:
-        from bridge.watching import prometheus
+        from bridge.watching.prometheus import exposition
     except ModuleNotFoundError as error:
         message = "Metrics for Prometheus need prometheus_client; install it: pip install 'llama-bridge[http]'"
         raise BridgeError(ErrorCode.UNSUPPORTED, message) from error
-    return await trio.to_thread.run_sync(prometheus.exposition, measured)  # milliseconds, where models are many
+    return Ok("Metrics", await trio.to_thread.run_sync(exposition, measured))

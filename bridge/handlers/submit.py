@@ -33,12 +33,14 @@ async def attach(call: Call, command: commands.Attach) -> Final:
 
 async def jobs(call: Call, command: commands.Jobs) -> Ok:
     desk = call.daemon.jobs
+    owner: str | None = call.peer.owner
+    if command.action == "list" and command.all:
+        call.check_role(Role.OPERATOR, "JOBS all=true")
+        owner = None
     if command.action == "list" and not command.job:
-        if command.all:
-            call.check_role(Role.OPERATOR, "JOBS all=true")
-        listed = await desk.of(None if command.all else call.peer.owner)
+        listed = await desk.of(owner)
         return Ok(f"{len(listed)} jobs", [_about(job) for job in listed])
-    job = await desk.find(_named(command.job), call.peer.owner)
+    job = await desk.find(_named(command.job), owner)
     match command.action:
         case "list":
             return Ok("1 jobs", [_about(job)])

@@ -20,7 +20,7 @@ import trio
 from bridge import log
 from bridge.config import Jobs as Settings
 from bridge.jobs.disk import JobDisk
-from bridge.jobs.job import Book, Job, JobState, failure, interruption
+from bridge.jobs.job import CANCELLED, INTERNAL, Book, Job, JobState, failure, interruption
 from bridge.providers.base import Asking
 from protocol.commands import Command
 from protocol.errors import BridgeError, ErrorCode
@@ -87,19 +87,21 @@ class JobDesk:
         await self._disk.open()
         self.book.check_room(owner, request, time.monotonic())  # there may be more of them than was known
         longest = self.book.limits.expire_s
-        job = Job(secrets.token_hex(16), owner, request, command, min(ttl_s or longest, longest), received)
+        ttl_s = min(ttl_s or longest, longest)
+        job = Job(secrets.token_hex(16), owner, request, command, ttl_s, received, on_disk=False)
+        job.submitted_by = log.whose().get(log.REQUEST, "")
         self.book.jobs[job.id] = job
         try:
             await self._disk.add(job)
         except BaseException:
             del self.book.jobs[job.id]
             raise
-        self._log.info("job submitted", job=job.id[:8], verb=job.verb, owner=owner)
+        self._log.info("job submitted", job=job.short, verb=job.verb, owner=owner)
         self._notify()
         return job
 
-    async def find(self, job_id: str, owner: str) -> Job:
-        """Raises BridgeError (not_found)."""
+    async def find(self, job_id: str, owner: str | None) -> Job:
+        """One of this owner; of None anybody's. Raises BridgeError (not_found)."""
         await self._disk.open_if_there()
         return self.book.find(job_id, owner)
 
@@ -111,7 +113,7 @@ class JobDesk:
     async def cancel(self, job: Job) -> None:
         """Returns when it is over. What is over already stays as it is."""
         if job.state is JobState.QUEUED:
-            self._end(job, JobState.CANCELLED, failure(_CANCELLED))
+            self._end(job, JobState.CANCELLED, failure(CANCELLED))
         elif running := self._running.get(job):
             running.asking.cancel()
         while not job.state.over:
@@ -181,7 +183,8 @@ class JobDesk:
 
     async def _run(self, job: Job, running: _Running) -> None:
         assert job.command is not None
-        outcome = failure(_CANCELLED)
+        log.of_job(job.short, job.asked)
+        outcome = failure(CANCELLED)
 
         def say(reply: Reply) -> None:
             if isinstance(reply, Token):
@@ -194,8 +197,10 @@ class JobDesk:
         except BridgeError as error:
             outcome = failure(error)
         except Exception:
-            self._log.exception("a job failed", job=job.id[:8], verb=job.verb)
-            outcome = failure(BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged"))
+            self._log.exception("a job failed", job=job.short, verb=job.verb)
+            outcome = failure(INTERNAL)
+        if outcome.get("code") == ErrorCode.INTERNAL:
+            outcome["request"] = job.asked
         del self._running[job]
         if job.state.over:  # see _fail
             self._notify()
@@ -226,7 +231,7 @@ class JobDesk:
     def _end(self, job: Job, state: JobState, outcome: dict[str, Any]) -> None:
         job.end(state, outcome, time.monotonic())
         self._disk.mark(job, urgent=True)
-        self._log.info("job ended", job=job.id[:8], verb=job.verb, owner=job.owner, state=str(state))
+        self._log.info("job ended", job=job.short, verb=job.verb, owner=job.owner, state=str(state))
         self._notify()
 
     def _on_stored(self, job: Job) -> None:
@@ -296,7 +301,6 @@ class JobDesk:
         await self._disk.close()
 
 
-_CANCELLED = BridgeError(ErrorCode.CANCELLED, "Cancelled")
 _PAUSE = 60.0  # seconds before what could not be deleted is tried again
 
 

@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from bridge import log
+from bridge.exhausted import overloaded
 from bridge.jobs.job import RETRY_AFTER_MS, Book, Job, JobState, failure, read_request
 from protocol.errors import BridgeError, ErrorCode
 
@@ -122,6 +123,7 @@ class JobDisk:
         """Raises BridgeError."""
         store = await self.open()
         await self._in_thread(partial(store.add, _row(job)))
+        job.on_disk = True
 
     async def text(self, job: Job, offset: int) -> str:
         """From that character on. Raises BridgeError."""
@@ -200,6 +202,8 @@ class JobDisk:
 
         try:
             return await trio.to_thread.run_sync(work, limiter=self._thread)
+        except (MemoryError, RuntimeError) as error:
+            raise overloaded(error) or error from None
         except StoreLocked as error:
             message = f"{error}; jobs.dir gives this one a folder of its own"
             raise BridgeError(ErrorCode.BUSY, message, retry_after_ms=RETRY_AFTER_MS) from None

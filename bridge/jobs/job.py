@@ -20,11 +20,14 @@ from typing import Any
 import msgspec
 
 from bridge.config import Jobs
-from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferMulti, InferStream
+from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferMulti, InferStream, answers_of
 from protocol.errors import BridgeError, ErrorCode
 from protocol.parse import parse_request
 
+CANCELLED = BridgeError(ErrorCode.CANCELLED, "Cancelled")
+INTERNAL = BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged")
 MOST_BEGINNINGS = 2  # of a job, for it may be what ends the daemon
+_SHORT = 8  # digits
 RETRY_AFTER_MS = 1000  # where it is not known when there will be room
 
 
@@ -45,7 +48,9 @@ class JobState(StrEnum):
 class Job:
     """``request`` is its line, ``command`` what that means, None where we understand it no longer. ``length`` counts
     the characters of its text, ``stored`` those of them that are on the disk; all are in ``pieces`` while it is
-    ``held``. ``outcome`` is what the last line of its answer says.
+    ``held``. It does not begin before it is ``on_disk`` itself. ``outcome`` is what the last line of its answer says.
+    ``submitted_by`` is the id that the request which submitted it has in this daemon's log, "" where that was another
+    daemon.
     """
 
     id: str
@@ -54,6 +59,7 @@ class Job:
     command: Command | None
     ttl_s: float
     received: float
+    on_disk: bool = True
     state: JobState = JobState.QUEUED
     beginnings: int = 0
     pieces: list[str] = field(default_factory=list)
@@ -66,6 +72,17 @@ class Job:
     ended: float | None = None
     fetched: float | None = None  # when its last line was first sent to somebody
     followers: int = 0
+    submitted_by: str = ""
+
+    @property
+    def short(self) -> str:
+        """What the log has of its name: so much gives nobody its answer."""
+        return self.id[:_SHORT]
+
+    @property
+    def asked(self) -> str:
+        """The id of its request in the log."""
+        return self.submitted_by or f"job.{self.short}"
 
     def append(self, text: str) -> None:
         if text:
@@ -91,6 +108,10 @@ class Job:
     @property
     def verb(self) -> str:
         return self.request.split(maxsplit=1)[0]
+
+    @property
+    def answers(self) -> int:
+        return 1 if self.command is None else answers_of(self.command)
 
     @property
     def size(self) -> int:
@@ -179,13 +200,19 @@ class Book:
     def size(self) -> int:
         return sum(job.size for job in self.jobs.values())
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many wait, run, and are over and ``kept`` until they are fetched or expire."""
+        states = Counter("kept" if job.state.over else str(job.state) for job in self.jobs.values())
+        return {state: states[state] for state in ("queued", "running", "kept")}
+
     def of(self, owner: str) -> list[Job]:
         return [job for job in self.jobs.values() if job.owner == owner]
 
-    def find(self, job_id: str, owner: str) -> Job:
-        """Of one's own. Raises not_found, also for another's: nobody learns which jobs there are."""
+    def find(self, job_id: str, owner: str | None) -> Job:
+        """Of one's own. Raises not_found, also for another's: nobody learns which jobs there are. None may see all."""
         job = self.jobs.get(job_id)
-        if job is None or job.owner != owner:
+        if job is None or owner not in (None, job.owner):
             raise BridgeError(ErrorCode.NOT_FOUND, f"No job {job_id[:64]}")
         return job
 
@@ -194,26 +221,35 @@ class Book:
         limits = self.limits
         if not limits.max:
             raise BridgeError(ErrorCode.FORBIDDEN, "SUBMIT is switched off here, by jobs.max of the configuration")
-        for count, most, what in (
-            (len(self.jobs), limits.max, "jobs are kept, all that jobs.max allows"),
-            (len(self.of(owner)), limits.per_owner, "jobs of this owner are kept, all that jobs.per_owner allows"),
-            (self.size + len(request), limits.bytes + 1, "bytes of jobs are kept, all that jobs.bytes allows"),
+        there, own, size = list(self.jobs.values()), self.of(owner), self.size + len(request)
+        for count, most, in_the_way, what in (
+            (len(there), limits.max, there, "jobs are kept, all that jobs.max allows"),
+            (len(own), limits.per_owner, own, "jobs of this owner are kept, all that jobs.per_owner allows"),
+            (size, limits.bytes + 1, there, "bytes of jobs are kept, all that jobs.bytes allows"),
         ):
             if count >= most:
-                wait = min((job.expires(limits.keep_s) for job in self.jobs.values()), default=math.inf) - now
-                after = RETRY_AFTER_MS if math.isinf(wait) else max(1, round(wait * 1000))
-                raise BridgeError(ErrorCode.OVERLOADED, f"{count} {what}", retry_after_ms=after)
+                wait = min((job.expires(limits.keep_s) for job in in_the_way), default=math.inf) - now
+                after = round(wait * 1000) if 0 < wait < math.inf else RETRY_AFTER_MS
+                raise BridgeError(ErrorCode.OVERLOADED, f"{count} {what}", retry_after_ms=max(1, after))
 
     def next_job(self, at_once: Callable[[str], int] = lambda owner: 0) -> Job | None:
         """To be begun now: of the owner who has fewest running, the one that came first.
 
-        Of no owner more than ``at_once`` says; 0 is no limit.
+        Of no owner more answers than ``at_once`` says; 0 is no limit. A job that alone has more waits for no other.
         """
-        running = Counter(job.owner for job in self.running)
-        if running.total() >= self.limits.running:
+        if len(self.running) >= self.limits.running:
             return None
-        full = {owner for owner, count in running.items() if 0 < at_once(owner) <= count}
-        queued = (job for job in self.jobs.values() if job.state is JobState.QUEUED and job.owner not in full)
+        running: Counter[str] = Counter()
+        for job in self.running:
+            running[job.owner] += job.answers
+        most = {owner: at_once(owner) or math.inf for owner in running}
+        queued = (
+            job
+            for job in self.jobs.values()
+            if job.state is JobState.QUEUED
+            and job.on_disk
+            and (job.owner not in most or running[job.owner] + job.answers <= most[job.owner])
+        )
         return min(queued, key=lambda job: running[job.owner], default=None)
 
     def expired(self, now: float) -> list[Job]:

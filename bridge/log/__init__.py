@@ -25,6 +25,7 @@ from bridge.log.writer import LogWriter
 Logger = structlog.typing.FilteringBoundLogger
 Renderers = list[Processor]
 REQUEST = "request"  # the key under which lines have the request's id
+JOB = "job"  # and the first digits of a job's name, while it runs
 _STANDARD_ERROR = 2  # its file descriptor; bridge.cli.serve sees to it that it is no client's
 _AT_EXIT = 0.5  # seconds for a slow pipe to take the last lines
 _writer: LogWriter | None = None
@@ -67,6 +68,11 @@ atexit.register(flush)
 def of_request(request: str, label: str | None) -> None:
     """What this task logs from now on, and those that it begins, is about this request; ``label`` is its id."""
     bind_contextvars(**{REQUEST: request}, **({} if label is None else {"id": label}))
+
+
+def of_job(job: str, request: str) -> None:
+    """What this task logs from now on, and those that it begins, is about this job, and the request it came from."""
+    bind_contextvars(**{JOB: job, REQUEST: request})
 
 
 def of_nobody() -> None:

@@ -67,7 +67,7 @@ TABLE: dict[str, Told] = {
     "draining": Told("draining", ("clients", "seconds")),
 }
 LAST_KIND: EventKind = "draining"  # after it subscriptions end, so that they do not hold up the drain
-_OF_ALL = ("request",)  # the id of the request on whose behalf it happened, if there was one
+_OF_ALL = ("request", "job")  # the id of the request on whose behalf it happened, and the job's, if there was one
 
 
 def time_of_day() -> str:

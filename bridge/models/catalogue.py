@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,9 +61,9 @@ class Catalogue:
         """All that are known now, by name. A model's size and stamp are those of when its place last changed."""
         return list(self._refreshed().models)
 
-    def find(self, text: str) -> Known:
+    def find(self, text: str, loaded: Collection[str] = ()) -> Known:
         """The model that a user means, in its state of now. Raises BridgeError: bad_argument, ambiguous, forbidden,
-        not_found (also for what could be pulled but has not been)."""
+        not_found (also for what could be pulled but has not been), which tells the names of those ``loaded``, too."""
         index = self._refreshed()
         if known := index.find(text):  # before it is parsed: a file may have any name
             return self._as_it_is(known)
@@ -75,7 +75,7 @@ class Catalogue:
             case LocalPath():
                 return self._by_path(text, index)
             case Name():
-                raise index.not_found(text)
+                raise index.not_found(text, loaded)
             case _:
                 raise BridgeError(ErrorCode.NOT_FOUND, f"{text} is not here; PULL fetches it")
 

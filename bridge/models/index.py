@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -97,13 +97,15 @@ class Index:
         number = self._numbers.get(identity_of(stamp))
         return None if number is None else self._models[number]
 
-    def not_found(self, name: str) -> BridgeError:
-        folded = {known.name.casefold(): known.name for known in self.models}
-        near = get_close_matches(name[:LONGEST_GUESS].casefold(), folded, NAMED, SIMILAR)
-        if near:
+    def not_found(self, name: str, loaded: Collection[str] = ()) -> BridgeError:
+        """Tells what there is: those of ``loaded``, by whatever names they go, and those that are known here."""
+        known = [model.name for model in self.models if model.name not in loaded]
+        folded = {one.casefold(): one for one in (*known, *loaded)}
+        if near := get_close_matches(name[:LONGEST_GUESS].casefold(), folded, NAMED, SIMILAR):
             hint = f"the nearest: {_list([folded[found] for found in near])}"
         else:
-            hint = f"known: {_list(list(folded.values())) or 'none'}"
+            there = [f"{what}: {_list(names)}" for what, names in (("loaded", list(loaded)), ("known", known)) if names]
+            hint = "; ".join(there) or "known: none"
         return BridgeError(ErrorCode.NOT_FOUND, f"No model is known as {name}; {hint}")
 
 

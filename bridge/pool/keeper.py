@@ -13,6 +13,7 @@ import trio
 
 from bridge import ipc, log
 from bridge.config import Config
+from bridge.exhausted import overloaded
 from bridge.pool.adapters import Adapters
 from bridge.pool.entry import Entry, State
 from bridge.pool.planner import Planned, Planner
@@ -300,5 +301,8 @@ def _failure(error: Exception, logger: log.Logger) -> BridgeError:
     if isinstance(error, BridgeError):
         logger.error("load failed", reason=error.message)
         return error
+    if told := overloaded(error):
+        logger.error("load failed", reason=told.message)
+        return told
     logger.exception("load failed", reason="internal error")
     return BridgeError(ErrorCode.INTERNAL, "Internal error; it is logged")

@@ -7,7 +7,7 @@ want the same share.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,13 +80,12 @@ class Library:
     async def known(self) -> list[Known]:
         return [] if self.fake else await self.look(self._catalogue.models)
 
-    async def find(self, reference: str, unknown: BridgeError | None = None) -> Found:
-        """A model that is on this machine. Raises BridgeError: not_found, ambiguous, forbidden."""
+    async def find(self, reference: str, loaded: Collection[str] = ()) -> Found:
+        """A model that is on this machine. Raises BridgeError: ambiguous, forbidden, not_found, which tells what is
+        ``loaded`` as well."""
         if self.fake:
-            if unknown is not None:
-                raise unknown
             return Found(reference)
-        known = await self.look(partial(self._catalogue.find, reference))
+        known = await self.look(partial(self._catalogue.find, reference, loaded))
         return Found(known.path, None if known.source == "path" else known.name, known.stamp)
 
     async def describe(self, path: str) -> dict[str, Any]:
@@ -118,13 +117,13 @@ class Library:
 
     # -- what has to be made -----------------------------------------------------------------------------------
 
-    async def prepare(self, reference: str, quant: str | None, tell: Tell) -> Found:
+    async def prepare(self, reference: str, quant: str | None, tell: Tell, loaded: Collection[str] = ()) -> Found:
         """A model that can be loaded: pulled, converted and quantised where that is still to be done.
 
         Raises BridgeError: what ``find`` and ``pull`` raise, convert_failed, unsupported.
         """
         try:
-            found = await self.find(reference)
+            found = await self.find(reference, loaded)
         except BridgeError as error:
             if not _is_elsewhere(reference, error):
                 raise
@@ -144,11 +143,9 @@ class Library:
         except BridgeError as error:
             return _is_elsewhere(reference, error)
 
-    async def find_prepared(
-        self, reference: str, quant: str | None = None, unknown: BridgeError | None = None
-    ) -> Found:
+    async def find_prepared(self, reference: str, quant: str | None = None, loaded: Collection[str] = ()) -> Found:
         """What ``prepare`` would give. Raises BridgeError: what ``find`` does, not_found for what is to be made."""
-        ready = await self._ready(await self.find(reference, unknown), quant)
+        ready = await self._ready(await self.find(reference, loaded), quant)
         if ready is None:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{reference} has to be converted first, which LOAD does")
         return ready

@@ -41,6 +41,10 @@ class ModelPool:
         """The default model first."""
         return list(self._registry.entries.values())
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._registry.entries)
+
     def provider(self, entry: Entry) -> Provider | None:
         return self._keeper.providers.get(entry)
 
@@ -131,10 +135,10 @@ class ModelPool:
         autoload = self._keeper.config.pool.autoload
         try:
             entry = self._registry.pick(name)
-        except BridgeError as unknown:
-            if name is None or not autoload:
+        except BridgeError:
+            if name is None or not autoload or self._library.fake:
                 raise
-            found = await self._library.find_prepared(name, unknown=unknown)
+            found = await self._library.find_prepared(name, loaded=self.names)
             return self.begin_load(None, found.spec(), None, Terms(), name)
         if entry.state is State.UNLOADED and not autoload:
             raise BridgeError(ErrorCode.NOT_FOUND, f"{entry.name} is not loaded, and pool.autoload is off: LOAD it")

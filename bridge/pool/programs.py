@@ -17,6 +17,7 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 import msgspec
 import trio
 
+from bridge.exhausted import overloaded
 from protocol.errors import BridgeError, ErrorCode
 
 LONGEST_LINE = 1 << 20  # bytes
@@ -74,7 +75,9 @@ def _spawn(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         )
     except ValueError:
         raise BridgeError(ErrorCode.BAD_ARGUMENT, f"{arguments[0]} can be told nothing with a NUL in it") from None
-    except OSError as error:  # no process, no memory or no file descriptor left
+    except OSError as error:
+        if told := overloaded(error):
+            raise told from None
         code = ErrorCode.BAD_ARGUMENT if error.errno == errno.E2BIG else ErrorCode.INTERNAL
         raise BridgeError(code, f"{arguments[0]} cannot be started: {error.strerror}") from None
 

@@ -285,12 +285,12 @@ class Registry:
             entry.state = State.READY
 
     def load_failed(self, name: str, error: BridgeError, now: float) -> list[Effect]:
-        """One after a crash counts as another crash. Else the model is forgotten, unless it was loaded once and
-        somebody had asked for it.
+        """One after a crash counts as another crash, unless it is the machine that was at a limit. Else the model is
+        forgotten, unless it was loaded once and somebody had asked for it.
         """
         entry = self.entries[name]
         entry.memory = NONE
-        if entry.state is State.RESTARTING:
+        if entry.state is State.RESTARTING and error.code != ErrorCode.OVERLOADED:
             rests = ErrorCode.PEER_LOST if error.code == ErrorCode.PEER_LOST else ErrorCode.MODEL_RESTING
             return self.ended(name, f"did not start: {error.message}", now, rests)
         entry.failures += 1

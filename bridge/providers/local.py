@@ -21,6 +21,7 @@ import trio
 
 from bridge import ipc, log
 from bridge.config import Limits
+from bridge.exhausted import overloaded
 from bridge.frames import FrameBuffer, decode_to_daemon, encode
 from bridge.models.files import load_failed
 from bridge.outbox import Outbox
@@ -97,8 +98,8 @@ class LocalProvider:
             raise self._failed(lost, ErrorCode.PEER_LOST)
         try:
             self._spawn()
-        except OSError as error:  # no process, no memory or no file descriptor left
-            raise self._failed(f"its worker cannot be started: {error.strerror}") from None
+        except OSError as error:
+            raise overloaded(error) or self._failed(f"its worker cannot be started: {error.strerror}") from None
         self._outbox = Outbox(self._home, limit=_UNBOUNDED, stall=float("inf"))
         self._outbox.put(encode(self._load))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import trio
 
@@ -17,11 +18,14 @@ _LOADED = (State.READY, State.RESTARTING)
 
 
 class Standing:
-    """Follows the daemon. Under socket activation it stops it when it was idle for ``idle_exit`` seconds."""
+    """Follows the daemon. Under socket activation has it ``leave`` when it was idle for ``idle_exit`` seconds: at the
+    moment of the look, so that nobody is let in between the two.
+    """
 
-    def __init__(self, daemon: Daemon, manager: Manager) -> None:
+    def __init__(self, daemon: Daemon, manager: Manager, leave: Callable[[], None]) -> None:
         self._daemon = daemon
         self._manager = manager
+        self._leave = leave
         self._changed = trio.Event()
         self._idle_since: float | None = None  # when it was first seen to be, by trio's clock
 
@@ -42,7 +46,7 @@ class Standing:
             ends = self._look()
             if ends <= trio.current_time():
                 log.get().info("nobody needs the daemon", idle_s=self._limit)
-                self._daemon.stop()
+                self._leave()
                 ends = math.inf
             with trio.move_on_at(ends):
                 await _first_of(*events)

@@ -58,11 +58,10 @@ def _condition(daemon: Daemon, providers: list[Provider]) -> Condition:
         return Condition.OVERLOADED if providers and all(map(_is_full, providers)) else Condition.READY
     if any(entry.state in (State.LOADING, State.RESTARTING) for entry in entries):
         return Condition.LOADING if config.models or not config.pool.autoload else Condition.READY
-    if entries or not config.pool.autoload:
-        return Condition.UNAVAILABLE
-    # Configured models that are fetched first are not among the entries yet. Where none is configured, requests name
-    # what they want loaded.
-    return Condition.LOADING if config.models else Condition.READY
+    if not entries and config.models and daemon.library.busy:
+        return Condition.LOADING  # configured models that are fetched first are not among the entries yet
+    # Where none is configured, requests name what they want loaded.
+    return Condition.UNAVAILABLE if entries or config.models or not config.pool.autoload else Condition.READY
 
 
 def _is_usable(entry: Entry, *, autoload: bool) -> bool:

@@ -8,7 +8,9 @@ and bounded by us, and hypercorn gets each of them as its own ``serve`` would gi
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, cast
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import hypercorn.logging
 import trio
@@ -19,13 +21,16 @@ from hypercorn.typing import ASGIFramework, ConnectionState
 from hypercorn.utils import wrap_app
 
 from bridge import log
+from bridge.access.roles import Origin
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+T = TypeVar("T")
+
 HEADERS = 16 * 1024  # bytes of a request's line and headers
 IDLE = 5.0  # seconds that a connection has for its headers, and from one request to the next
-BODY = 30  # seconds in which something of a request's body comes
+READ = 10  # seconds for a piece of a body, the first request of HTTP/2, and an answer: Prometheus waits no longer
 
 
 class HttpPort:
@@ -37,19 +42,21 @@ class HttpPort:
         self._stall = stall
         self._context = WorkerContext(None)
 
-    async def serve(self, client: socket.socket) -> None:
-        """Owns the socket and closes it, also when it is cancelled."""
-        stream = _Stream(client, self._stall)
+    async def serve(self, client: socket.socket, origin: Origin) -> None:
+        """Owns the socket and closes it, also when it is cancelled. The application's requests have ``origin`` in their
+        state.
+        """
+        stream, state = _Stream(client, self._stall), ConnectionState({"origin": origin})
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stream.end_when_closed, nursery.cancel_scope)
-                await TCPServer(self._app, self._config, self._context, ConnectionState({}), stream)  # type: ignore[arg-type]
+                await TCPServer(self._app, self._config, self._context, state, stream)  # type: ignore[arg-type]
                 nursery.cancel_scope.cancel()
         except* Exception:
             # A bug in one connection must not take the daemon with it.
             log.get().exception("an HTTP connection failed")
         finally:
-            stream.socket.close()
+            stream.close()
 
 
 def _configure() -> Config:
@@ -57,7 +64,7 @@ def _configure() -> Config:
     config.logger_class = _Logger
     config.errorlog = None
     config.keep_alive_timeout = IDLE
-    config.read_timeout = BODY
+    config.read_timeout = READ
     config.h11_max_incomplete_size = HEADERS
     config.h2_max_header_list_size = HEADERS
     config.h2_max_concurrent_streams = 16
@@ -71,33 +78,53 @@ class _Logger(hypercorn.logging.Logger):
 
 
 class _Stream:
-    """A connection that nobody holds up by not reading. What hypercorn uses of trio.SocketStream, which is final."""
+    """A connection, with TLS in it or without, that nobody holds up by not reading.
+
+    What hypercorn uses of trio.SocketStream, which is final, and takes no socket that speaks TLS.
+    """
 
     def __init__(self, client: socket.socket, stall: float) -> None:
         self._stall = stall
         self._closed = trio.Event()
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-        self.socket = self._stream.socket
+        self.socket = client
 
     async def receive_some(self, most: int) -> bytes:
-        data = await self._stream.receive_some(most)
+        data = await self._when(trio.lowlevel.wait_readable, partial(self.socket.recv, most))
         if not data:
             self._closed.set()
-        return bytes(data)
+        return data
 
     async def send_all(self, data: bytes) -> None:
         with trio.move_on_after(self._stall) as patience:
-            await self._stream.send_all(data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[await self._when(trio.lowlevel.wait_writable, partial(self.socket.send, rest)) :]
         if patience.cancelled_caught:
             self._closed.set()
             raise trio.BrokenResourceError("the reader stalled")
 
+    async def _when(self, ready: Callable[[socket.socket], Awaitable[None]], act: Callable[[], T]) -> T:
+        """What ``act`` returns as soon as it need not block."""
+        while self.socket.fileno() >= 0:
+            await ready(self.socket)
+            try:
+                return act()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise trio.BrokenResourceError from error
+        raise trio.ClosedResourceError
+
     async def send_eof(self) -> None:
-        await self._stream.send_eof()
+        await trio.lowlevel.checkpoint()
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise trio.BrokenResourceError from error
 
     async def aclose(self) -> None:
-        self._closed.set()
-        await self._stream.aclose()
+        self.close()
+        await trio.lowlevel.checkpoint()
 
     async def end_when_closed(self, scope: trio.CancelScope) -> None:
         """Hypercorn would keep what has ended for as long as an idle one. When cancelled, wakes what waits for the
@@ -106,5 +133,11 @@ class _Stream:
         try:
             await self._closed.wait()
         finally:
-            self.socket.close()
+            self.close()
         scope.cancel()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self.socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self.socket)
+            self.socket.close()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from msgspec import Struct
 
 from bridge import __version__
 from bridge.daemon import Daemon
-from bridge.handlers.loading import resident
 from bridge.histogram import Histogram
 from bridge.pool.entry import Entry
 from bridge.providers.base import Provider
@@ -82,6 +83,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     refused: dict[str, int]  # clients that were not, by the code they were told
     bytes_received: int
     bytes_sent: int
+    jobs: dict[str, int]  # those of the models' requests that are jobs, and what is kept of others; by state
     requests: list[Requests]
     request_seconds: dict[str, Distribution]  # by verb
     models: list[MeasuredModel]
@@ -99,6 +101,7 @@ def measure(daemon: Daemon) -> Measured:
         refused=dict(metrics.refused),
         bytes_received=metrics.traffic.received,
         bytes_sent=metrics.traffic.sent,
+        jobs=daemon.jobs.book.counts,
         requests=[
             Requests(verb, model, outcome, count)
             for model, counts in [(None, metrics.requests), *((name, one.requests) for name, one in counted.items())]
@@ -137,3 +140,11 @@ def _model(name: str, metrics: ModelMetrics, entry: Entry | None, provider: Prov
         if key != "requests"
     }
     return MeasuredModel(name=name, loaded=provider is not None, **now, **counts)
+
+
+def resident(pid: int | Literal["self"]) -> int:
+    """Bytes of RAM that a process has, the pages of its mapped files among them."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # it has just died
+        return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -15,12 +16,14 @@ from bridge import log
 from bridge.access.roles import Origin
 from bridge.config import Config
 from bridge.daemon import Daemon
-from bridge.listeners import Listener, accept_forever, listen_tcp
+from bridge.listeners import Listener, accept_forever, listen_tcp, say_goodbye
 from bridge.watching import agent
+from protocol.errors import BridgeError
 
 MOST = 64  # connections to each; more are closed at once
+_PLAIN = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n%s\n"
 
-Serve = Callable[[socket.socket], Awaitable[None]]
+Serve = Callable[[socket.socket, Origin], Awaitable[None]]
 
 
 class Ports:
@@ -55,22 +58,22 @@ class Ports:
             from bridge.watching.http_port import HttpPort
 
             port = HttpPort(make_app(daemon), daemon.config.limits.stall)
-            self._start(nursery, "http", self._http, port.serve)
+            self._start(nursery, "http", self._http, partial(_serve_secured, daemon, port.serve))
         if self._agent:
-            self._start(nursery, "agent", self._agent, lambda client: agent.answer(client, daemon))
+            self._start(nursery, "agent", self._agent, lambda client, _origin: agent.answer(client, daemon))
 
     @staticmethod
     def _start(nursery: trio.Nursery, what: str, listener: Listener, serve: Serve) -> None:
         connections = 0
 
-        async def serve_some(client: socket.socket, _origin: Origin) -> None:
+        async def serve_some(client: socket.socket, origin: Origin) -> None:
             nonlocal connections
             if connections >= MOST:
                 client.close()
                 return
             connections += 1
             try:
-                await serve(client)
+                await serve(client, origin)
             finally:
                 connections -= 1
 
@@ -81,3 +84,20 @@ class Ports:
         for listener in (self._http, self._agent):
             if listener:
                 listener.close()
+
+
+async def _serve_secured(daemon: Daemon, serve: Serve, client: socket.socket, origin: Origin) -> None:
+    """With TLS where the port is for that."""
+    try:
+        if origin.tls:
+            client, origin = await daemon.gate.shake_hands(client, origin)
+    except BridgeError as error:
+        await say_goodbye(client, _PLAIN % error.message.encode())
+    except (OSError, trio.TooSlowError) as error:
+        log.get().info("no TLS", place=origin.key, reason=str(error) or "it took too long")
+        client.close()
+    except BaseException:
+        client.close()
+        raise
+    else:
+        await serve(client, origin)

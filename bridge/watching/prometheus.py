@@ -73,6 +73,7 @@ _TIMES: list[tuple[str, str, Callable[[MeasuredModel], Distribution]]] = [
 
 
 def exposition(measured: Measured) -> str:
+    """Takes milliseconds where models are many, so it is called in a thread."""
     registry = CollectorRegistry()
     registry.register(_Families(measured))
     ProcessCollector(registry=registry)
@@ -95,6 +96,10 @@ def _of_daemon(measured: Measured) -> Iterator[Metric]:
     yield CounterMetricFamily("llama_bridge_connections", "Clients that were let in", measured.connections)
     yield CounterMetricFamily("llama_bridge_received_bytes", "Bytes from clients", measured.bytes_received)
     yield CounterMetricFamily("llama_bridge_sent_bytes", "Bytes to clients", measured.bytes_sent)
+    jobs = GaugeMetricFamily("llama_bridge_jobs", "Jobs there are", labels=("state",))
+    for state, count in measured.jobs.items():
+        jobs.add_metric((state,), count)
+    yield jobs
     refused = CounterMetricFamily("llama_bridge_refused", "Clients that were turned away", labels=("code",))
     for code, count in measured.refused.items():
         refused.add_metric((code,), count)

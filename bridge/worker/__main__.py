@@ -120,11 +120,11 @@ def _hand_over(home: socket.socket, inbox: queue.SimpleQueue[list[ipc.ToWorker]]
     frames = FrameBuffer()
     while data := home.recv(1 << 16):
         messages = [decode_to_worker(frame) for frame in frames.feed(data)]
-        if messages:
-            inbox.put(messages)
-        for message in messages:
+        for message in messages:  # first, for what it remembers of a Cancel is forgotten when that is carried out
             if isinstance(message, ipc.Cancel) and engines:
                 engines[0].cancelled_in_flight(message.rid)
+        if messages:
+            inbox.put(messages)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Engine:
             self._refuse(request.rid, Refusal("internal", str(error)))
 
     def cancelled_in_flight(self, rid: int) -> None:
-        """Cuts short the batch being computed if this request's prompt is in it. ``handle`` gets the Cancel as well.
+        """Cuts short the batch being computed if this request's prompt is in it. ``handle`` gets the Cancel after that.
 
         Of two batches in a row that others have a part in, only one is cut short.
         """

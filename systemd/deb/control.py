@@ -24,7 +24,7 @@ Architecture: {architecture}
 Maintainer: {maintainer}
 Installed-Size: {size}
 Depends: {depends}
-Suggests: netcat-openbsd
+Suggests: netcat-openbsd, python3-pip
 Section: net
 Priority: optional
 Description: language models on a socket

@@ -38,12 +38,25 @@ AFTER = """
 .TP
 .B 0
 It is done.
+An empty list is an answer, too, and so is a text that a deadline or CANCEL cut short, which the standard error tells.
 .TP
 .B 1
 The daemon answered with an error, or none answered; the standard error says why and, in brackets, by which code.
+Of
+.BR health :
+the daemon is not good for another request; of
+.BR doctor :
+there is a problem; of
+.BR bench :
+something failed; of
+.BR reload :
+a model could not be loaded; of
+.BR serve :
+it could not listen, or read its tokens or certificates, or it cut clients off when it was stopped.
+Whatever was interrupted ends with it as well.
 .TP
 .B 2
-The command line or the configuration is wrong.
+The command line or the configuration is wrong; nothing was asked.
 .SH ENVIRONMENT
 .TP
 .B LLAMA_BRIDGE_SOCKET
