@@ -14,7 +14,7 @@ places() {
         UNITS=${XDG_CONFIG_HOME:-$HOME/.config}/systemd/user
         ETC=${XDG_CONFIG_HOME:-$HOME/.config}/llama-bridge
         MAN=${XDG_DATA_HOME:-$HOME/.local/share}/man
-        DATA=("${XDG_DATA_HOME:-$HOME/.local/share}/llama-bridge" "$ETC")
+        DATA=("${XDG_DATA_HOME:-$HOME/.local/share}/llama-bridge" "$STATE" "$ETC")
         systemctl --user show-environment >/dev/null 2>&1 ||
             die "no systemd of yours answers; log in anew, or as root: loginctl enable-linger $(id -un)"
         SOCKET=$XDG_RUNTIME_DIR/llama-bridge.sock

@@ -399,6 +399,8 @@ async def test_a_service_of_a_user(machine: Machine) -> None:
     try:
         pid = await machine.daemon_pid()
         assert runs(machine, pid)
+        async with await machine.unix() as wire:
+            assert (await wire.ask("SUBMIT INFER a"))["message"] == "Submitted"
         machine.run("systemctl", "--user", "reload", "llama-bridge", **mine)
         assert "all is installed already" in machine.deploy(*INSTALL, "--user", **mine)
         machine.deploy("uninstall", "--user", "--purge", **mine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from helpers import Spawned, running, spawned
+from helpers import PATIENCE, Spawned, running, spawned
 from scripted import FETCHING, PIECES, SHA256, Peer, honest, raw, scripted
 
 from bridge.access.tokens import issue
@@ -257,15 +258,15 @@ def test_long_lines(sh: Sh, awk: str) -> None:
 def test_a_stream_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) -> None:
     """The bridge says each piece only when the one before was on the screen."""
     (tmp_path / "awk").symlink_to(str(shutil.which(awk)))
-    screen: list[subprocess.Popen[bytes]] = []
+    screen: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
     def one_by_one(peer: Peer) -> None:
         exchange = peer.expect().exchange
+        output = screen.get(timeout=PATIENCE).stdout  # the script may ask before its process is in our hands
+        assert output
         peer.reply(exchange, Started())
         for piece in ("one", "two", "three"):
             peer.reply(exchange, Token(piece))
-            output = screen[0].stdout
-            assert output
             assert output.read(len(piece)) == piece.encode()
         peer.reply(exchange, Final("!", "stop"))
 
@@ -273,7 +274,7 @@ def test_a_stream_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) ->
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAMA_BRIDGE_NC": tool}
         command = ["sh", str(SCRIPT), "-s", server.address, "stream", "x"]
         with running(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
-            screen.append(process)
+            screen.put(process)
             server.await_end(0)
             assert process.stdout
             assert process.stdout.read() == b"!\n"
@@ -298,14 +299,14 @@ def test_progress_goes_to_the_standard_error(sh: Sh, arguments: list[str], awk: 
 def test_progress_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) -> None:
     """The bridge says each line only when the one before was on the screen."""
     (tmp_path / "awk").symlink_to(str(shutil.which(awk)))
-    screen: list[subprocess.Popen[bytes]] = []
+    screen: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
     def one_by_one(peer: Peer) -> None:
         exchange = peer.expect().exchange
+        errors = screen.get(timeout=PATIENCE).stderr  # the script may ask before its process is in our hands
+        assert errors
         for progress, line in zip(FETCHING, TOLD, strict=True):
             peer.reply(exchange, progress)
-            errors = screen[0].stderr
-            assert errors
             assert errors.read(len(line) + 1) == f"{line}\n".encode()
         peer.reply(exchange, Ok("Model pulled", "done"))
 
@@ -314,7 +315,7 @@ def test_progress_is_printed_as_it_comes(awk: str, tool: str, tmp_path: Path) ->
         command = ["sh", str(SCRIPT), "-s", server.address, "pull", "x"]
         pipe = subprocess.PIPE
         with running(*command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
-            screen.append(process)
+            screen.put(process)
             assert process.stdout
             assert process.stdout.read() == b"done\n"
         assert process.returncode == 0

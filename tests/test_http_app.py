@@ -163,10 +163,9 @@ async def test_a_scraper_shows_a_token(tokens: str) -> None:
             assert "Authorization: Bearer TOKEN" in text
 
 
-async def test_wrong_tokens_are_slowed_down_and_right_ones_are_not(
-    tokens: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As AUTH's are, and counted together with them."""
+@pytest.mark.faults
+async def test_fault_26_wrong_tokens_over_http(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are slowed down as AUTH's are, and counted together with them; a right one is not."""
     secret = issue(tokens, "scraper", "operator")
     waits: list[float] = []
     guard_failed = Guard.failed
@@ -229,6 +228,8 @@ async def test_over_tls(tokens: str, tmp_path: Path) -> None:
         assert (await ask(place, "/metrics", context=context, authorization=f"Bearer {secret}"))[0] == 200
         assert (await ask(place, "/metrics", context=named))[0] == 200, "a certificate says who it is, too"
         assert (await ask(place, "/healthz"))[::2] == (400, "This port speaks TLS alone\n")
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await ask(place, "/healthz", context=ssl.create_default_context())  # breaks off the handshake
         assert (await ask(place, "/healthz", context=context))[0] == 200
         assert not place.server._gate.peers, "who watches takes no client's place"
 

@@ -15,7 +15,7 @@ from protocol.errors import BridgeError, ErrorCode
 
 
 def made(name: str = "a", owner: str = "uid:1", state: JobState = JobState.QUEUED, **fields: float) -> Job:
-    job = Job(name, owner, "INFER max_tokens=1 x", read_request("INFER max_tokens=1 x"), 60.0, 0.0)
+    job = Job(name, owner, "INFER max_tokens=1 x", read_request("INFER max_tokens=1 x"), 60, 0.0)
     job.state = state
     for key, value in fields.items():
         setattr(job, key, value)

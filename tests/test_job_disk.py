@@ -38,7 +38,7 @@ async def ended(folder: Path, ago: float) -> None:
     """Leaves a job there that ended so many seconds ago."""
     async with disk(folder) as (one, book):
         now = time.monotonic()
-        job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, now - ago)
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60, now - ago)
         book.jobs[job.id] = job
         await one.add(job)
         job.append("Once")
@@ -54,6 +54,9 @@ async def test_what_is_there_is_as_old_as_it_was(tmp_path: Path) -> None:
         assert await one.text(job, 1) == "nce"
         age = time.monotonic() - job.expires(60.0) + 60.0
         assert 10.0 <= age < 50.0
+        assert repr(job.ttl_s) == "60", (
+            "a whole number still, as SUBMIT told it: there are clients to whom 60.0 is none"
+        )
 
 
 @pytest.mark.faults
@@ -73,7 +76,7 @@ async def test_fault_29_the_clock_moved_a_year_between_two_daemons(
 
 async def test_a_request_of_another_version(tmp_path: Path) -> None:
     async with disk(tmp_path) as (one, book):
-        job = Job("a", "uid:1", "DREAM of=sheep a", None, 60.0, time.monotonic())
+        job = Job("a", "uid:1", "DREAM of=sheep a", None, 60, time.monotonic())
         book.jobs[job.id] = job
         await one.add(job)
     async with disk(tmp_path) as (_, book):
@@ -105,7 +108,7 @@ async def test_nothing_is_opened_once_it_is_closed(tmp_path: Path) -> None:
 
 async def test_what_was_written_can_be_seen_by_who_asks(tmp_path: Path) -> None:
     async with disk(tmp_path) as (one, book):
-        job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, time.monotonic())
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60, time.monotonic())
         book.jobs[job.id] = job
         await one.add(job)
         assert one.is_written(job)
@@ -177,7 +180,7 @@ async def test_that_the_disk_is_full_is_told_once(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(disk_module, "_RETRY", 0.0)
     async with disk(tmp_path) as (one, book):
         one._log = told = Told()  # type: ignore[assignment]
-        job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, time.monotonic())
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60, time.monotonic())
         book.jobs[job.id] = job
         await one.add(job)
         tries, full = 0, StoreError("database or disk is full")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -14,6 +15,7 @@ from helpers import PATIENCE, Inside, Line, Wire, daemon, eventually, until_gone
 
 from bridge.config import Limits
 from bridge.pool.entry import Entry, Spec, Terms
+from bridge.pool.library import Library
 from bridge.providers.local import LocalProvider
 
 LONG = "INFER_STREAM max_tokens=100000 ignore_eos=true"
@@ -99,11 +101,14 @@ async def test_a_load_that_takes_too_long() -> None:
         reply = await wire.ask("LOAD echo?load_ms=60000")
         assert reply["code"] == "load_failed"
         assert "longer than 0.5 s" in reply["message"]
+        server = place.server
+        server._configured._read = lambda: msgspec.structs.replace(server._config, limits=Limits())
+        await server.reload()
         assert (await wire.ask("LOAD echo"))["message"] == "Model loaded successfully"
 
 
 async def test_a_worker_that_cannot_be_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process and no descriptor left is a failed load, and nobody else's concern."""
+    """Where no process is left, whoever wants a model may come again, and nobody else is concerned."""
 
     def spawn(*_: object, **__: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
@@ -112,7 +117,7 @@ async def test_a_worker_that_cannot_be_spawned(monkeypatch: pytest.MonkeyPatch) 
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", spawn)
             reply = await wire.ask("LOAD echo")
-            assert reply["code"] == "load_failed"
+            assert reply["code"] == "overloaded"
             assert "Resource temporarily unavailable" in reply["message"]
         assert (await wire.ask("LOAD echo"))["message"] == "Model loaded successfully"
 
@@ -153,6 +158,17 @@ async def test_requests_that_waited_for_a_load_in_vain() -> None:
         await in_state(place, "loading")
         assert await other.code("INFER a b") == "load_failed"
         assert await other.code("INFER a b") == "no_model"
+
+
+async def test_a_deadline_passes_while_a_model_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the disk likes to take."""
+
+    async def look(*_: object, **__: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Library, "find_prepared", look)
+    async with daemon(backend="llama") as place, await place.unix() as wire:
+        assert await wire.code("INFER deadline_ms=50 model=somewhere a b") == "deadline"
 
 
 async def test_a_deadline_passes_while_a_model_loads() -> None:
@@ -217,6 +233,7 @@ async def test_a_drain_ends_within_its_budget() -> None:
         assert (await other.ask("FREE echo"))["freed"] == ["echo"]
         final = await wire.final()
         assert (final["finish_reason"], final["code"]) == ("error", "model_crashed")
+        assert final["reason"] == "The worker of echo was told to end before it had answered", "and not that it died"
 
 
 async def test_free_that_does_not_wait() -> None:

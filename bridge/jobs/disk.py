@@ -106,7 +106,7 @@ class JobDisk:
                 command = read_request(row.request)
             except BridgeError:  # it was another version's
                 command = None
-            job = Job(row.id, row.owner, row.request, command, row.ttl_s, monotonic(row.created))
+            job = Job(row.id, row.owner, row.request, command, int(row.ttl_s), monotonic(row.created))
             (job.state, job.outcome), job.beginnings = _read_end(row), row.beginnings
             job.length = job.stored = row.length
             job.held = not row.length

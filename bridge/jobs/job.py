@@ -57,7 +57,7 @@ class Job:
     owner: str
     request: str
     command: Command | None
-    ttl_s: float
+    ttl_s: int
     received: float
     on_disk: bool = True
     state: JobState = JobState.QUEUED

@@ -116,7 +116,11 @@ class ModelPool:
         Raises BridgeError.
         """
         gives_up = trio.current_time() + within
-        entry = await self._wanted(name)
+        entry = None
+        with trio.move_on_at(gives_up):
+            entry = await self._wanted(name)
+        if entry is None:
+            raise BridgeError(ErrorCode.DEADLINE, f"The deadline passed while {name} was looked for")
         if entry.state is not State.READY and entry.waiting >= self._keeper.config.limits.queue:
             message = f"{entry.waiting} requests wait for {entry.name} to be loaded, all it may"
             raise BridgeError(ErrorCode.OVERLOADED, message, retry_after_ms=1000)

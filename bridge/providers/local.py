@@ -179,7 +179,8 @@ class LocalProvider:
                 nursery.cancel_scope.cancel()
         finally:
             death = await self._bury()
-            reason = self._killed or reason or death
+            ended = "was told to end before it had answered" if self._told_to_end else death
+            reason = self._killed or reason or ended
             self._fail_all(reason)
         return reason
 
