@@ -7,6 +7,7 @@ import trio
 from helpers import PATIENCE, Inside, daemon, eventually
 
 from bridge.config import Agent, Limits
+from bridge.server import Server
 from bridge.watching.agent import line_of
 from bridge.watching.health import Condition, Health
 from bridge.watching.ports import MOST
@@ -53,8 +54,15 @@ async def test_on_connect_it_says_its_line_and_closes() -> None:
         assert await ask(place, b"agent-send\n" * 1000) == b"ready up 100%\n"
 
 
-async def test_it_says_drain_before_anybody_is_refused_and_to_the_end() -> None:
-    async with daemon("echo", agent=HERE, limits=Limits(grace=0.5)) as place, await place.unix() as wire:
+async def test_it_says_drain_before_anybody_is_refused_and_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    say_so, looked = Server._say_so, trio.Event()
+
+    async def until_looked(server: Server) -> None:
+        await say_so(server)
+        await looked.wait()
+
+    monkeypatch.setattr(Server, "_say_so", until_looked)
+    async with daemon("echo", agent=HERE, limits=Limits(grace=0.1)) as place, await place.unix() as wire:
         await wire.start("INFER_STREAM max_tokens=100000 ignore_eos=true a")
         place.server.stop()
 
@@ -65,6 +73,7 @@ async def test_it_says_drain_before_anybody_is_refused_and_to_the_end() -> None:
         assert not place.server._daemon.draining
         async with await place.unix() as late:
             assert (await late.ask("PING"))["data"] == "pong"
+        looked.set()
 
         async def drains() -> bool:
             return place.server._daemon.draining

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import resource
+import sys
 import time
 
 import pytest
@@ -165,11 +166,13 @@ ENDLESS = {
 }
 
 
-# An alarm may hit a finalizer, and is lost there; the next one is not.
-may_hit_a_finalizer = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture
+def may_hit_a_finalizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An alarm may, and is lost there; the next one is not. That may be while pytest writes down the first."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: None)
 
 
-@may_hit_a_finalizer
+@pytest.mark.usefixtures("may_hit_a_finalizer")
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_what_never_ends_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "TIME_LIMIT", 0.05)
@@ -177,7 +180,7 @@ def test_what_never_ends_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) 
     assert "more than 0.05 s" in reason or "recursion" in reason
 
 
-@may_hit_a_finalizer
+@pytest.mark.usefixtures("may_hit_a_finalizer")
 def test_a_template_that_was_ended_leaves_no_alarm_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "TIME_LIMIT", 0.01)
     failure(ENDLESS["loops"])

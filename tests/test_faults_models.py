@@ -348,18 +348,19 @@ async def test_fault_22_after_three_crashes_it_rests() -> None:
         assert (await wire.ask("INFER model=other max_tokens=1 a"))["data"] == "a"
 
 
-async def test_fault_22_a_restart_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts as a crash; who waits for it is told."""
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOEXEC, "model_resting"), (errno.EAGAIN, "overloaded")])
+async def test_fault_22_a_restart_that_fails(number: int, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as a crash, unless it is the machine that has nothing left; who waits for it is told."""
 
     def spawn(*_: object, **__: object) -> None:
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        raise OSError(number, os.strerror(number))
 
     async with daemon("echo?load_ms=100") as place, await place.unix() as wire:
         await wire.send(b"INFER a !kill\nINFER a\n")
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", spawn)
             assert (await wire.line())["code"] == "model_crashed"
-            assert (await wire.line())["code"] == "model_resting"
+            assert (await wire.line())["code"] == code
         assert (await wire.ask("LOAD echo?load_ms=100"))["message"] == "Model loaded successfully"
         assert (await wire.ask("INFER max_tokens=1 a"))["data"] == "a"
 

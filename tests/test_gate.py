@@ -169,7 +169,7 @@ async def test_who_says_nothing_has_to_leave(tokens: str) -> None:
 
 async def test_who_has_said_it_stays(tokens: str) -> None:
     secret = issue(tokens, "ci", "user")
-    async with daemon(access=access(tokens), limits=Limits(auth=0.3)) as place:
+    async with daemon(access=access(tokens), limits=Limits(auth=1.0)) as place:
         async with await authenticated(place, secret) as wire, await place.tcp() as silent:
             assert (await silent.line())["code"] == "unauthorized"
             assert (await wire.ask("PING"))["data"] == "pong"

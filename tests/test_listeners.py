@@ -151,7 +151,8 @@ async def test_a_folder_of_somebody_else(socket_path: Path, monkeypatch: pytest.
     if os.getuid() == 0:
         os.chown(socket_path.parent, 65534, -1)
     else:
-        monkeypatch.setattr(os, "getuid", lambda: 65534)
+        me = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
     assert "its folder belongs to user" in refusal(socket_path)
     assert not socket_path.exists()
 

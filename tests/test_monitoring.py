@@ -117,7 +117,7 @@ async def test_who_left_before_the_answer(line: str) -> None:
 
 async def test_what_was_cut_short() -> None:
     async with daemon("echo?step_ms=1") as place, await place.unix() as wire:
-        assert (await wire.ask("INFER deadline_ms=30 max_tokens=100000 a"))["finish_reason"] == "deadline"
+        assert (await wire.ask("INFER deadline_ms=500 max_tokens=100000 a"))["finish_reason"] == "deadline"
         await wire.start(f"{LONG} a")
         await wire.send("CANCEL")
         while not (await wire.line()).get("final"):

@@ -39,7 +39,11 @@ def trial(kind: str, flags: dict[str, Any], progress: Callable[[str], None], *, 
 def _given(kind: str, flags: dict[str, Any]) -> dict[str, Any]:
     """What stood on the command line, of which a trial takes only some."""
     context = click.get_current_context()
-    typed = {name for name in flags if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    typed = {
+        name  # also of those that say where a bridge is, which are not among the flags
+        for name in context.params.keys() - {"kind", "as_json"}
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
     if foreign := sorted(typed - set(_TAKES[kind])):
         raise click.UsageError(f"--{kind} does not take --{foreign[0].replace('_', '-')}")
     given = {name: flags[name] for name in typed}
