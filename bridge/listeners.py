@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bridge.service.systemd import Inherited
 from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
 _BACKLOG = 1024
+_TURN = 5.0  # seconds, far more than a daemon takes to listen
 _PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
 _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _ANY = ("0.0.0.0", "::")
@@ -166,14 +168,28 @@ def _make_folder(path: str) -> None:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Of daemons that start at once each has its turn: a file that is bound and not listened on yet looks stale."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(number, fcntl.LOCK_EX)
+    """Of daemons that start at once each has its turn: a file that is bound and not listened on yet looks stale.
+
+    Without it where folders cannot be locked, or somebody else, as anybody may in /tmp, keeps this one locked.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, number)
+            _lock(number)
         yield
-    finally:
-        os.close(number)
+
+
+def _lock(number: int) -> None:
+    """Raises OSError, also after _TURN."""
+    gives_up = time.monotonic() + _TURN
+    while True:
+        try:
+            return fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= gives_up:
+                raise
+            time.sleep(0.01)
 
 
 def _remove_stale(path: str) -> None:

@@ -116,7 +116,6 @@ class Server:
                     await self._say_so()
                     for listener in listeners:
                         listener.close()
-                    await trio.lowlevel.checkpoint()  # those accepted just before become sessions
                     await self._drain()
                     clients.cancel_scope.cancel()
                 await self._jobs.close()  # first: the models may take their time

@@ -8,6 +8,7 @@ from helpers import PATIENCE, Inside, daemon, eventually
 
 from bridge.config import Agent, Limits
 from bridge.server import Server
+from bridge.watching import agent
 from bridge.watching.agent import line_of
 from bridge.watching.health import Condition, Health
 from bridge.watching.ports import MOST
@@ -80,6 +81,18 @@ async def test_it_says_drain_before_anybody_is_refused_and_to_the_end(monkeypatc
 
         await eventually(drains)
         assert await ask(place) == b"drain\n"
+
+
+async def test_a_bug_in_it_does_not_end_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_daemon: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with daemon("echo", agent=HERE) as place, await place.unix() as wire:
+        with monkeypatch.context() as patch:
+            patch.setattr(agent, "look", fail)
+            assert await ask(place) == b""
+        assert await ask(place) == b"ready up 100%\n"
+        assert (await wire.ask("PING"))["data"] == "pong"
 
 
 async def test_those_who_stay_do_not_pile_up() -> None:

@@ -180,7 +180,8 @@ def test_a_job_of_several_answers_is_as_many() -> None:
     running, several, one = made("a", state=JobState.RUNNING), made("b"), made("c")
     several.command = Infer(prompt="x", n=3)
     jobs = book(running, several, one)
-    assert jobs.next_job(lambda owner: 3) is one, "with the other they would be four"
+    assert jobs.next_job(lambda owner: 3) is None, "they would be four, and what came later would keep it waiting"
+    assert jobs.next_job(lambda owner: 4) is several
     running.end(JobState.DONE, {}, 0.0)
     assert jobs.next_job(lambda owner: 3) is several
     assert jobs.next_job(lambda owner: 2) is several, "his limits were others, and it is not to wait for ever"

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,50 @@ async def test_what_cannot_be_deleted_is_still_there(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(disk.JobDisk, "remove", fail)
         assert (await wire.ask(f"JOBS forget {job}"))["code"] == "overloaded"
         assert (await attached(wire, job))[0] == "a a a"
+
+
+async def test_what_was_to_be_written_of_it_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is being deleted is not written. What has changed of it is, if it stays after all."""
+    async with daemon("echo") as place, await place.unix() as wire:
+        job = await submitted(wire, "INFER max_tokens=1 a")
+        await until(place, job, state="done")
+        desk = place.server._jobs
+
+        async def written() -> bool:
+            return desk._disk.is_written(desk.book.jobs[job])
+
+        async def fail(self: disk.JobDisk, jobs: list[Job]) -> None:
+            jobs[0].fetched = time.monotonic()
+            self.mark(jobs[0])
+            while not self.is_written(jobs[0]):
+                await trio.sleep(0.01)
+            raise BridgeError(ErrorCode.OVERLOADED, "Jobs cannot be stored: the disk is full")
+
+        monkeypatch.setattr(disk.JobDisk, "remove", fail)
+        assert (await wire.ask(f"JOBS forget {job}"))["code"] == "overloaded"
+        await eventually(written)
+        with closing(sqlite3.connect(desk._disk._path)) as database:
+            [[fetched]] = database.execute("SELECT fetched FROM job")
+        assert fetched is not None
+
+
+async def test_one_that_is_forgotten_while_it_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with daemon("echo") as place, await place.unix() as wire, await place.unix() as other:
+        await answer(place, "INFER max_tokens=1 a")
+        adding, forgotten = trio.Event(), trio.Event()
+
+        async def add(_disk: disk.JobDisk, _job: Job) -> None:
+            adding.set()
+            await forgotten.wait()
+            raise BridgeError(ErrorCode.OVERLOADED, "the disk is full")
+
+        monkeypatch.setattr(disk.JobDisk, "add", add)
+        await wire.send("SUBMIT INFER a")
+        await adding.wait()
+        [job] = [job for job, about in (await listed(place)).items() if about["state"] == "queued"]
+        assert (await other.ask(f"JOBS forget {job}"))["data"] == job
+        forgotten.set()
+        assert (await wire.line())["code"] == "overloaded"
 
 
 async def test_cancel_and_forget() -> None:

@@ -94,7 +94,7 @@ class JobDesk:
         try:
             await self._disk.add(job)
         except BaseException:
-            del self.book.jobs[job.id]
+            self.book.jobs.pop(job.id, None)  # its owner, who can list it, may have had it forgotten meanwhile
             raise
         self._log.info("job submitted", job=job.short, verb=job.verb, owner=owner)
         self._notify()
@@ -277,7 +277,9 @@ class JobDesk:
         try:
             await self._disk.remove(jobs)
         except BaseException:
-            self.book.jobs.update({job.id: job for job in jobs})
+            for job in jobs:
+                self.book.jobs[job.id] = job
+                self._disk.mark(job)  # what was to be written of it was passed over
             raise
         for job in jobs:
             self._tell_followers(job)

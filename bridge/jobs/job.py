@@ -243,14 +243,12 @@ class Book:
         for job in self.running:
             running[job.owner] += job.answers
         most = {owner: at_once(owner) or math.inf for owner in running}
-        queued = (
-            job
-            for job in self.jobs.values()
-            if job.state is JobState.QUEUED
-            and job.on_disk
-            and (job.owner not in most or running[job.owner] + job.answers <= most[job.owner])
-        )
-        return min(queued, key=lambda job: running[job.owner], default=None)
+        first: dict[str, Job] = {}  # of each owner: smaller ones behind a large one would keep it waiting for ever
+        for job in self.jobs.values():
+            if job.state is JobState.QUEUED and job.on_disk:
+                first.setdefault(job.owner, job)
+        fit = (job for owner, job in first.items() if owner not in most or running[owner] + job.answers <= most[owner])
+        return min(fit, key=lambda job: running[job.owner], default=None)
 
     def expired(self, now: float) -> list[Job]:
         """Nobody is being told of them, and their time is over."""

@@ -83,7 +83,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     refused: dict[str, int]  # clients that were not, by the code they were told
     bytes_received: int
     bytes_sent: int
-    jobs: dict[str, int]  # those of the models' requests that are jobs, and what is kept of others; by state
+    jobs: dict[str, int]  # how many are queued, running, and over and kept
     requests: list[Requests]
     request_seconds: dict[str, Distribution]  # by verb
     models: list[MeasuredModel]

@@ -74,6 +74,10 @@ class Ports:
             connections += 1
             try:
                 await serve(client, origin)
+            except Exception:
+                # A bug must not take the daemon with it.
+                log.get().exception("who watches could not be answered", what=what)
+                client.close()
             finally:
                 connections -= 1
 
