@@ -203,14 +203,15 @@ async def test_what_was_to_be_written_of_it_is_not_passed_over(monkeypatch: pyte
         await until(place, job, state="done")
         desk = place.server._jobs
 
-        async def written() -> bool:
-            return desk._disk.is_written(desk.book.jobs[job])
+        about = desk.book.jobs[job]
 
-        async def fail(self: disk.JobDisk, jobs: list[Job]) -> None:
-            jobs[0].fetched = time.monotonic()
-            self.mark(jobs[0])
-            while not self.is_written(jobs[0]):
-                await trio.sleep(0.01)
+        async def written() -> bool:
+            return desk._disk.is_written(about)
+
+        async def fail(self: disk.JobDisk, _jobs: list[Job]) -> None:
+            about.fetched = time.monotonic()
+            self.mark(about)
+            await eventually(written)
             raise BridgeError(ErrorCode.OVERLOADED, "Jobs cannot be stored: the disk is full")
 
         monkeypatch.setattr(disk.JobDisk, "remove", fail)
