@@ -211,6 +211,8 @@ uninstall_service() {
         esac
         shift
     done
+    [ "$whose$purge" != useryes ] || ! daemon_pid >/dev/null ||
+        die "the daemon of ./deploy.sh run keeps its jobs and its log where the service does; first: ./deploy.sh stop"
     places "$whose"
     stop_units
     gone "$UNITS"/llama-bridge{,@}.{service,socket}

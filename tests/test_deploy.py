@@ -141,6 +141,15 @@ def test_an_unknown_option_installs_nothing(bare: Checkout, verb: str) -> None:
     assert "not --frobnicate" in ended.stderr
 
 
+def test_a_purge_takes_nothing_from_a_daemon_that_runs(checkout: Checkout) -> None:
+    shutil.copytree(REPOSITORY / "systemd", checkout.root / "systemd")
+    assert checkout.deploy("run").returncode == 0
+    ended = checkout.deploy("uninstall", "--user", "--purge")
+    assert ended.returncode == 1
+    assert "first: ./deploy.sh stop" in ended.stderr
+    assert checkout.pid_file.exists()
+
+
 def test_an_unknown_verb_is_named(bare: Checkout) -> None:
     ended = bare.deploy("frobnicate")
     assert ended.returncode == 2
