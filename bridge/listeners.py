@@ -24,10 +24,10 @@ from bridge.service.systemd import Inherited
 from protocol.address import Address, Tcp, Tls, Unix, parse_address
 
 _BACKLOG = 1024
-_TURN = 5.0  # seconds, far more than a daemon takes to listen
 _PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
 _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _ANY = ("0.0.0.0", "::")
+_TURN = 1.0  # seconds for other daemons that open the same socket
 _LINGER = 1.0  # seconds for a peer to take last words
 
 
@@ -170,26 +170,26 @@ def _make_folder(path: str) -> None:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Of daemons that start at once each has its turn: a file that is bound and not listened on yet looks stale.
 
-    Without it where folders cannot be locked, or somebody else, as anybody may in /tmp, keeps this one locked.
+    A turn takes less than a millisecond. Who holds the lock for longer is no daemon of ours, and not waited for; nor is
+    there one where the folder may not be read, or the file system has none.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, number)
-            _lock(number)
+            gives_up = time.monotonic() + _TURN
+            while not _lock(number) and time.monotonic() < gives_up:
+                time.sleep(_TURN / 100)
         yield
 
 
-def _lock(number: int) -> None:
-    """Raises OSError, also after _TURN."""
-    gives_up = time.monotonic() + _TURN
-    while True:
-        try:
-            return fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= gives_up:
-                raise
-            time.sleep(0.01)
+def _lock(number: int) -> bool:
+    """False where another one has it."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_stale(path: str) -> None:
