@@ -30,7 +30,7 @@ from bridge.bench.chaos_settling import settle
 from bridge.bench.chaos_talk import Tally, World
 from bridge.bench.chaos_watchers import Watchers
 from bridge.bench.level import Level, Unrest, ask, fill, measure
-from bridge.bench.own import OwnDaemon, daemon_in, free_port, own_folder
+from bridge.bench.own import OwnDaemon, daemon_in, free_ports, own_folder
 from bridge.config import HTTP_PACKAGES
 from protocol.address import Address, Tcp
 from protocol.commands import Free, Load
@@ -115,9 +115,10 @@ class _Run:
         self._keys = Keys(folder / "tokens", random.Random(f"{plan.seed} keys"))
         self._keys.write()
         self._trust = make_certificate(folder / "tls.pem")
-        self._agent = Tcp("127.0.0.1", free_port())
+        agent, http = free_ports(2)
+        self._agent = Tcp("127.0.0.1", agent)
         there = all(importlib.util.find_spec(name) for name in HTTP_PACKAGES)
-        self._http = Tcp("127.0.0.1", free_port()) if there else None
+        self._http = Tcp("127.0.0.1", http) if there else None
         self.configs = list(self._configs())
 
     def _configs(self) -> Iterator[str]:
