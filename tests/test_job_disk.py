@@ -155,7 +155,7 @@ async def test_no_thread_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """It is as if the disk were full: told, tried again, and the end of nothing."""
     monkeypatch.setattr(disk_module, "_RETRY", 0.0)
     async with disk(tmp_path) as (one, book):
-        job = Job("a", "uid:1", LINE, read_request(LINE), 60.0, time.monotonic())
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60, time.monotonic())
         run_sync, tries = trio.to_thread.run_sync, 0
 
         async def run(*arguments: Any, **more: Any) -> Any:
