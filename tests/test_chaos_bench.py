@@ -33,7 +33,7 @@ from protocol.commands import Request
 from protocol.errors import ErrorCode as E
 from protocol.replies import Event, Failed, Final, Ok, Started, Token
 
-SECONDS = 60  # after two to five warm-ups of a quarter of it
+SECONDS = 60  # after three to five warm-ups of a quarter of it
 
 PROMPT = "how now brown cow"
 
