@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _BACKLOG = 1024
 _PAUSE = 0.2  # seconds without accepting when the process has no file descriptor left
 _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _ANY = ("0.0.0.0", "::")
+_TURN = 1.0  # seconds for other daemons that open the same socket
 _LINGER = 1.0  # seconds for a peer to take last words
 
 
@@ -166,14 +168,28 @@ def _make_folder(path: str) -> None:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Of daemons that start at once each has its turn: a file that is bound and not listened on yet looks stale."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(number, fcntl.LOCK_EX)
+    """Of daemons that start at once each has its turn: a file that is bound and not listened on yet looks stale.
+
+    A turn takes less than a millisecond. Who holds the lock for longer is no daemon of ours, and not waited for; nor is
+    there one where the folder may not be read, or the file system has none.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, number)
+            gives_up = time.monotonic() + _TURN
+            while not _lock(number) and time.monotonic() < gives_up:
+                time.sleep(_TURN / 100)
         yield
-    finally:
-        os.close(number)
+
+
+def _lock(number: int) -> bool:
+    """False where another one has it."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_stale(path: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import grp
 import os
 import socket
@@ -69,6 +70,16 @@ async def test_a_live_one_is_refused(socket_path: Path) -> None:
         assert "another daemon is listening there" in refusal(socket_path)
         client.connect(str(socket_path))
         sock.accept()[0].close()  # nothing has been done to it
+
+
+async def test_who_locks_the_folder_for_ever_is_not_waited_for(socket_path: Path) -> None:
+    folder = os.open(socket_path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with listening(socket_path):
+            assert stat.S_ISSOCK(socket_path.stat().st_mode)
+    finally:
+        os.close(folder)
 
 
 async def test_of_two_at_once_one_is_refused(socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
