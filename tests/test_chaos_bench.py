@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from helpers import PATIENCE
 from bridge.bench import bench, chaos
 from bridge.bench.chaos_asked import Asked, Authenticating, Subscribed, WrongAnswer
 from bridge.bench.chaos_clients import Client
+from bridge.bench.chaos_faults import Faults
 from bridge.bench.chaos_jobs import Attached, JobAsked, JobBook, JobRecord, Submitting
 from bridge.bench.chaos_keys import Keys, Who
 from bridge.bench.chaos_requests import Cast, Requests
@@ -31,7 +33,7 @@ from protocol.commands import Request
 from protocol.errors import ErrorCode as E
 from protocol.replies import Event, Failed, Final, Ok, Started, Token
 
-SECONDS = 60  # after two to five warm-ups of a quarter of it
+SECONDS = 60  # after three to five warm-ups of a quarter of it
 
 PROMPT = "how now brown cow"
 
@@ -41,7 +43,7 @@ def streamed(**fields: object) -> Asked:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(SECONDS * 3 + 180)
+@pytest.mark.timeout(SECONDS * 4 + 300)
 def test_a_daemon_survives_and_nothing_is_left() -> None:
     result = CliRunner().invoke(bench, ["--chaos", "--seconds", str(SECONDS), "--clients", "32", "--json"])
     assert result.exit_code == 0, result.output
@@ -267,6 +269,19 @@ async def test_the_next_daemon_has_the_same_sockets() -> None:
             await trio.testing.wait_all_tasks_blocked()
             daemon.start()
         assert second == daemon.process.pid != first
+
+
+async def test_it_is_restarted_however_short_the_time_is(keys: Keys) -> None:
+    config, told, wrong = 'backend = "fake"\n', Counter[str](), list[str]()
+    with own_daemon(config) as daemon:
+        pid = daemon.process.pid
+        async with trio.open_nursery() as nursery:
+            faults = Faults(daemon, [config], keys, "seed", wrong.append, calm=1e9, restarts=True, told=told)
+            nursery.start_soon(faults.run)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert daemon.process.pid != pid
+    assert (told.total(), wrong) == (1, [])
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------

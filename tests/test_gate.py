@@ -17,15 +17,20 @@ import trio
 import trio.testing
 from helpers import Inside, Wire, daemon, eventually
 
+from bridge import session
 from bridge.access import gate as gate_module
 from bridge.access.config import Allowance, Allowances, UserAllowance
 from bridge.access.gate import Gate
 from bridge.access.guard import Guard
 from bridge.access.peer import Peer
+from bridge.access.quota import Grant
 from bridge.access.roles import Identity, Origin, Role
 from bridge.access.tokens import Token, Tokens, issue, revoke
+from bridge.call import Caller
 from bridge.config import Access, Config, ConfigError, Limits
+from bridge.permission import admit
 from bridge.server import Server
+from protocol import commands
 from protocol.errors import BridgeError, ErrorCode
 
 OTHER = 65534
@@ -534,6 +539,36 @@ def test_a_bad_file_of_tokens_is_told_at_the_start(tokens: str) -> None:
     Path(tokens).write_text("ci king sha256:00\n")
     with pytest.raises(ConfigError, match="access\\.tokens"):
         Server(Config(socket="/nowhere/s", access=Access(tokens=tokens)))
+
+
+async def test_what_is_admitted_just_before_its_token_is_revoked_reaches_nobodys_jobs(
+    tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins just after. Whatever was told to somebody is deleted after a while."""
+
+    def admit_and_revoke(caller: Caller, command: commands.Command) -> tuple[commands.Command, Grant]:
+        admitted = admit(caller, command)
+        if isinstance(command, commands.Attach):
+            revoke(tokens, "ci")
+            gate._take(place.server._config)
+            gate._look_again(caller.peer)
+        return admitted
+
+    secret = issue(tokens, "ci", "user")
+    async with daemon("echo", access=access(tokens, loopback="operator")) as place, await place.tcp() as mine:
+        gate, desk = place.server._gate, place.server._jobs
+        job = (await mine.ask("SUBMIT EMBED a"))["data"]
+
+        async def done() -> bool:
+            return desk.book.jobs[job].state.over
+
+        await eventually(done)
+        async with await authenticated(place, secret) as wire:
+            monkeypatch.setattr(session, "admit", admit_and_revoke)
+            await wire.send(f"ATTACH {job}")
+            assert (await wire.line())["code"] == "unauthorized"
+            assert await wire.at_end()
+        assert desk.book.jobs[job].fetched is None
 
 
 async def test_a_token_that_expires_in_use(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +17,8 @@ import orjson
 import pytest
 import trio
 from helpers import PATIENCE, ROOT, eventually, serve, until_gone
+
+from bridge.bench.own import free_ports
 
 pytestmark = pytest.mark.needs("haproxy")
 CONFIG = ROOT / "systemd" / "haproxy.cfg"
@@ -32,31 +32,11 @@ def test_the_example_is_in_order() -> None:
     assert (checked.returncode, checked.stdout) == (0, "Configuration file is valid\n"), checked.stderr
 
 
-def free_ports() -> dict[str, str]:
-    """One for each of the example's.
-
-    None is of those that the kernel gives to who asks for any, if there are others: while a daemon is down, somebody
-    would get its port, if only for the end of a connection to another.
-    """
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    ours = [port for port in range(10_000, 1 << 16) if not low <= port <= high] or range(low, high + 1)
-    free = filter(is_free, random.sample(ours, len(ours)))
-    return {port: str(next(free)) for port in PORTS}
-
-
-def is_free(port: int) -> bool:
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError:
-        return False
-    return True
-
-
 class Farm:
     """Two daemons behind HAProxy."""
 
     def __init__(self, folder: Path) -> None:
-        self.ports = free_ports()
+        self.ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
         self.front = int(self.ports["7070"])
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.answers: Counter[str] = Counter()  # by who gave them

@@ -325,9 +325,8 @@ async def test_one_that_grows_too_large() -> None:
 
 async def test_what_expires_while_the_daemon_ends_is_the_next_ones() -> None:
     async with daemon("echo", jobs={"keep_s": 0.0}) as place, await place.unix() as wire:
-        await submitted(wire, "INFER max_tokens=1 a")
+        await until(place, await submitted(wire, "INFER max_tokens=1 a"), state="done")
         desk = place.server._jobs
-        await desk.until_idle()
         await desk.close()
         [job] = desk.book.jobs.values()
         with capture_logs() as lines:

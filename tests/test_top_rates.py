@@ -95,6 +95,8 @@ def test_counts_that_were_forgotten_begin_again() -> None:
     before = measured(0.0, count("ok", 99), tokens=99, first_token=Distribution([1.0], [99, 1]))
     model = only(before, measured(2.0, count("ok", 2), tokens=10, first_token=Distribution([1.0], [2, 0])))
     assert (model.tokens_per_s, model.ok_per_s, model.first_token_p95) == (5.0, 1.0, 0.95)
+    model = only(before, measured(2.0))
+    assert (model.tokens_per_s, model.ok_per_s, model.first_token_p95) == (0.0, 0.0, None)
 
 
 def test_models_that_are_not_loaded_and_asked_for() -> None:

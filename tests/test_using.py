@@ -119,7 +119,7 @@ async def test_what_had_a_token_is_told(verb: str) -> None:
 
 async def test_a_deadline_while_it_waits() -> None:
     async with daemon("echo?load_ms=1500") as place, await place.unix() as wire:
-        await killed_before_a_token(place, wire, "INFER deadline_ms=600 a b c d e")
+        await killed_before_a_token(place, wire, "INFER deadline_ms=1200 a b c d e")
         assert await wire.line() == {
             "status": "error",
             "message": "The deadline passed while echo was restarting",

@@ -2,8 +2,9 @@
 
 The daemon is one of its own, in a temporary folder, on the fake backend or with a model. A process keeps what its heap
 once needed at the worst, and caches fill; so there are warm-ups of the same kind, with half as many clients again,
-until one of them has left the daemon's memory as large as it was. What it holds after the run and did not hold then was
-lost: a leak that is too slow for the warm-ups to tell it from rest has grown with the run, which is longer.
+until two of them, for one may by chance, have left the daemon's memory as large as it was. What it holds after the run
+and did not hold then was lost: a leak that is too slow for the warm-ups to tell it from rest has grown with the run,
+which is longer.
 
 In the last quarter of the time the daemon itself is stopped, killed and started anew.
 """
@@ -30,7 +31,7 @@ from bridge.bench.chaos_settling import settle
 from bridge.bench.chaos_talk import Tally, World
 from bridge.bench.chaos_watchers import Watchers
 from bridge.bench.level import Level, Unrest, ask, fill, measure
-from bridge.bench.own import OwnDaemon, daemon_in, free_port, own_folder
+from bridge.bench.own import OwnDaemon, daemon_in, free_ports, own_folder
 from bridge.config import HTTP_PACKAGES
 from protocol.address import Address, Tcp
 from protocol.commands import Free, Load
@@ -39,7 +40,7 @@ from protocol.errors import BridgeError
 _WARM_UP = 1 / 4  # of the time
 _RESTARTS = 1 / 4  # of the time
 _WARM_UPS = 5  # at most
-_WARM = 1.01  # the memory's growth in a warm-up, after which there are no more
+_WARM = 1.01  # the memory's growth in two warm-ups, after which there are no more
 _MB = 1 << 20
 # Errors in the log: models that fail, are just freed, or crash too often, and bad files.
 _EXPECTED = {"load failed", "configured model failed", "model rests", "reload failed"}
@@ -115,9 +116,10 @@ class _Run:
         self._keys = Keys(folder / "tokens", random.Random(f"{plan.seed} keys"))
         self._keys.write()
         self._trust = make_certificate(folder / "tls.pem")
-        self._agent = Tcp("127.0.0.1", free_port())
+        agent, http = free_ports(2)
+        self._agent = Tcp("127.0.0.1", agent)
         there = all(importlib.util.find_spec(name) for name in HTTP_PACKAGES)
-        self._http = Tcp("127.0.0.1", free_port()) if there else None
+        self._http = Tcp("127.0.0.1", http) if there else None
         self.configs = list(self._configs())
 
     def _configs(self) -> Iterator[str]:
@@ -150,7 +152,7 @@ class _Run:
         """Raises Unrest, BridgeError, OSError when there is no rest in the end."""
         plan, result = self._plan, self._result
         rests: list[Level] = []
-        while len(rests) < 2 or (len(rests) < _WARM_UPS and rests[-1].rss > _WARM * rests[-2].rss):
+        while len(rests) < 3 or (len(rests) < _WARM_UPS and rests[-1].rss > _WARM * rests[-3].rss):
             name = f"warm-up {len(rests) + 1}"
             rests.append(await self._one(daemon, name, plan.seconds * _WARM_UP, plan.clients * 3 // 2))
         result.before = rests[-1]

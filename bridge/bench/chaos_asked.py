@@ -180,5 +180,5 @@ class Authenticating(Asked):
                 raise WrongAnswer("AUTH took a token that is wrong or was replaced")
             self.accepted = True
         elif self._wrong or self.keys.doubtful(self.secret):
-            excused |= {E.UNAUTHORIZED}
+            excused = excused | {E.UNAUTHORIZED}
         return super().take(reply, excused)

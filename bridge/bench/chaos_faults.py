@@ -21,8 +21,6 @@ from protocol.commands import Reload
 from protocol.errors import BridgeError, ErrorCode
 
 _BAD = ("[limits\n", "[limits]\nqueues = 1\n", "[limits]\nqueue = -1\n", 'backend = "abacus"\n')
-
-
 _STOP = 60.0  # seconds for the daemon to end when told to
 
 
@@ -62,6 +60,7 @@ class Faults:
             nursery.start_soon(self._every, 1.0, self._reload)
             nursery.start_soon(self._every, 2.0, self._replace_token)
             if self._restarts:
+                nursery.start_soon(self._restart)  # one in any case, however short the time is
                 nursery.start_soon(self._every, 2.0, self._restart)
 
     async def _every(self, seconds: float, befall: Callable[[], Awaitable[None]]) -> None:

@@ -81,21 +81,10 @@ def make_certificate(path: Path) -> ssl.SSLContext | None:
     """A certificate with its key, in one file, and who trusts it; None where there is no openssl to make one."""
     if (openssl := shutil.which("openssl")) is None:
         return None
-    make = [
-        openssl,
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
+    kind = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
     about = ["-subj", "/CN=chaos", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", "-"]
     try:
-        made = subprocess.run([*make, *about], check=True, capture_output=True, text=True).stdout
+        made = subprocess.run([openssl, *kind, *about], check=True, capture_output=True, text=True).stdout
     except subprocess.CalledProcessError:
         return None
     with path.open("a") as file:

@@ -24,7 +24,7 @@ async def settle(world: World, daemon: OwnDaemon) -> None:
     records = defaultdict(list)
     for record in world.book.records.values():
         records[record.owner].append(record)
-    owners = {"uid": None, "tcp": None} | {f"token:{name}": name for name in TOKENS}
+    owners = {"uid": None, "loopback": None} | {f"token:{name}": name for name in TOKENS}
     for owner, token in owners.items():
         address = daemon.unix if owner == "uid" else daemon.tcp
         async with Talk(address, world) as talk:

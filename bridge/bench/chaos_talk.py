@@ -80,7 +80,7 @@ class Talk:
     """
 
     def __init__(self, address: Address, world: World) -> None:
-        self.who = Who("uid", "admin") if isinstance(address, Unix) else Who("tcp")
+        self.who = Who("uid", "admin") if isinstance(address, Unix) else Who("loopback")
         self.may_be_cut = False
         self._address = address
         self._world = world

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import resource
 import signal
 import socket
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -236,11 +238,23 @@ def _listen_unix(path: str) -> socket.socket:
     return sock
 
 
-def free_port() -> int:
-    """For what is not handed over."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Of loopback, for what is not handed over.
+
+    None is of those that the kernel gives to who asks for any, if there are others: while a daemon is down, somebody
+    would get its port, if only for the end of a connection to another.
+    """
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ours = [port for port in range(10_000, 1 << 16) if not low <= port <= high] or range(low, high + 1)
+    return list(islice(filter(_is_free, random.sample(ours, len(ours))), count))
+
+
+def _is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def _pings(path: str) -> bool:

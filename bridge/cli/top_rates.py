@@ -270,5 +270,7 @@ def _grown(then: int, now: int) -> int:
 
 
 def _growth(then: Distribution, now: Distribution) -> Distribution:
-    counts = [new - old for old, new in zip(then.counts, now.counts, strict=True)] if then.counts else now.counts
-    return Distribution(now.bounds, counts if min(counts, default=0) >= 0 else now.counts)
+    if len(then.counts) != len(now.counts):  # there is none of it at one of the two moments
+        return now
+    counts = [new - old for old, new in zip(then.counts, now.counts, strict=True)]
+    return now if min(counts, default=0) < 0 else Distribution(now.bounds, counts)
