@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
+from helpers import PATIENCE
 
 from bridge.config import Jobs
 from bridge.jobs import disk as disk_module
@@ -199,3 +201,14 @@ async def test_that_the_disk_is_full_is_told_once(tmp_path: Path, monkeypatch: p
             while not one.is_written(job):  # noqa: ASYNC110  there is no event
                 await trio.sleep(0.01)
         assert (tries, told, one.failing) == (5, ["jobs cannot be stored"], False)
+
+
+async def test_what_changes_after_the_end_is_not_tried_again_and_again(tmp_path: Path) -> None:
+    async with disk(tmp_path) as (one, book):
+        job = Job("a", "uid:1", LINE, read_request(LINE), 60, time.monotonic())
+        book.jobs[job.id] = job
+        await one.add(job)
+        await one.close()
+        one.mark(job, urgent=True)
+        with trio.fail_after(PATIENCE):
+            await trio.testing.wait_all_tasks_blocked()

@@ -283,11 +283,13 @@ async def test_free_while_it_loads() -> None:
 
 async def test_free_of_what_just_took_too_long_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its worker is being ended already; it does not outlive that it is not waited for."""
-    burying = trio.Event()
+    burying, asked = trio.Event(), trio.Event()
     bury = LocalProvider._bury
 
     async def watched(self: LocalProvider) -> str:
         burying.set()
+        with trio.CancelScope(shield=True):
+            await asked.wait()
         return await bury(self)
 
     pids = starts(monkeypatch)
@@ -296,7 +298,10 @@ async def test_free_of_what_just_took_too_long_to_load(monkeypatch: pytest.Monke
         await wire.send("LOAD echo?load_ms=60000")
         with trio.fail_after(PATIENCE):
             await burying.wait()
-        assert (await other.ask("FREE echo"))["status"] == "ok"
+        await other.send("FREE echo")
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        asked.set()
+        assert (await other.line())["status"] == "ok"
         with pytest.raises(ProcessLookupError):
             os.kill(pids[0], 0)
         assert await place.models() == {}

@@ -148,7 +148,8 @@ class JobDisk:
         return job not in self._dirty and job not in self._being_written
 
     async def run(self) -> None:
-        while True:
+        """Writes what is marked, until it is closed."""
+        while not self._closed:
             await self._to_write.wait()
             if self.failing:
                 await trio.sleep(_RETRY)
