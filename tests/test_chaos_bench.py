@@ -15,7 +15,7 @@ import pytest
 import trio
 import trio.testing
 from click.testing import CliRunner
-from helpers import PATIENCE
+from helpers import PATIENCE, until_gone
 
 from bridge.bench import bench, chaos
 from bridge.bench.chaos_asked import Asked, Authenticating, Subscribed, WrongAnswer
@@ -269,6 +269,15 @@ async def test_the_next_daemon_has_the_same_sockets() -> None:
             await trio.testing.wait_all_tasks_blocked()
             daemon.start()
         assert second == daemon.process.pid != first
+
+
+async def test_a_worker_that_was_stopped_does_not_outlive_a_killed_daemon() -> None:
+    with own_daemon('backend = "fake"\n[[models]]\npath = "echo"\n') as daemon:
+        await ask(daemon, commands.Infer(prompt="a", max_tokens=1))
+        [worker] = daemon.children
+        worker.suspend()
+        daemon.kill()
+        await until_gone(worker.pid)
 
 
 async def test_it_is_restarted_however_short_the_time_is(keys: Keys) -> None:

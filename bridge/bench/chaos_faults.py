@@ -136,14 +136,14 @@ class Faults:
 
     async def _end(self, stop: Stop) -> None:
         if stop.killed:
-            self._daemon.process.kill()
+            self._daemon.kill()
         else:
             self._daemon.process.terminate()
         deadline = stop.told + _STOP
         while (status := self._daemon.process.poll()) is None:
             if time.monotonic() > deadline:
                 self._blame(f"SIGTERM did not end the daemon within {_STOP:g} s")
-                self._daemon.process.kill()
+                self._daemon.kill()
                 deadline += _STOP
             await trio.sleep(0.01)
         stop.gone = time.monotonic()

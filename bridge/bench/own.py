@@ -183,9 +183,15 @@ class OwnDaemon:
             self.kill()
 
     def kill(self) -> None:
-        """Its workers end when their pipe does."""
+        """Its workers end when their pipe does, for which those that were stopped have to go on."""
+        workers = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            workers = self.children
         self.process.kill()
         self.process.wait()
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.resume()
 
     def close(self) -> None:
         """Kills it; nobody is listened to any more."""
