@@ -62,6 +62,17 @@ def client_of(options: Mapping[str, Any], timeout: float | None) -> Client:
     )
 
 
+def with_options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Gives a command all of these, which --help shows in this order."""
+
+    def give(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return give
+
+
 def connection_options(command: F) -> F:
     """Gives a command these options, and as its first argument what makes a client of them, for a ``with``. That raises
     click.UsageError, and BridgeError for a token that cannot be read.
@@ -94,6 +105,4 @@ def connection_options(command: F) -> F:
 
         command(connect, *args, **kwargs)
 
-    for option in reversed(_OPTIONS):
-        wrapped = option(wrapped)
-    return typing.cast(F, wrapped)
+    return typing.cast(F, with_options(*_OPTIONS)(wrapped))

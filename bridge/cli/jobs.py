@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from bridge.cli.main import json_option, print_json, talks
+from bridge.cli.main import json_option, parameters_of, print_json, talks
 from bridge.cli.tables import in_bytes, print_table
-from bridge.cli.text import generates, generation_parameters, print_stream, text_of
+from bridge.cli.text import generates, print_stream, text_of
 from client import Client, ConnectionLost
 from client.results import Job
 from protocol.commands import ChatStream, Command, InferStream, Message
@@ -31,7 +31,7 @@ def submit(
 ) -> None:
     """Begin to complete a prompt, or the standard input, as a job, and print its name, which `attach` takes."""
     text = text_of(prompt)
-    parameters = generation_parameters(client, ChatStream if chat else InferStream, pairs, named)
+    parameters = parameters_of(client, ChatStream if chat else InferStream, pairs, named)
     request: Command = InferStream(prompt=text, **parameters)
     if chat:
         request = ChatStream(messages=[Message(role="user", content=text)], **parameters)

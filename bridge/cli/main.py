@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -70,10 +70,16 @@ def print_json(value: Any) -> None:
     click.echo(msgspec.json.encode(value).decode())
 
 
-def parameters_of(command: type[Command], pairs: Iterable[str], **named: Any) -> dict[str, Any]:
-    """``key=value`` as typed keyword arguments; the ranges are judged by the daemon. A key given twice is a list."""
+def parameters_of(
+    client: Client, command: type[Command], pairs: Iterable[str], named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What was given by options of their own, ``named``, ``lora`` among them, and ``key=value`` as typed keyword
+    arguments; the ranges are judged by the daemon. A key given twice is a list.
+    """
     types = typing.get_type_hints(command)  # without Annotated, so without ranges
     parameters = {key: value for key, value in named.items() if value not in (None, ())}
+    if adapters := named["lora"]:
+        parameters["lora"] = tuple(here(client, adapter) for adapter in adapters)
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or key not in command.__struct_fields__ or key == command.TEXT:

@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from bridge.cli.bar import progress_bar
+from bridge.cli.connect import with_options
 from bridge.cli.main import here, json_option, lora_option, parameters_of, print_json, talks
 from bridge.cli.tables import in_bytes, print_models, print_table
 from bridge.cli.types import ModelName, NumberOrAuto
@@ -17,7 +18,7 @@ from bridge.models.store import CONVERTED
 from client import Client
 from client.results import ModelState
 from client.results import Plan as Planned
-from protocol.commands import Command, Load, Plan
+from protocol.commands import Load, Plan
 
 PARTS = {"kv": "KV cache", "compute": "computing", "loaded": "once loaded"}  # of what a model needs, in other words
 
@@ -95,25 +96,16 @@ def _print_options(options: dict[str, Any], why: dict[str, str]) -> None:
     print_table(("option", "value", "why"), ((key, str(value).lower(), why.get(key)) for key, value in options.items()))
 
 
-def loads(command: F) -> F:
-    """The options of LOAD and PLAN. The rarer ones are given with -p."""
-    options = (
-        click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence, prompt and answer together."),
-        click.option("--n-parallel", type=int, help="Sequences that run at once."),
-        click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 is all."),
-        click.option("--quant", help="Quantise it first, such as q4_k_m."),
-        lora_option,
-        click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD."),
-        json_option,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _options(client: Client, command: type[Command], pairs: tuple[str, ...], named: dict[str, Any]) -> dict[str, Any]:
-    named["lora"] = tuple(here(client, adapter) for adapter in named["lora"])
-    return parameters_of(command, pairs, **named)
+loads = with_options(
+    click.option("--n-ctx", type=NumberOrAuto(), help="Tokens of one sequence, prompt and answer together."),
+    click.option("--n-parallel", type=int, help="Sequences that run at once."),
+    click.option("--n-gpu-layers", type=NumberOrAuto(), help="Layers on the GPU; -1 is all."),
+    click.option("--quant", help="Quantise it first, such as q4_k_m."),
+    lora_option,
+    click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other option of LOAD."),
+    json_option,
+)
+"""The options of LOAD and PLAN. The rarer ones are given with -p."""
 
 
 @click.command()
@@ -125,7 +117,7 @@ def _options(client: Client, command: type[Command], pairs: tuple[str, ...], nam
 @talks
 def load(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **named: Any) -> None:
     """Load a model: a file, a name, or what `pull` takes."""
-    options = _options(client, Load, pairs, named)
+    options = parameters_of(client, Load, pairs, named)
     with progress_bar() as on_progress:
         loaded = client.load(here(client, model), on_progress=on_progress, **options)
     if as_json:
@@ -139,7 +131,7 @@ def load(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **na
 @talks
 def plan(client: Client, model: str, pairs: tuple[str, ...], as_json: bool, **named: Any) -> None:
     """What loading a model would take, and who would have to leave for it."""
-    plan = client.plan(here(client, model), **_options(client, Plan, pairs, named))
+    plan = client.plan(here(client, model), **parameters_of(client, Plan, pairs, named))
     if as_json:
         return print_json(plan)
     click.echo(f"{plan.path}: {'it fits' if plan.fits else 'it does not fit'}")

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
-from bridge.cli.main import here, json_option, lora_option, parameters_of, print_json, talks
+from bridge.cli.connect import with_options
+from bridge.cli.main import json_option, lora_option, parameters_of, print_json, talks
 from bridge.cli.types import ModelName
 from client import Client, Stream
 from client.results import Completion
-from protocol.commands import Chat, ChatStream, Command, Embed, Infer, InferStream
+from protocol.commands import Chat, ChatStream, Embed, Infer, InferStream
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,31 +39,20 @@ _streamed = click.option(
 )
 
 
-def generates(command: F) -> F:
-    """The options of INFER and CHAT. The rarer ones are given with -p."""
-    options = (
-        click.option("-m", "--model", type=ModelName(), help="Which model; otherwise the default one."),
-        click.option("-n", "--max-tokens", type=int, help="Longest answer, in tokens."),
-        click.option("--temperature", type=float, help="0 is greedy."),
-        click.option("--top-k", type=int, help="Only so many of the likeliest tokens; 0 is all."),
-        click.option("--top-p", type=float, help="Only the likeliest tokens of so much probability; 1 is all."),
-        click.option("--seed", type=int, help="Makes the answer repeatable."),
-        click.option("--stop", multiple=True, help="Where to stop; may be given several times."),
-        lora_option,
-        _keep_alive,
-        click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
-        json_option,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def generation_parameters(
-    client: Client, command: type[Command], pairs: tuple[str, ...], named: dict[str, Any]
-) -> dict[str, Any]:
-    named["lora"] = tuple(here(client, adapter) for adapter in named["lora"])
-    return parameters_of(command, pairs, **named)
+generates = with_options(
+    click.option("-m", "--model", type=ModelName(), help="Which model; otherwise the default one."),
+    click.option("-n", "--max-tokens", type=int, help="Longest answer, in tokens."),
+    click.option("--temperature", type=float, help="0 is greedy."),
+    click.option("--top-k", type=int, help="Only so many of the likeliest tokens; 0 is all."),
+    click.option("--top-p", type=float, help="Only the likeliest tokens of so much probability; 1 is all."),
+    click.option("--seed", type=int, help="Makes the answer repeatable."),
+    click.option("--stop", multiple=True, help="Where to stop; may be given several times."),
+    lora_option,
+    _keep_alive,
+    click.option("-p", "pairs", metavar="KEY=VALUE", multiple=True, help="Any other parameter."),
+    json_option,
+)
+"""The options of INFER and CHAT. The rarer ones are given with -p."""
 
 
 @click.command()
@@ -75,7 +65,7 @@ def infer(
 ) -> None:
     """Complete a prompt; without one, the standard input."""
     text, streamed = text_of(prompt), streamed and not as_json
-    parameters = generation_parameters(client, InferStream if streamed else Infer, pairs, named)
+    parameters = parameters_of(client, InferStream if streamed else Infer, pairs, named)
     if streamed:
         return print_stream(client.stream(text, **parameters))
     _print_completions(client.infer_several(text, parameters.pop("n", 1), **parameters), as_json)
@@ -100,7 +90,7 @@ def chat(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text_of(message)})
     streamed = streamed and not as_json
-    parameters = generation_parameters(client, ChatStream if streamed else Chat, pairs, named)
+    parameters = parameters_of(client, ChatStream if streamed else Chat, pairs, named)
     if streamed:
         return print_stream(client.chat_stream(messages, **parameters))
     _print_completions(client.chat_several(messages, parameters.pop("n", 1), **parameters), as_json)
@@ -144,7 +134,7 @@ def _explain(completion: Completion | None) -> None:
 @talks
 def embed(client: Client, text: tuple[str, ...], as_json: bool, **named: Any) -> None:
     """The vector of a text; without one, of the standard input."""
-    embeddings = client.embed(text_of(text), **generation_parameters(client, Embed, (), named))
+    embeddings = client.embed(text_of(text), **parameters_of(client, Embed, (), named))
     print_json(embeddings) if as_json else click.echo(" ".join(f"{value:.9g}" for value in embeddings.vector))
 
 
