@@ -37,14 +37,19 @@ def connect(address: Address, timeout: float, credentials: Credentials = NOBODY)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", math.ceil(timeout), 0))
         if credentials.token:
             sock.sendall(_auth(credentials))
-            received = b""
-            while not received.endswith(b"\n") and (data := sock.recv(_READ)):
-                received += data
-            _check(received)
+            _check(receive_line(sock))
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def receive_line(sock: socket.socket) -> bytes:
+    """One line, or what there was of it before the end."""
+    received = b""
+    while not received.endswith(b"\n") and (data := sock.recv(_READ)):
+        received += data
+    return received
 
 
 async def connect_stream(address: Address, credentials: Credentials = NOBODY) -> trio.abc.Stream:

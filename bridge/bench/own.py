@@ -26,6 +26,8 @@ from pathlib import Path
 import psutil
 
 from bridge.bench import activate
+from bridge.bench.connect import connect
+from bridge.bench.ping import ping
 from bridge.config import ENVIRONMENT_PREFIX
 from protocol.address import Tcp, Tls, Unix
 
@@ -35,7 +37,7 @@ _POLL = 0.01
 _BACKLOG = 1024  # of those who wait for it to be there
 # glibc keeps a heap for each thread, and what was freed: this makes the memory of the process more like what it uses.
 _MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}
-_PONG = b'{"status":"ok","message":"pong","data":"pong"}\n'
+_ANSWER = 5.0  # seconds for it to answer once it is connected to
 
 
 class NotStarted(Exception):
@@ -264,9 +266,9 @@ def _is_free(port: int) -> bool:
 
 
 def _pings(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
-        sock.settimeout(5)
-        sock.connect(path)
-        sock.sendall(b"PING\n")
-        return sock.recv(4096) == _PONG
-    return False
+    try:
+        with connect(Unix(path), _ANSWER) as sock:
+            ping(sock)
+    except OSError:
+        return False
+    return True

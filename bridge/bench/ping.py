@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from time import perf_counter
 
-from bridge.bench.connect import NOBODY, connect
+from bridge.bench.connect import NOBODY, connect, receive_line
 from bridge.bench.stats import percentiles
 from client.credentials import Credentials
 from protocol.address import Address
@@ -31,9 +31,7 @@ def ping(sock: socket.socket) -> float:
     """Seconds. Raises OSError."""
     started = perf_counter()
     sock.sendall(b"PING\n")
-    received = b""
-    while not received.endswith(b"\n") and (data := sock.recv(4096)):
-        received += data
+    received = receive_line(sock)
     took = perf_counter() - started
     if received != _PONG:
         raise OSError(f"PING was answered with {received[:200]!r}")
