@@ -11,7 +11,6 @@ import msgspec
 from bridge.access.quota import UNCOUNTED, Grant
 from bridge.access.roles import COMPUTING, NEEDED, Identity, Role, check_role
 from bridge.call import Caller
-from bridge.jobs.job import read_request
 from bridge.models.lora import parse_lora
 from bridge.models.reference import Name, parse
 from bridge.pool.entry import Entry
@@ -26,16 +25,20 @@ _PRIORITIES = ("low", "normal", "high")
 def admit(caller: Caller, command: C) -> tuple[C, Grant]:
     """The command as it may be carried out, and what is to be told what it takes and when it has ended.
 
-    Raises BridgeError: unauthorized, forbidden, rate_limited, and for a SUBMIT what is wrong with its request.
+    Raises BridgeError: unauthorized, forbidden, rate_limited.
     """
     identity = caller.daemon.gate.identity(caller.peer)
     command = permitted(caller, command)
     if command.VERB not in COMPUTING:
         return command, UNCOUNTED
-    quota, now = caller.daemon.gate.quota(identity), time.monotonic()
-    if isinstance(command, commands.Submit):
-        return command, quota.admit(commands.answers_of(read_request(command.request)), now, later=True)
-    return command, quota.admit(commands.answers_of(command), now)
+    return command, caller.daemon.gate.quota(identity).admit(commands.answers_of(command), time.monotonic())
+
+
+def admit_job(caller: Caller, request: C) -> C:
+    """The same of what a SUBMIT asks for, which counts as its request, and whose answers run beside the others."""
+    quota = caller.daemon.gate.quota(caller.daemon.gate.identity(caller.peer))
+    quota.admit(commands.answers_of(request), time.monotonic(), later=True)
+    return permitted(caller, request)
 
 
 def permitted(caller: Caller, command: C) -> C:

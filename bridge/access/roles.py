@@ -44,9 +44,9 @@ NEEDED: Mapping[str, Role] = {verb: role for role, verbs in _VERBS.items() for v
 """What each verb needs. JOBS shows a user his own; some verbs look closer, at what they are asked for."""
 
 COMPUTING = frozenset(
-    ("INFER", "INFER_STREAM", "INFER_MULTI", "CHAT", "CHAT_STREAM", "EMBED", "TOKENIZE", "DETOKENIZE", "SUBMIT")
+    ("INFER", "INFER_STREAM", "INFER_MULTI", "CHAT", "CHAT_STREAM", "EMBED", "TOKENIZE", "DETOKENIZE")
 )
-"""The verbs that count as requests where these are limited."""
+"""The verbs that count as requests where these are limited; so does what a SUBMIT asks for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 from bridge.access.roles import Role
 from bridge.call import Call
 from bridge.jobs.job import Job, read_request
-from bridge.permission import permitted
+from bridge.permission import admit_job
 from protocol import commands
 from protocol.command import Request
 from protocol.connection import encode_request
@@ -18,7 +18,7 @@ from protocol.replies import Final, Ok, Started
 
 async def submit(call: Call, command: commands.Submit) -> Ok:
     request, line = read_request(command.request), command.request
-    allowed = permitted(call, request)
+    allowed = admit_job(call, request)
     if allowed != request:  # so that after a restart, too, it is no more than that
         request, line = allowed, encode_request(Request(allowed)).decode().rstrip("\n")
     job = await call.daemon.jobs.submit(call.peer.owner, line, request, command.ttl_s, call.received)
