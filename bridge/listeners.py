@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import grp
 import os
+import select
 import socket
 import stat
 import struct
@@ -280,3 +281,16 @@ async def say_goodbye(client: socket.socket, words: bytes = b"") -> None:
         pass
     finally:
         client.close()
+
+
+async def until_hung_up(client: socket.socket) -> None:
+    """Without reading: an epoll with no events asked for still tells of a hang-up, and nothing else, neither a
+    half-close nor data. Where no file descriptor is left for one it waits for ever.
+    """
+    try:
+        epoll = select.epoll()
+    except OSError:
+        await trio.sleep_forever()
+    with epoll:
+        epoll.register(client, 0)
+        await trio.lowlevel.wait_readable(epoll)

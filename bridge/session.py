@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import select
 import socket
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from bridge.call import Call, Caller
 from bridge.daemon import Daemon
 from bridge.dispatch import INSTANT, LASTING
 from bridge.exhausted import overloaded
-from bridge.listeners import say_goodbye
+from bridge.listeners import say_goodbye, until_hung_up
 from bridge.outbox import Outbox
 from bridge.permission import admit
 from bridge.providers.base import Asking
@@ -196,21 +195,14 @@ class Session:
         if not waits():
             return
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_for_hangup)
+            nursery.start_soon(self._end_when_hung_up)
             while waits():
                 self._changed = trio.Event()
                 await self._changed.wait()
             nursery.cancel_scope.cancel()
 
-    async def _watch_for_hangup(self) -> None:
-        """An epoll with no events asked for still tells of a hang-up, and nothing else: no half-close, no data."""
-        try:
-            epoll = select.epoll()
-        except OSError:  # no file descriptor left; it will be noticed by the answer
-            return
-        with epoll:
-            epoll.register(self._sock, 0)
-            await trio.lowlevel.wait_readable(epoll)
+    async def _end_when_hung_up(self) -> None:
+        await until_hung_up(self._sock)
         self._scope.cancel()
 
     def _probe(self) -> None:
